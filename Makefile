@@ -1,0 +1,43 @@
+# The same names for everyone, CI included.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+MODEL  ?= models/bundled
+HOSTS  ?= 2
+PORT   ?= 8000
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+
+.PHONY: env serve test check format bench clean
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m kernels.build
+	@touch $(STAMP)
+
+models/bundled: | env
+	$(BIN)/python -m model.bundled $@
+
+serve: env $(if $(filter models/bundled,$(MODEL)),models/bundled)
+	$(BIN)/shoal serve $(MODEL) --expert-hosts $(HOSTS) --port $(PORT)
+
+test: env
+	$(BIN)/python -m pytest
+
+check: env
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+# BENCH holds options of `shoal bench`; a quick run leaves README and the plots alone
+bench: env
+	$(BIN)/python -m bench $(if $(findstring --quick,$(BENCH)),,--report) $(BENCH)
+
+format: env
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+clean:
+	rm -rf .venv models kernels/_build

@@ -1,0 +1,118 @@
+"""The decoder on the attention side: everything of the model but the routed experts.
+
+Shapes: `T` tokens of a step, `D` model, `L` rows that want logits, `V` vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attention.absorbed import AbsorbedAttention
+from attention.batch import StepBatch
+from attention.cache import LatentCache
+from experts.client import ExpertClient, PlacementSource
+from kernels.linear import PackedLinear
+from kernels.norm import rms_norm
+from kernels.swiglu import swiglu
+from model.checkpoint import Checkpoint
+from router.gate import route
+from router.placement import Placement
+
+Progress = Callable[[int, int], None]
+
+
+class DenseMlp:
+    """SwiGLU with gate and up laid side by side: the dense layers, and the shared experts."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype, device: str) -> None:
+        def read(name: str) -> Tensor:
+            return checkpoint.tensor(f"{prefix}.{name}.weight").to(dtype)
+
+        self._gate_up = PackedLinear(torch.cat((read("gate_proj"), read("up_proj"))).to(device))
+        self._down = PackedLinear(read("down_proj").to(device))
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return self._down(swiglu(self._gate_up(x_TD)))
+
+
+class DecoderLayer:
+    """One layer: attention, then a dense MLP, or gate, routed experts (elsewhere) and shared experts (here)."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, device: str) -> None:
+        config = checkpoint.config
+        prefix = f"model.layers.{layer}"
+        self._layer = layer
+        self._config = config
+        self._input_norm = checkpoint.tensor(f"{prefix}.input_layernorm.weight").to(device, dtype)
+        self._post_norm = checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight").to(device, dtype)
+        self._attention = AbsorbedAttention(checkpoint, layer, dtype, device)
+        self._gate: PackedLinear | None = None
+        self._mlp: DenseMlp | None = None
+        if config.is_moe(layer):
+            gate = checkpoint.tensor(f"{prefix}.mlp.gate.weight").float()  # fp32 whatever the checkpoint's dtype
+            self._gate = PackedLinear(gate.to(device))
+            if config.n_shared_experts:
+                self._mlp = DenseMlp(checkpoint, f"{prefix}.mlp.shared_experts", dtype, device)
+        else:
+            self._mlp = DenseMlp(checkpoint, f"{prefix}.mlp", dtype, device)
+
+    def __call__(
+        self, h_TD: Tensor, batch: StepBatch, cache: LatentCache, experts: ExpertClient, placement: Placement
+    ) -> Tensor:
+        eps = self._config.rms_norm_eps
+        h_TD = h_TD + self._attention(rms_norm(h_TD, self._input_norm, eps), batch, cache)
+        x_TD = rms_norm(h_TD, self._post_norm, eps)
+        if self._gate is None:
+            assert self._mlp is not None
+            return h_TD + self._mlp(x_TD)
+        routing = route(self._gate(x_TD.float()), self._config)
+        dispatch = experts.start(self._layer, x_TD, routing, placement)
+        shared_TD = self._mlp(x_TD) if self._mlp is not None else None  # while the rows are with the hosts
+        routed_TD = dispatch.finish().to(h_TD.dtype)
+        return h_TD + (routed_TD if shared_TD is None else routed_TD + shared_TD)
+
+
+class Decoder:
+    """Token ids in, logits out, for one step's batch."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        experts: ExpertClient,
+        placements: PlacementSource,
+        device: str = "cpu",
+        progress: Progress | None = None,
+    ) -> None:
+        config = checkpoint.config
+        # CPUs compute in fp32 whatever the checkpoint's dtype: bf16 is far slower there.
+        dtype = torch.float32 if device == "cpu" else checkpoint.tensor("model.norm.weight").dtype
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self._experts = experts
+        self._placements = placements
+        self._embedding_VD = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype)
+        self._layers: list[DecoderLayer] = []
+        for layer in range(config.num_hidden_layers):
+            self._layers.append(DecoderLayer(checkpoint, layer, dtype, device))
+            if progress is not None:
+                progress(layer + 1, config.num_hidden_layers)
+        self._norm = checkpoint.tensor("model.norm.weight").to(device, dtype)
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        self._head = PackedLinear(checkpoint.tensor(head).to(device, dtype))
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, cache: LatentCache) -> Tensor:
+        """Compute the step's latents into `cache`; logits [L, V] fp32 of the rows that want them.
+
+        The whole step uses one snapshot of the placement table. Raises ExpertsUnavailable when the holders of
+        some expert stayed unreachable for the client's whole deadline; the cache slots of this step's tokens
+        are then undefined, all others unharmed.
+        """
+        placement = self._placements.snapshot()
+        h_TD = self._embedding_VD[batch.token_T]
+        for layer in self._layers:
+            h_TD = layer(h_TD, batch, cache, self._experts, placement)
+        rows_LD = rms_norm(h_TD[batch.logit_row_L], self._norm, self.config.rms_norm_eps)
+        return self._head(rows_LD).float()

@@ -1,0 +1,243 @@
+"""The engine: requests in, tokens out, one step at a time. Plain, single-threaded, no clock of its own."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from attention.batch import StepBatch
+from attention.blocks import BlockPool
+from attention.cache import LatentCache
+from attention.decoder import Decoder
+from attention.finish import finish_reason
+from attention.requests import GenerateRequest, TokenLogprob, Update
+from attention.rope import RotaryTable
+from attention.sampling import draw, forbid, penalised, score
+from attention.scheduler import Chunk, Scheduler, SchedulerLimits
+from attention.sequence import Sequence
+from experts.errors import ExpertError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What one attention worker holds and computes at once."""
+
+    cache_blocks: int = 1024
+    block_size: int = 16  # tokens
+    max_length: int = 4096  # tokens of prompt and answer together
+    scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A moment's counts; blocks are of the latent cache."""
+
+    running: int
+    waiting: int
+    blocks_owned: int
+    blocks_total: int
+    preemptions: int
+    steps: int
+    prompt_tokens: int  # computed, reused prefixes not counted
+    generated_tokens: int
+    reused_tokens: int
+
+
+class Engine:
+    """Schedules, computes and samples; `step` returns what every request got."""
+
+    def __init__(self, decoder: Decoder, limits: EngineLimits) -> None:
+        config = decoder.config
+        self._decoder = decoder
+        self._limits = replace(limits, max_length=min(limits.max_length, config.max_position_embeddings))
+        self._pool = BlockPool(limits.cache_blocks, limits.block_size)
+        self._cache = LatentCache(config, limits.cache_blocks, limits.block_size, decoder.dtype, decoder.device)
+        self._rotary = RotaryTable(config, self.max_length, decoder.device)
+        self._scheduler = Scheduler(self._pool, limits.scheduler)
+        self._sequences: dict[str, Sequence] = {}
+        self._arrivals = 0
+        self._steps = self._prompt_tokens = self._generated_tokens = self._reused_tokens = 0
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens, prompt and answer together, that a request may ask for."""
+        return min(self._limits.max_length, self._limits.cache_blocks * self._limits.block_size)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Queue a request; raises ValueError, naming the field, when it can never be served."""
+        vocabulary = self._decoder.config.vocab_size
+        if request.id in self._sequences:
+            raise ValueError(f"request id {request.id!r} is already running")
+        if not request.prompt_ids:
+            raise ValueError("prompt_ids is empty: send at least one token")
+        for token in (*request.prompt_ids, *request.resumed_ids):
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"token id {token} is outside the vocabulary of {vocabulary} tokens")
+        for token, _ in request.params.logit_bias:
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"logit_bias names token {token}, outside the vocabulary of {vocabulary}")
+        total = len(request.prompt_ids) + request.params.max_tokens
+        if total > self.max_length:
+            raise ValueError(
+                f"{len(request.prompt_ids)} prompt tokens and max_tokens {request.params.max_tokens} are "
+                f"{total} tokens; this worker's limit is {self.max_length}"
+            )
+        sequence = Sequence(request, self._arrivals)
+        self._arrivals += 1
+        self._sequences[request.id] = sequence
+        self._scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request and free its blocks; unknown ids (already finished) are fine."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._scheduler.remove(sequence)
+
+    def step(self) -> list[Update]:
+        """Compute one batch; the updates of every sequence that got a token or ended."""
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return []
+        try:
+            logits_LV = self._decoder.forward(self._batch(chunks), self._cache)
+        except ExpertError as error:
+            return [self._fail(chunk.sequence, str(error)) for chunk in chunks]
+        self._scheduler.complete(chunks)
+        self._steps += 1
+        updates: list[Update] = []
+        row = 0
+        for chunk in chunks:
+            rows = _logit_rows(chunk)
+            update = self._advance(chunk, logits_LV[row : row + len(rows)])
+            row += len(rows)
+            if update is not None:
+                updates.append(update)
+        return updates
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=self._scheduler.running,
+            waiting=self._scheduler.waiting,
+            blocks_owned=self._pool.owned,
+            blocks_total=self._pool.total,
+            preemptions=self._scheduler.preemptions,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            reused_tokens=self._reused_tokens,
+        )
+
+    def _batch(self, chunks: list[Chunk]) -> StepBatch:
+        size = self._limits.block_size
+        device = self._decoder.device
+        tokens: list[int] = []
+        positions: list[int] = []
+        owners: list[int] = []
+        slots: list[int] = []
+        logit_rows: list[int] = []
+        for index, chunk in enumerate(chunks):
+            sequence = chunk.sequence
+            first = len(tokens)
+            tokens.extend(sequence.tokens[chunk.start : chunk.end])
+            positions.extend(range(chunk.start, chunk.end))
+            owners.extend([index] * chunk.count)
+            slots.extend(sequence.blocks[p // size] * size + p % size for p in range(chunk.start, chunk.end))
+            logit_rows.extend(first + offset for offset in _logit_rows(chunk))
+        width = max(len(chunk.sequence.blocks) for chunk in chunks)
+        tables = [[*chunk.sequence.blocks, *[0] * (width - len(chunk.sequence.blocks))] for chunk in chunks]
+        position_T = torch.tensor(positions, dtype=torch.int32, device=device)
+        cos_TR, sin_TR = self._rotary.at(position_T)
+        return StepBatch(
+            token_T=torch.tensor(tokens, device=device),
+            position_T=position_T,
+            sequence_T=torch.tensor(owners, dtype=torch.int32, device=device),
+            slot_T=torch.tensor(slots, device=device),
+            block_tables_QM=torch.tensor(tables, dtype=torch.int32, device=device),
+            logit_row_L=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+            cos_TR=cos_TR,
+            sin_TR=sin_TR,
+        )
+
+    def _advance(self, chunk: Chunk, logits_LV: Tensor) -> Update | None:
+        """Draw the next token if the chunk reached the end; None when there is nothing to tell yet."""
+        sequence = chunk.sequence
+        params = sequence.params
+        prompt_logprobs = self._score_prompt(chunk, logits_LV)
+        self._prompt_tokens += max(0, min(chunk.end, sequence.prompt_length) - chunk.start)
+        if not chunk.samples:
+            if prompt_logprobs is None:
+                return None
+            return Update(id=sequence.id, prompt_logprobs=prompt_logprobs, cached_tokens=0)
+        self._reused_tokens += (sequence.cached_tokens or 0) if sequence.generated == 0 else 0
+        if params.max_tokens == sequence.generated:  # nothing but the prompt's scores was asked for
+            return self._finish(sequence, (), None, prompt_logprobs, "length")
+        raw_V = logits_LV[-1]
+        prompt, answer = sequence.tokens[: sequence.prompt_length], sequence.tokens[sequence.prompt_length :]
+        logits_V = penalised(raw_V, prompt, answer, params)
+        if sequence.generated < params.min_tokens:
+            logits_V = forbid(logits_V, (*self._decoder.config.eos_token_ids, *params.stop_token_ids))
+        token = draw(logits_V, params, len(sequence.tokens))
+        sequence.tokens.append(token)
+        self._generated_tokens += 1
+        logprobs = None if params.logprobs is None else (score(raw_V, token, params.logprobs),)
+        reason = finish_reason(sequence, self._decoder.config.eos_token_ids)
+        if reason is None:
+            return Update(
+                id=sequence.id,
+                token_ids=(token,),
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                cached_tokens=sequence.cached_tokens or 0,
+            )
+        return self._finish(sequence, (token,), logprobs, prompt_logprobs, reason)
+
+    def _score_prompt(self, chunk: Chunk, logits_LV: Tensor) -> tuple[TokenLogprob | None, ...] | None:
+        """Scores of the prompt tokens that this chunk's logits predict, in order; the first token has none."""
+        sequence = chunk.sequence
+        alternatives = sequence.params.prompt_logprobs
+        if alternatives is None or sequence.scored_prompt >= sequence.prompt_length:
+            return None
+        scores: list[TokenLogprob | None] = []
+        if sequence.scored_prompt == 0:
+            scores.append(None)
+            sequence.scored_prompt = 1
+        for offset in range(chunk.count):
+            predicted = chunk.start + offset + 1
+            if predicted == sequence.scored_prompt and predicted < sequence.prompt_length:
+                scores.append(score(logits_LV[offset], sequence.tokens[predicted], alternatives))
+                sequence.scored_prompt += 1
+        return tuple(scores)
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...] | None,
+        prompt_logprobs: tuple[TokenLogprob | None, ...] | None,
+        reason: str,
+    ) -> Update:
+        self.cancel(sequence.id)
+        return Update(
+            id=sequence.id,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            cached_tokens=sequence.cached_tokens or 0,
+        )
+
+    def _fail(self, sequence: Sequence, message: str) -> Update:
+        self.cancel(sequence.id)
+        return Update(id=sequence.id, finish_reason="error", error=message)
+
+
+def _logit_rows(chunk: Chunk) -> range:
+    """Offsets within the chunk whose logits are wanted: all while the prompt is being scored, else the last."""
+    sequence = chunk.sequence
+    if sequence.params.prompt_logprobs is not None and chunk.start < sequence.prompt_length:
+        return range(chunk.count)
+    return range(chunk.count - 1, chunk.count) if chunk.samples else range(0)

@@ -1,0 +1,144 @@
+"""What an attention worker is asked, and what it answers. Plain data that crosses processes as JSON."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MAX_SEED = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one answer is drawn. Raises ValueError naming the field that is out of range."""
+
+    max_tokens: int
+    seed: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # alternatives a token of the answer; 0: the drawn token alone
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
+
+    def __post_init__(self) -> None:
+        ranges: tuple[tuple[str, float, float], ...] = (
+            ("max_tokens", 0, math.inf),
+            ("min_tokens", 0, self.max_tokens),
+            ("seed", 0, MAX_SEED),
+            ("temperature", 0.0, 2.0),
+            ("top_k", 0, math.inf),
+            ("min_p", 0.0, 1.0),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+        )
+        for name, low, high in ranges:
+            value = getattr(self, name)
+            if not low <= value <= high or value == math.inf:
+                raise ValueError(f"{name} is {value}; expected {low} to {high}")
+        for name in ("top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf or (name == "top_p" and value > 1):
+                raise ValueError(f"{name} is {value}; expected above 0{' and at most 1' if name == 'top_p' else ''}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}; expected at least 0")
+        for token, bias in self.logit_bias:
+            if not math.isfinite(bias):
+                raise ValueError(f"logit_bias of token {token} is {bias}; expected a finite number")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One answer to one prompt. `resumed_ids` are answer tokens of an earlier life, which continue as if drawn here."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    resumed_ids: tuple[int, ...] = ()
+
+    def to_json_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json_dict(cls, raw: Mapping[str, Any]) -> "GenerateRequest":
+        """Inverse of to_json_dict; raises KeyError, TypeError or ValueError on anything else."""
+        params = dict(raw["params"])
+        params["logit_bias"] = tuple((int(token), float(bias)) for token, bias in params.get("logit_bias", ()))
+        params["stop_token_ids"] = tuple(params.get("stop_token_ids", ()))
+        return cls(
+            id=str(raw["id"]),
+            prompt_ids=tuple(raw["prompt_ids"]),
+            params=SamplingParams(**params),
+            resumed_ids=tuple(raw.get("resumed_ids", ())),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of a token, and of the likeliest ones at its place, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    def to_json_list(self) -> list[Any]:
+        return [self.token_id, self.logprob, [list(pair) for pair in self.top]]
+
+    @classmethod
+    def from_json_list(cls, raw: list[Any]) -> "TokenLogprob":
+        token, logprob, top = raw
+        return cls(int(token), float(logprob), tuple((int(t), float(value)) for t, value in top))
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a step brought one request: new tokens, scores of its prompt, or its end."""
+
+    id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # of the next prompt tokens, in order
+    finish_reason: str | None = None  # "stop", "length" or "error"
+    error: str | None = None
+    cached_tokens: int = 0  # prompt tokens that a reused prefix spared
+
+    def to_json_dict(self) -> dict[str, Any]:
+        raw: dict[str, Any] = {"id": self.id}
+        if self.token_ids:
+            raw["token_ids"] = list(self.token_ids)
+        if self.logprobs is not None:
+            raw["logprobs"] = [score.to_json_list() for score in self.logprobs]
+        if self.prompt_logprobs is not None:
+            raw["prompt_logprobs"] = [score and score.to_json_list() for score in self.prompt_logprobs]
+        if self.finish_reason is not None:
+            raw["finish_reason"] = self.finish_reason
+        if self.error is not None:
+            raw["error"] = self.error
+        if self.cached_tokens:
+            raw["cached_tokens"] = self.cached_tokens
+        return raw
+
+    @classmethod
+    def from_json_dict(cls, raw: Mapping[str, Any]) -> "Update":
+        """Inverse of to_json_dict; raises KeyError, TypeError or ValueError on anything else."""
+        logprobs, prompt_logprobs = raw.get("logprobs"), raw.get("prompt_logprobs")
+        return cls(
+            id=str(raw["id"]),
+            token_ids=tuple(raw.get("token_ids", ())),
+            logprobs=None if logprobs is None else tuple(map(TokenLogprob.from_json_list, logprobs)),
+            prompt_logprobs=None
+            if prompt_logprobs is None
+            else tuple(score and TokenLogprob.from_json_list(score) for score in prompt_logprobs),
+            finish_reason=raw.get("finish_reason"),
+            error=raw.get("error"),
+            cached_tokens=int(raw.get("cached_tokens", 0)),
+        )

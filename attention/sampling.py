@@ -1,0 +1,95 @@
+"""The next token from logits, as a pure function of (logits, history, params, position).
+
+Each row is computed alone in float64, and its one random number comes from a counter-based generator keyed by
+(request seed, position): a continuation on another machine draws what this one would have drawn.
+Shapes: `V` vocabulary.
+"""
+
+from collections.abc import Sequence as Tokens
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attention.requests import SamplingParams, TokenLogprob
+
+GREEDY_BELOW = 1e-5  # a temperature this small divides logits beyond any use
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1), a function of the two alone (Philox 4x64-10)."""
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+
+
+def penalised(logits_V: Tensor, prompt: Tokens[int], answer: Tokens[int], params: SamplingParams) -> Tensor:
+    """Float64 logits after repetition, presence and frequency penalties and logit_bias, in that order.
+
+    The repetition penalty (arXiv 1909.05858) sees prompt and answer; the other two see the answer, as OpenAI's.
+    """
+    logits = logits_V.double().clone()
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*prompt, *answer}), dtype=torch.int64, device=logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if answer and (params.presence_penalty or params.frequency_penalty):
+        ids = torch.tensor(answer, dtype=torch.int64, device=logits.device)
+        counts = torch.bincount(ids, minlength=len(logits)).double()
+        logits -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+    for token, bias in params.logit_bias:
+        logits[token] += bias
+    return logits
+
+
+def forbid(logits_V: Tensor, tokens: Tokens[int]) -> Tensor:
+    """Logits in which `tokens` cannot be drawn."""
+    if tokens:
+        logits_V = logits_V.clone()
+        logits_V[list(tokens)] = -torch.inf
+    return logits_V
+
+
+def draw(logits_V: Tensor, params: SamplingParams, position: int) -> int:
+    """Draw the token at absolute `position` from penalised logits: temperature, top_k, top_p, min_p."""
+    if params.temperature < GREEDY_BELOW:
+        return int(logits_V.argmax())
+    scaled = logits_V.double() / params.temperature
+    probabilities = torch.softmax(scaled, dim=-1)
+    threshold = uniform(params.seed, position)
+    if not params.top_k and params.top_p >= 1.0 and params.min_p <= 0.0:
+        return _inverse(probabilities, threshold)
+    ordered, tokens = probabilities.sort(descending=True, stable=True)
+    if params.top_k:
+        ordered, tokens = ordered[: params.top_k], tokens[: params.top_k]
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    if params.top_p < 1.0:
+        # A token stays while the mass before it, within what top_k left, is below top_p: the first always.
+        share = ordered / ordered.sum()
+        keep &= share.cumsum(0) - share < params.top_p
+    if params.min_p > 0.0:
+        keep &= ordered >= params.min_p * ordered[0]
+    keep[0] = True
+    return int(tokens[keep][_inverse(ordered[keep], threshold)])
+
+
+def _inverse(weights: Tensor, threshold: float) -> int:
+    """Index at which the running sum of `weights` passes `threshold` of the total."""
+    running = weights.cumsum(0)
+    index = int(torch.searchsorted(running, threshold * running[-1], right=True))
+    if index >= len(weights):  # the product rounded up to the total
+        index = len(weights) - 1
+    while weights[index] == 0:  # never a token of no probability
+        index -= 1
+    return index
+
+
+def score(logits_V: Tensor, token: int, alternatives: int) -> TokenLogprob:
+    """Log-probability of `token` and of the likeliest `alternatives`, under the model's own distribution.
+
+    Taken before temperature and penalties, so it does not depend on how the request samples.
+    """
+    logprobs = torch.log_softmax(logits_V.double(), dim=-1)
+    top: tuple[tuple[int, float], ...] = ()
+    if alternatives:
+        values, ids = logprobs.topk(alternatives)
+        top = tuple(sorted(zip(ids.tolist(), values.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0])))
+    return TokenLogprob(token_id=token, logprob=float(logprobs[token]), top=top)

@@ -1,0 +1,156 @@
+"""Continuous batching with chunked prefill: which tokens of which sequences the next step computes.
+
+Plain Python over counts and block numbers. Running sequences come first, in order of arrival, each with the
+tokens it has not computed yet (one when it is generating); then waiting ones while blocks and budget last.
+When blocks run out, the latest arrival gives its blocks up and is recomputed later: a request never fails
+because others took the memory.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from attention.blocks import BlockPool
+from attention.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Bounds of one step."""
+
+    step_tokens: int = 512  # tokens computed in one step, over all sequences
+    running: int = 64  # sequences that own blocks at once
+
+    def __post_init__(self) -> None:
+        if self.step_tokens < 1 or self.running < 1:
+            raise ValueError(f"step_tokens {self.step_tokens} and running {self.running} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`count` tokens of a sequence from `start` on, to be computed in this step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
+    def samples(self) -> bool:
+        """True when this chunk reaches the last known token, so that the next one can be drawn."""
+        return self.end == len(self.sequence.tokens)
+
+
+class Scheduler:
+    """Holds the queues; `schedule` plans a step, `complete` records that it was computed."""
+
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
+        self._pool = pool
+        self._limits = limits
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self.preemptions = 0
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self._running
+        yield from self._waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence; the caller has checked that it fits the cache alone."""
+        self._waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a finished or cancelled sequence and free its blocks."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+        self._release(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """The next step's chunks; empty when there is nothing to do."""
+        budget = self._limits.step_tokens
+        chunks: list[Chunk] = []
+        for sequence in list(self._running):
+            if budget == 0:
+                break
+            if sequence not in self._running:  # preempted for an earlier one
+                continue
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            if self._grow(sequence, sequence.computed + count):
+                chunks.append(Chunk(sequence, sequence.computed, count))
+                budget -= count
+        while budget and self._waiting and len(self._running) < self._limits.running:
+            sequence = self._waiting[0]
+            self._reuse_prefix(sequence)
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            if self._blocks_missing(sequence, sequence.computed + count) > self._pool.available:
+                self._release(sequence)
+                break
+            self._waiting.popleft()
+            self._running.append(sequence)
+            grown = self._grow(sequence, sequence.computed + count)
+            assert grown
+            chunks.append(Chunk(sequence, sequence.computed, count))
+            budget -= count
+        return chunks
+
+    def complete(self, chunks: list[Chunk]) -> None:
+        """Latents of these chunks are in the cache: advance, and offer their full blocks to later requests."""
+        size = self._pool.block_size
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.computed = chunk.end
+            for index in range(len(sequence.contents), chunk.end // size):
+                tokens = sequence.tokens[index * size : (index + 1) * size]
+                content = self._pool.publish(sequence.blocks[index], sequence.last_content, tokens)
+                sequence.contents.append(content)
+
+    def _reuse_prefix(self, sequence: Sequence) -> None:
+        """Start from blocks that already hold these tokens; the last token is always computed, for its logits.
+
+        A request for its prompt's log-probabilities computes the whole prompt.
+        """
+        if sequence.params.prompt_logprobs is None or sequence.scored_prompt >= sequence.prompt_length:
+            prefix = self._pool.match(sequence.tokens, limit=len(sequence.tokens) - 1)
+            sequence.blocks = list(prefix.blocks)
+            sequence.contents = list(prefix.contents)
+            sequence.computed = len(prefix.blocks) * self._pool.block_size
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = min(sequence.computed, sequence.prompt_length)
+
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Give the sequence blocks for `tokens` tokens, preempting later arrivals; False if it was preempted."""
+        while (missing := self._blocks_missing(sequence, tokens)) > self._pool.available:
+            victim = max(self._running, key=lambda candidate: candidate.arrival)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks.extend(self._pool.allocate() for _ in range(missing))
+        return True
+
+    def _blocks_missing(self, sequence: Sequence, tokens: int) -> int:
+        return -(-tokens // self._pool.block_size) - len(sequence.blocks)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._release(sequence)
+        self._waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.contents = []
+        sequence.computed = 0

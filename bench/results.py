@@ -1,0 +1,175 @@
+"""What a run found, as it lies in its JSON file. Units are in the names."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bench.errors import BenchError
+from bench.machine import Machine, Software
+from bench.spread import Spread
+
+BASELINE = "transformers"
+LOCAL = "shoal-local"
+PARALLEL = "shoal-2"
+"""The service that the expert-parallel tax and HTTP are measured on."""
+Phase = Literal["prefill", "decode"]
+FORMAT = 1
+
+
+class Model(BaseModel):
+    """Base of everything here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Throughput(Model):
+    """One contender at one batch size; ratios are formed repeat by repeat."""
+
+    contender: str
+    batch: int
+    prefill_tokens_per_s: Spread
+    decode_tokens_per_s: Spread
+    prefill_ratio: Spread | None  # to transformers in the same repeat; None without it
+    decode_ratio: Spread | None
+    same_answers: float | None  # share of sequences, 0 to 1, with exactly transformers' tokens
+
+
+class Tax(Model):
+    """shoal-2 over shoal-local at one batch size: what separate expert processes cost."""
+
+    batch: int
+    prefill_ratio: Spread
+    decode_ratio: Spread
+
+
+class Http(Model):
+    """Streams through HTTP, all begun at once; percentiles over all streams of all repeats."""
+
+    streams: int
+    first_token_p50_ms: float
+    first_token_p99_ms: float
+    between_tokens_p50_ms: float
+    between_tokens_p99_ms: float
+    first_tokens: int  # measured
+    gaps: int  # between tokens, measured
+    decode_tokens_per_s: Spread
+    decode_ratio_to_door: Spread | None  # to the worker's own gRPC door in the same repeat
+
+
+class StartUp(Model):
+    """From the command to the first token, files in the page cache."""
+
+    contender: str
+    first_token_s: Spread
+
+
+class RoundTrip(Model):
+    """Of one dispatch between two processes, through the client's transport."""
+
+    transport: str
+    payload_bytes: int  # each way
+    rounds: int
+    p50_us: float
+    p99_us: float
+
+
+class Traffic(Model):
+    """Payload between the attention side and its hosts, for each token and MoE layer."""
+
+    hosts: int
+    bytes_sent_per_token_per_layer: float
+    bytes_received_per_token_per_layer: float
+    rows_sent_per_token_per_layer: float
+
+
+class Memory(Model):
+    """Processes of one role of one contender: the largest peak, and the sum of shares."""
+
+    contender: str
+    role: str
+    processes: int
+    largest_peak_bytes: int  # resident, mapped files included
+    share_bytes: int  # proportional set size, summed over the processes
+
+
+class Implementation(Model):
+    """transformers' fastest at one batch size, by its own names."""
+
+    batch: int
+    prefill_attention: str
+    prefill_experts: str
+    decode_attention: str
+    decode_experts: str
+
+
+class BaselineSettings(Model):
+    """How transformers ran: the fastest of everything that was tried."""
+
+    waiting: Literal["active", "passive"]  # of idle OpenMP threads
+    implementations: tuple[Implementation, ...]
+
+
+class Run(Model):
+    """The run itself."""
+
+    started: str  # ISO 8601, UTC
+    duration_s: float
+    command: str
+    quick: bool
+    seed: int
+    repeats: int
+    threads: int  # of transformers and of shoal-local
+    service_threads: int | None  # of each actor; None: the service's own default
+    prompt_tokens: int
+    decode_tokens: int
+    checkpoint: str  # its directory's name
+    parameters: int
+    machine: Machine
+    software: Software
+    paused_cpu_s: float  # processor time that waiting contenders used, over the whole run
+    idle_service_cores: float | None  # that shoal-2 uses while it has nothing to do
+
+
+class Results(Model):
+    """Everything."""
+
+    format: int
+    run: Run
+    baseline: BaselineSettings | None
+    throughput: tuple[Throughput, ...]
+    tax: tuple[Tax, ...]
+    http: tuple[Http, ...]
+    start_up: tuple[StartUp, ...]
+    round_trips: tuple[RoundTrip, ...]
+    round_trips_missing: str | None  # why there are none
+    traffic: tuple[Traffic, ...]
+    memory: tuple[Memory, ...]
+
+    def find(self, contender: str, batch: int) -> Throughput | None:
+        return next((row for row in self.throughput if (row.contender, row.batch) == (contender, batch)), None)
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(row.contender for row in self.throughput))
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        return tuple(sorted({row.batch for row in self.throughput}))
+
+
+def write_results(results: Results, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def read_results(path: Path) -> Results:
+    """Raises BenchError when the file is missing or not one of these."""
+    try:
+        return Results.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BenchError(f"{path} cannot be read ({error.strerror}): `python -m bench` writes it") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BenchError(f"{path} is not a result file of this version: {where}: {first['msg']}") from error

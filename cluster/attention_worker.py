@@ -1,0 +1,127 @@
+"""An attention worker: the dense side of the model, its engine and its door, known to the controller."""
+
+import contextlib
+import os
+import threading
+from dataclasses import asdict, dataclass
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from attention.cache import bytes_per_block
+from attention.decoder import Decoder
+from attention.engine import Engine, EngineLimits, EngineStats
+from attention.runner import EngineThread
+from attention.scheduler import SchedulerLimits
+from attention.service import AttentionServer
+from cluster.controller import find_controller, get_or_start_controller
+from cluster.membership import PlacementFollower
+from cluster.spec import ServiceSpec
+from experts.client import ExpertClient
+from experts.grpc_transport import GrpcTransport
+from model.checkpoint import Checkpoint
+
+HEARTBEAT_S = 1.0
+HOSTS_TIMEOUT_S = 600.0  # for the hosts to load, before the worker gives up
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What one attention worker holds; raises ValueError naming the field that is out of range."""
+
+    threads: int = 1
+    max_length: int = 4096  # tokens of prompt and answer
+    cache_tokens: int = 32768
+    block_size: int = 16
+    step_tokens: int = 512
+    running: int = 64
+    expert_deadline_s: float = 30.0
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "max_length", "cache_tokens", "block_size", "step_tokens", "running"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"attention.{name} is {getattr(self, name)}; expected at least 1")
+        if self.expert_deadline_s <= 0:
+            raise ValueError(f"attention.expert_deadline_s is {self.expert_deadline_s}; expected above 0")
+
+
+class AttentionWorker:
+    """Loads while the hosts load, and opens its door once they hold every expert."""
+
+    def __init__(self, service: ServiceSpec, spec: WorkerSpec, worker_id: str) -> None:
+        torch.set_num_threads(spec.threads)
+        self._id = worker_id
+        self._namespace = service.namespace
+        controller = get_or_start_controller(service)
+        checkpoint = Checkpoint.open(service.model)
+        token = ray.get(controller.token.remote())
+        self._placements = PlacementFollower(service.namespace)
+        client = ExpertClient(GrpcTransport(token, service.tls), self._placements, spec.expert_deadline_s)
+        device = "cuda" if spec.gpus > 0 else "cpu"
+        decoder = Decoder(checkpoint, client, self._placements, device)
+        limits = EngineLimits(
+            cache_blocks=-(-spec.cache_tokens // spec.block_size),
+            block_size=spec.block_size,
+            max_length=spec.max_length,
+            scheduler=SchedulerLimits(spec.step_tokens, spec.running),
+        )
+        self.cache_bytes = limits.cache_blocks * bytes_per_block(checkpoint.config, spec.block_size)
+        self._wait_for_hosts(controller)
+        self._engine = EngineThread(Engine(decoder, limits))
+        self._server = AttentionServer(self._engine, f"{ray.util.get_node_ip_address()}:0", token, service.tls)
+        self._server.start()
+        self._leaving = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heart.start()
+
+    @property
+    def address(self) -> str:
+        return self._server.address
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    def check_health(self) -> None:
+        """Raises RuntimeError, for Serve to replace this worker, when its engine has failed."""
+        if not self._engine.alive:
+            raise RuntimeError(f"the engine of {self._id} has stopped: {self._engine.failure!r}")
+
+    def close(self) -> None:
+        """Leave the list of workers, then end what is running."""
+        self._leaving.set()
+        with contextlib.suppress(ValueError, RayActorError, GetTimeoutError):  # nobody keeps a list any more
+            ray.get(find_controller(self._namespace).leave.remote(self._id), timeout=2)
+        self._server.stop(0.5)
+        self._engine.close()
+        self._placements.close()
+
+    def _wait_for_hosts(self, controller: object) -> None:
+        waited_s = 0.0
+        while not self._placements.wait_first(1.0):
+            waited_s += 1.0
+            status = ray.get(controller.status.remote())  # type: ignore[attr-defined]
+            if status["state"] == "failed":
+                raise RuntimeError(f"the expert hosts cannot start: {status['reason']}")
+            if waited_s > HOSTS_TIMEOUT_S:
+                raise RuntimeError(f"the expert hosts were not ready within {HOSTS_TIMEOUT_S:.0f} s")
+
+    def _beat(self) -> None:
+        info = {
+            "id": self._id,
+            "address": self.address,
+            "pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
+            "state": "ready",
+        }
+        while not self._leaving.wait(HEARTBEAT_S if self._greet(info | asdict(self.stats())) else 0.2):
+            if not self._engine.alive:
+                return
+
+    def _greet(self, info: dict[str, object]) -> bool:
+        try:
+            ray.get(find_controller(self._namespace).heartbeat.remote(info), timeout=5)
+        except (ValueError, RayActorError, GetTimeoutError):
+            return False
+        return True

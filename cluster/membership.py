@@ -1,0 +1,65 @@
+"""What an attention worker knows of the placement: a copy that a thread keeps new."""
+
+import threading
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from cluster.controller import find_controller
+from router.placement import Host, Placement
+
+POLL_S = 10.0
+RETRY_S = 0.2
+
+
+class PlacementFollower:
+    """A PlacementSource over the controller's long poll; survives the controller's death."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+        self._placement: Placement | None = None
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="placement", daemon=True)
+        self._thread.start()
+
+    def snapshot(self) -> Placement:
+        """The newest table; raises RuntimeError before the first one came (see `wait_first`)."""
+        if self._placement is None:
+            raise RuntimeError("no placement was published yet: wait for the expert hosts first")
+        return self._placement
+
+    def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
+        with self._changed:
+            self._changed.wait_for(lambda: self._placement is not None and self._placement.epoch > epoch, timeout_s)
+        return self.snapshot()
+
+    def wait_first(self, timeout_s: float) -> bool:
+        """Wait for the first table; False when none came in `timeout_s` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._placement is not None, timeout_s)
+
+    def report(self, host: Host, reason: str) -> None:
+        try:
+            find_controller(self._namespace).report.remote(host.id, host.generation, reason)
+        except ValueError:
+            return  # the controller is being restarted, and will look for itself
+
+    def close(self) -> None:
+        self._closing.set()
+
+    def _follow(self) -> None:
+        while not self._closing.is_set():
+            epoch = self._placement.epoch if self._placement else 0
+            try:
+                controller: Any = find_controller(self._namespace)
+                text = ray.get(controller.watch.remote(epoch, POLL_S), timeout=POLL_S + 5)
+            except (ValueError, RayActorError, GetTimeoutError):
+                time.sleep(RETRY_S)
+                continue
+            if text is not None:
+                with self._changed:
+                    self._placement = Placement.from_json(text)
+                    self._changed.notify_all()

@@ -1,0 +1,61 @@
+"""A private Ray on this machine's loopback: started for one service, and gone with it."""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+# Ray replaces a loopback address by the machine's outer one, unless it was told before its first import that
+# clusters stay on one machine.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+import ray
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Ray carries control messages only
+
+
+class LocalCluster:
+    """Owns one Ray: own temporary directory, own ports, no dashboard. A context manager."""
+
+    def __init__(self, namespace: str, cpus: int | None = None) -> None:
+        self._temp_dir = Path(tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp"))  # short: it holds Unix sockets
+        # The driver must not join a Ray that happens to run here, and its log lines belong to it alone.
+        os.environ.pop("RAY_ADDRESS", None)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tokens are on, as they should be
+        try:
+            context = ray.init(
+                address="local",
+                namespace=namespace,
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="WARNING",
+                _node_ip_address=LOOPBACK,
+                _temp_dir=str(self._temp_dir),
+            )
+        except BaseException:
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+            raise
+        self.address: str = context.address_info["gcs_address"]
+        self.logs = Path(context.address_info["session_dir"]) / "logs"
+
+    def stop(self) -> None:
+        """End every process of this Ray and remove its directory."""
+        with contextlib.suppress(ConnectionError):
+            ray.shutdown()
+        shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+    def __enter__(self) -> "LocalCluster":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

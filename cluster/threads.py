@@ -1,0 +1,24 @@
+"""One thread budget a node, and threads that sleep while they wait.
+
+An idle OpenMP team that spins slows its neighbours by an order of magnitude, and every actor brings one.
+"""
+
+import os
+
+
+def node_threads() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Environment of an actor that computes with `threads` threads; raises ValueError below 1."""
+    if threads < 1:
+        raise ValueError(f"threads is {threads}; expected at least 1")
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "GOMP_SPINCOUNT": "0",
+    }

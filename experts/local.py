@@ -1,0 +1,37 @@
+"""Hosts in the same process: for one-process serving, and for tests."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from experts.errors import HostUnavailable
+from experts.host import ExpertHost
+from experts.messages import ForwardReply, ForwardRequest
+from router.placement import Host
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    host: ExpertHost | None
+    host_id: str
+    request: ForwardRequest
+
+    def result(self, timeout_s: float) -> ForwardReply:
+        if self.host is None:
+            raise HostUnavailable(f"{self.host_id} is not in this process")
+        return self.host.forward(self.request)
+
+
+class LocalTransport:
+    """Calls hosts directly, when the reply is asked for. `hosts` may change while it is in use."""
+
+    def __init__(self, hosts: Mapping[str, ExpertHost]) -> None:
+        self._hosts = hosts
+
+    def submit(self, host: Host, request: ForwardRequest) -> _Call:
+        return _Call(self._hosts.get(host.id), host.id, request)
+
+    def forget(self, host: Host) -> None:
+        pass  # nothing is kept open
+
+    def close(self) -> None:
+        pass

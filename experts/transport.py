@@ -1,0 +1,26 @@
+"""What a way to reach expert hosts offers: requests go out at once, replies are waited for."""
+
+from typing import Protocol
+
+from experts.messages import ForwardReply, ForwardRequest
+from router.placement import Host
+
+
+class Pending(Protocol):
+    """A request on its way."""
+
+    def result(self, timeout_s: float) -> ForwardReply:
+        """The reply; raises HostUnavailable when it did not come in time or the host was lost, or HostRefused."""
+
+
+class Transport(Protocol):
+    """Sends to any host of any placement; hosts come and go without being announced."""
+
+    def submit(self, host: Host, request: ForwardRequest) -> Pending:
+        """Send without waiting. Failing to send is reported by the Pending."""
+
+    def forget(self, host: Host) -> None:
+        """Drop what is kept open to a host that left."""
+
+    def close(self) -> None:
+        """Drop everything; what is pending fails with HostUnavailable."""

@@ -1,0 +1,39 @@
+"""Absorbed latent attention over a paged cache, ragged: every token sees its own sequence's past.
+
+Shapes: `T` tokens, `N` heads, `W` cache width, `C` latent, `B` blocks, `S` block size, `Q` sequences, `M` blocks
+of the longest table.
+"""
+
+import torch
+from torch import Tensor
+
+
+def latent_attention(
+    q_TNW: Tensor,
+    cache_BSW: Tensor,
+    block_tables_QM: Tensor,
+    sequence_T: Tensor,
+    position_T: Tensor,
+    latent: int,
+    scale: float,
+) -> Tensor:
+    """softmax(q · key · scale) · key[:latent] for each token over positions 0..position of its sequence, [T, N, C].
+
+    Key j of sequence s lies in cache[block_tables[s, j // S], j % S]. The order of each sum is a function of the
+    token's position alone, so chunking, batching and the choice of blocks never change its bits.
+    """
+    size = cache_BSW.shape[1]
+    out_TNC = torch.empty(*q_TNW.shape[:2], latent, dtype=q_TNW.dtype, device=q_TNW.device)
+    gathered: dict[int, Tensor] = {}
+    lasts: dict[int, int] = {}
+    owners, positions = sequence_T.tolist(), position_T.tolist()
+    for owner, position in zip(owners, positions, strict=True):
+        lasts[owner] = max(lasts.get(owner, 0), position)
+    for token, (owner, position) in enumerate(zip(owners, positions, strict=True)):
+        if owner not in gathered:
+            blocks = block_tables_QM[owner, : lasts[owner] // size + 1].long()
+            gathered[owner] = cache_BSW[blocks].flatten(0, 1)
+        keys_JW = gathered[owner][: position + 1]
+        weights_NJ = torch.softmax((q_TNW[token] @ keys_JW.t()).float() * scale, dim=-1)
+        out_TNC[token] = weights_NJ.to(keys_JW.dtype) @ keys_JW[:, :latent]
+    return out_TNC

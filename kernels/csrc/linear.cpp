@@ -1,0 +1,165 @@
+// Linear maps with packed weights: one, one a head, and the SwiGLU networks of many experts.
+#include <vector>
+
+#include "pool.h"
+#include "product.h"
+
+using namespace shoal;
+
+namespace {
+
+constexpr long PACK_ALONE = 1 << 15;  // floats that the caller packs itself, sooner than the team would wake
+
+template <class Row>
+void pack_rows(float* packed, const Layout& layout, long inner, long rows, const Row& row) {
+  long tiles = static_cast<long>(layout.tiles.size());
+  auto pack = [&](long t) { pack_tile(tile_at(packed, layout.tiles[t], inner), layout.tiles[t], inner, row); };
+  if (rows * inner <= PACK_ALONE) {
+    for (long t = 0; t < tiles; t++) pack(t);
+  } else {
+    pool().run(tiles, pack);
+  }
+}
+
+// Calls done(tile, panel, result[rows][PANEL]) for every tile of every chunk and every panel.
+template <class Weights, class Done>
+void multiply(const Layout& layout, float* packed, long inner, long panels, const Weights& weights, const Done& done) {
+  long chunks = static_cast<long>(layout.chunks.size());
+  pool().run(chunks * panels, [&](long task) {
+    const Chunk& chunk = layout.chunks[task / panels];
+    long panel = task % panels;
+    const float* w = weights(chunk.group, panel);
+    alignas(64) float result[MAX_ROWS * PANEL];
+    for (int t = chunk.first_tile; t < chunk.first_tile + chunk.tiles; t++) {
+      const Tile& tile = layout.tiles[t];
+      tile_product(w, tile_at(packed, tile, inner), tile.rows, inner, result);
+      done(tile, panel, result);
+    }
+  });
+}
+
+V silu(V x) { return x / (set1(1.0f) + exp(zero() - x)); }
+
+struct Work {
+  Layout layout;
+  Scratch input, hidden;
+  std::vector<int> order, first, groups;
+};
+
+Work& work() {
+  static thread_local Work memory;
+  return memory;
+}
+
+}  // namespace
+
+extern "C" {
+
+// [outputs][inner] -> panels of PANEL outputs, [depth][PANEL] each; what is added is 0. `stride` is the distance of two
+// panels in panels: 2 interleaves two matrices, as gate and up are.
+void shoal_pack(const float* weight, long outputs, long inner, long depth, float* packed, long stride) {
+  pool().run(panels_of(outputs), [&](long panel) {
+    float* to = packed + panel * stride * depth * PANEL;
+    for (long k = 0; k < depth; k++)
+      for (long o = 0; o < PANEL; o++) {
+        long output = panel * PANEL + o;
+        to[k * PANEL + o] = k < inner && output < outputs ? weight[output * inner + k] : 0.0f;
+      }
+  });
+}
+
+void shoal_unpack(const float* packed, long outputs, long inner, long depth, float* weight, long stride) {
+  pool().run(panels_of(outputs), [&](long panel) {
+    const float* from = packed + panel * stride * depth * PANEL;
+    for (long o = 0; o < std::min<long>(PANEL, outputs - panel * PANEL); o++)
+      for (long k = 0; k < inner; k++) weight[(panel * PANEL + o) * inner + k] = from[k * PANEL + o];
+  });
+}
+
+// `heads` maps, head h from x + h * x_head to out + h * out_head: out[r] = x[r] · weight_hᵀ (+ add[r]).
+// Rows of x are x_stride apart, those of out and add out_stride; packed weights of the heads follow one another.
+void shoal_linear(const float* x, long x_stride, long x_head, long rows, const float* packed, long heads, long inner,
+                  long outputs, float* out, long out_stride, long out_head, const float* add) {
+  if (rows == 0) return;
+  Work& memory = work();
+  Layout& layout = memory.layout;
+  layout.clear();
+  for (long h = 0; h < heads; h++) layout.add(static_cast<int>(h), h * rows, rows, inner);
+  float* input = memory.input.take(heads * rows * padded_inner(inner));
+  pack_rows(input, layout, inner, heads * rows, [&](long row) {
+    return x + (row / rows) * x_head + (row % rows) * x_stride;
+  });
+  long panels = panels_of(outputs), panel_floats = padded_inner(inner) * PANEL;
+  multiply(
+      layout, input, inner, panels,
+      [&](int head, long panel) { return packed + (head * panels + panel) * panel_floats; },
+      [&](const Tile& tile, long panel, const float* result) {
+        long at = tile.group * out_head + (tile.first - tile.group * rows) * out_stride + panel * PANEL;
+        int count = static_cast<int>(std::min<long>(PANEL, outputs - panel * PANEL));
+        put_columns(result, tile.rows, count, out + at, add ? add + at : nullptr, out_stride);
+      });
+}
+
+// SwiGLU of many experts: out[p] = down_e(silu(gate_e(x)) * up_e(x)) with e = pair_expert[p], x = x[pair_row[p]].
+// gate_up[e] and down[e] are addresses of packed weights, gate's and up's panels in turn. Pairs without pair_row are
+// the rows themselves. Adds add[p] if given. Returns 0, or 1 + p for the first pair whose expert or row is not there.
+long shoal_experts(const float* x, long x_stride, long rows, long pairs, const int* pair_row, const int* pair_expert,
+                   const float* const* gate_up, const float* const* down, long experts, long width, long inner,
+                   float* out, long out_stride, const float* add) {
+  if (pairs == 0) return 0;
+  Work& memory = work();
+  Layout& layout = memory.layout;
+  layout.clear();
+  std::vector<int>&order = memory.order, &first = memory.first;
+  first.assign(experts + 1, 0);
+  for (long p = 0; p < pairs; p++) {
+    int expert = pair_expert ? pair_expert[p] : 0, row = pair_row ? pair_row[p] : static_cast<int>(p);
+    if (expert < 0 || expert >= experts || !gate_up[expert] || row < 0 || row >= rows) return p + 1;
+    first[expert + 1]++;
+  }
+  for (long e = 0; e < experts; e++) {
+    if (first[e + 1]) layout.add(static_cast<int>(e), first[e], first[e + 1], std::max(width, inner));
+    first[e + 1] += first[e];
+  }
+  order.resize(pairs);
+  for (long p = 0; p < pairs; p++) order[first[pair_expert ? pair_expert[p] : 0]++] = static_cast<int>(p);
+
+  float* input = memory.input.take(pairs * padded_inner(width));
+  float* hidden = memory.hidden.take(pairs * padded_inner(panels_of(inner) * PANEL));
+  pack_rows(input, layout, width, pairs, [&](long row) {
+    int p = order[row];
+    return x + (pair_row ? pair_row[p] : p) * x_stride;
+  });
+  long panels = panels_of(inner), depth = panels * PANEL, panel_floats = padded_inner(width) * PANEL;
+  long chunks = static_cast<long>(layout.chunks.size());
+  pool().run(chunks * panels, [&](long task) {
+    const Chunk& chunk = layout.chunks[task / panels];
+    long panel = task % panels;
+    const float* weights = gate_up[chunk.group] + 2 * panel * panel_floats;
+    alignas(64) float gate[MAX_ROWS * PANEL], up[MAX_ROWS * PANEL];
+    for (int t = chunk.first_tile; t < chunk.first_tile + chunk.tiles; t++) {
+      const Tile& tile = layout.tiles[t];
+      const float* packed = tile_at(input, tile, width);
+      tile_product(weights, packed, tile.rows, width, gate);
+      tile_product(weights + panel_floats, packed, tile.rows, width, up);
+      float* to = tile_at(hidden, tile, depth) + panel * PANEL * tile.rows;  // packed, as the second product reads it
+      for (int part = 0; part < PANEL; part += LANES)
+        for (int r = 0; r < tile.rows; r++)
+          store(to + part * tile.rows + r * LANES,
+                silu(load(gate + r * PANEL + part)) * load(up + r * PANEL + part));
+    }
+  });
+  long down_panels = panels_of(width), down_floats = depth * PANEL;
+  multiply(
+      layout, hidden, depth, down_panels, [&](int expert, long panel) { return down[expert] + panel * down_floats; },
+      [&](const Tile& tile, long panel, const float* result) {
+        int count = static_cast<int>(std::min<long>(PANEL, width - panel * PANEL));
+        for (int r = 0; r < tile.rows; r++) {
+          long at = order[tile.first + r] * out_stride + panel * PANEL;
+          put_columns(result + r * PANEL, 1, count, out + at, add ? add + at : nullptr, out_stride);
+        }
+      });
+  return 0;
+}
+
+}  // extern "C"

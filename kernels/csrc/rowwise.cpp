@@ -1,0 +1,140 @@
+// What happens to one row at a time: norms, rotary embedding, the gate, and the weighted sum of experts' answers.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "pool.h"
+#include "rows.h"
+
+using namespace shoal;
+
+namespace {
+
+constexpr long ROWS_ALONE = 1 << 14;  // numbers below which the caller does the rows itself
+
+template <class Row>
+void each_row(long rows, long numbers, const Row& row) {
+  if (rows * numbers <= ROWS_ALONE) {
+    for (long r = 0; r < rows; r++) row(r);
+  } else {
+    pool().run(rows, row);
+  }
+}
+
+void norm_row(const float* x, const float* weight, long width, float eps, float* out) {
+  V squares = zero();
+  long k = 0;
+  for (; k + LANES <= width; k += LANES) { V v = load(x + k); squares = fma(v, v, squares); }
+  if (k < width) { V v = load_part(x + k, static_cast<int>(width - k)); squares = fma(v, v, squares); }
+  V scale = set1(1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps));
+  for (k = 0; k + LANES <= width; k += LANES) store(out + k, load(x + k) * scale * load(weight + k));
+  if (k < width) {
+    int lanes = static_cast<int>(width - k);
+    store_part(out + k, load_part(x + k, lanes) * scale * load_part(weight + k, lanes), lanes);
+  }
+}
+
+// Interleaved pairs times cos + i sin, as complex numbers.
+void rotate_row(const float* x, const float* cos, const float* sin, long pairs, float* out) {
+  for (long i = 0; i < pairs; i++) {
+    float even = x[2 * i], odd = x[2 * i + 1];
+    out[2 * i] = even * cos[i] - odd * sin[i];
+    out[2 * i + 1] = even * sin[i] + odd * cos[i];
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void shoal_rms_norm(const float* x, long x_stride, const float* weight, long rows, long width, float eps, float* out,
+                    long out_stride) {
+  each_row(rows, width, [&](long r) { norm_row(x + r * x_stride, weight, width, eps, out + r * out_stride); });
+}
+
+// Rotates the last `rotary` numbers of each of `heads` queries into the last numbers of out's heads.
+void shoal_rotate_heads(const float* q, long q_head, long rows, long heads, long rotary, const float* cos,
+                        const float* sin, float* out, long out_head) {
+  each_row(rows, heads * rotary, [&](long t) {
+    for (long h = 0; h < heads; h++) {
+      long at = t * heads + h;
+      rotate_row(q + (at + 1) * q_head - rotary, cos + t * (rotary / 2), sin + t * (rotary / 2), rotary / 2,
+                 out + (at + 1) * out_head - rotary);
+    }
+  });
+}
+
+// The latent (normalised) and the rotated shared key of each token, to its slot of the cache.
+void shoal_write_latents(const float* kv, long kv_stride, const float* weight, const float* cos, const float* sin,
+                         const long* slot, long rows, long latent, long rotary, float eps, float* cache) {
+  each_row(rows, latent + rotary, [&](long t) {
+    float* to = cache + slot[t] * (latent + rotary);
+    norm_row(kv + t * kv_stride, weight, latent, eps, to);
+    rotate_row(kv + t * kv_stride + latent, cos + t * (rotary / 2), sin + t * (rotary / 2), rotary / 2, to + latent);
+  });
+}
+
+// The gate: softmax over all experts, the `kept` groups with the largest single affinity, the `top` best experts of
+// these in falling order, ties to the lower index. Weights are normalised, or scaled.
+void shoal_route(const float* logits, long rows, long experts, long groups, long kept, long top, int normalise,
+                 float scale, long* chosen, float* weights) {
+  each_row(rows, 8 * experts, [&](long t) {
+    static thread_local std::vector<float> score;
+    static thread_local std::vector<int> order;
+    score.resize(padded_inner(experts));
+    const float* row = logits + t * experts;
+    std::fill(score.begin(), score.end(), -INFINITY);
+    std::copy(row, row + experts, score.begin());
+    V best = set1(*std::max_element(row, row + experts)), total = zero();
+    for (long e = 0; e < experts; e += LANES) {
+      V value = exp(load(&score[e]) - best);
+      total = total + value;
+      store(&score[e], value);
+    }
+    V share = set1(sum(total));
+    for (long e = 0; e < experts; e += LANES) store(&score[e], load(&score[e]) / share);
+    auto better = [&](int a, int b) { return score[a] > score[b] || (score[a] == score[b] && a < b); };
+    if (kept < groups) {
+      long size = experts / groups;
+      std::vector<int>& names = order;
+      std::vector<float> most(groups);
+      names.resize(groups);
+      for (long g = 0; g < groups; g++) {
+        names[g] = static_cast<int>(g);
+        most[g] = *std::max_element(&score[g * size], &score[g * size] + size);
+      }
+      std::sort(names.begin(), names.end(),
+                [&](int a, int b) { return most[a] > most[b] || (most[a] == most[b] && a < b); });
+      for (long g = kept; g < groups; g++) std::fill_n(&score[names[g] * size], size, 0.0f);
+    }
+    order.resize(experts);
+    for (long e = 0; e < experts; e++) order[e] = static_cast<int>(e);
+    std::partial_sort(order.begin(), order.begin() + top, order.end(), better);
+    float sum_of_chosen = 1e-20f;
+    for (long k = 0; k < top; k++) {
+      chosen[t * top + k] = order[k];
+      sum_of_chosen += score[order[k]];
+    }
+    for (long k = 0; k < top; k++)
+      weights[t * top + k] = normalise ? score[order[k]] / sum_of_chosen : score[order[k]] * scale;
+  });
+}
+
+// out[t] = residual[t] (+ other[t]) + Σ over slots, in their order, of weights[t][k] · y[t][k].
+void shoal_combine(const float* y, const float* weights, long rows, long top, long width, const float* residual,
+                   const float* other, float* out) {
+  each_row(rows, top * width, [&](long t) {
+    for (long c = 0; c < width; c += LANES) {
+      int lanes = static_cast<int>(std::min<long>(LANES, width - c));
+      auto at = [&](const float* p) { return lanes == LANES ? load(p + c) : load_part(p + c, lanes); };
+      V total = set1(weights[t * top]) * at(y + t * top * width);
+      for (long k = 1; k < top; k++) total = fma(set1(weights[t * top + k]), at(y + (t * top + k) * width), total);
+      if (other) total = total + at(other + t * width);
+      if (residual) total = at(residual + t * width) + total;
+      if (lanes == LANES) store(out + t * width + c, total);
+      else store_part(out + t * width + c, total, lanes);
+    }
+  });
+}
+
+}  // extern "C"

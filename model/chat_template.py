@@ -1,0 +1,107 @@
+"""Chat templates, rendered in a sandbox: a template is a program that came with the checkpoint."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_RENDERED_CHARS = 8_000_000
+RENDERING_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+"""What a template's own expressions may raise."""
+
+DEFAULT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'user' %}User: {{ message.content }}\n\n"
+    "{% elif message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}"
+    "{% else %}{{ message.content }}\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""DeepSeek-V2-Chat's format, for checkpoints that bring no template."""
+
+
+class ChatTemplateError(ValueError):
+    """The template refused the messages, or is itself faulty."""
+
+
+class ChatTemplate:
+    """A compiled template and the special tokens it may print."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = _now
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(f"the checkpoint's chat template does not compile: {error}") from error
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The prompt's text; raises ChatTemplateError with the template's own words when it refuses."""
+        try:
+            parts: list[str] = []
+            length = 0
+            for part in self._template.generate(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._special_tokens,
+            ):
+                parts.append(part)
+                length += len(part)
+                if length > MAX_RENDERED_CHARS:
+                    raise ChatTemplateError(f"the chat template wrote more than {MAX_RENDERED_CHARS} characters")
+            return "".join(parts)
+        except ChatTemplateError:
+            raise
+        except RENDERING_ERRORS as error:
+            raise ChatTemplateError(f"the chat template refused the messages: {error}") from error
+
+
+def load_chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate:
+    """chat_template.jinja, else tokenizer_config.json's chat_template, else DeepSeek-V2's format."""
+    special = {
+        name: value.get("content", "") if isinstance(value, dict) else str(value)
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        if (value := tokenizer_config.get(name)) is not None
+    }
+    path = directory / "chat_template.jinja"
+    source: Any = path.read_text(encoding="utf-8") if path.exists() else tokenizer_config.get("chat_template")
+    if isinstance(source, list):  # several named templates
+        named = {item["name"]: item["template"] for item in source}
+        source = named.get("default")
+    return ChatTemplate(source or DEFAULT, {"bos_token": "", "eos_token": ""} | special)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _now(format: str) -> str:
+    return datetime.now().strftime(format)

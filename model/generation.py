@@ -1,0 +1,48 @@
+"""Sampling defaults that come with a checkpoint, from generation_config.json."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.config_fields import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What a request that is silent samples with."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    repetition_penalty: float = 1.0
+
+
+def read_generation_defaults(directory: Path) -> GenerationDefaults:
+    """Read generation_config.json; absent fields, or an absent file, mean OpenAI's defaults.
+
+    `do_sample` false does not make an API request greedy: transformers writes it into every file.
+    """
+    path = Path(directory) / "generation_config.json"
+    if not path.exists():
+        return GenerationDefaults()
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a JSON {type(raw).__name__}; expected an object")
+
+    def number(name: str, default: float, low: float, high: float) -> float:
+        value = raw.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ConfigError(f"{path}: {name} is {value!r}; expected a number from {low} to {high}")
+        return float(value)
+
+    return GenerationDefaults(
+        temperature=number("temperature", 1.0, 0.0, 2.0),
+        top_p=number("top_p", 1.0, 1e-6, 1.0),
+        top_k=int(number("top_k", 0, 0, 1e6)),
+        repetition_penalty=number("repetition_penalty", 1.0, 1e-3, 10.0),
+    )

@@ -1,0 +1,133 @@
+"""Text to token ids and back: tokenizer.json and the chat template of a checkpoint."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from model.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
+from model.safetensors_header import CheckpointError
+
+__all__ = ["ChatTemplateError", "Detokenizer", "Tokenizer"]
+
+
+CHARACTER_BYTES = 4  # UTF-8's longest
+
+
+class Tokenizer:
+    """A fast tokenizer, its special tokens and its chat template."""
+
+    def __init__(self, fast: FastTokenizer, template: ChatTemplate) -> None:
+        self._fast = fast
+        self._template = template
+        self._special = {token for token, added in fast.get_added_tokens_decoder().items() if added.special}
+        self._byte_of_char = {char: byte for byte, char in enumerate(byte_alphabet())}
+
+    @classmethod
+    def load(cls, directory: Path | str) -> "Tokenizer":
+        """Read tokenizer.json and tokenizer_config.json; raises CheckpointError naming what is missing."""
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist: a checkpoint is served with its fast tokenizer")
+        try:
+            fast = FastTokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:
+            raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+        config_path = directory / "tokenizer_config.json"
+        config: Mapping[str, Any] = {}
+        if config_path.exists():
+            try:
+                config = json.loads(config_path.read_text(encoding="utf-8"))
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise CheckpointError(f"{config_path} cannot be read as JSON: {error}") from error
+            if not isinstance(config, dict):
+                raise CheckpointError(f"{config_path} holds a JSON {type(config).__name__}; expected an object")
+        return cls(fast, load_chat_template(directory, config))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._fast.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special
+
+    def is_printed(self, token: int, skip_special_tokens: bool = True) -> bool:
+        """Whether decode takes notice of the token: unknown ids it drops, special ones if told to."""
+        return self._fast.id_to_token(token) is not None and not (skip_special_tokens and token in self._special)
+
+    def token_text(self, token: int) -> str:
+        """What the token alone decodes to, special ones by name; "" for an id the tokenizer lacks."""
+        if token in self._special:
+            return str(self._fast.id_to_token(token))
+        return self.decode([token], skip_special_tokens=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for, also when they are part of a character."""
+        name = self._fast.id_to_token(token)
+        if name is None:
+            return b""
+        if token not in self._special and all(char in self._byte_of_char for char in name):
+            return bytes(self._byte_of_char[char] for char in name)
+        return self.token_text(token).encode()
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation; raises ChatTemplateError when the template refuses it."""
+        return self.encode(self._template.render(messages, add_generation_prompt), add_special_tokens=False)
+
+
+class Detokenizer:
+    """Text of a growing answer, piece by piece; what was given out never changes.
+
+    Keeps back a replacement character at the end, which may be the beginning of a character, and decodes a few
+    tokens before the new one with it, so that the pieces joined equal the whole decoded at once. The cost of a
+    token does not grow with the answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._window: list[int] = []  # the last tokens, enough to hold any character in full
+        self._given = 0  # leading characters of the window's text that were given out
+
+    def push(self, token: int) -> str:
+        """Text that `token` completes, perhaps none."""
+        if not self._tokenizer.is_printed(token, self._skip):
+            return ""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window, self._skip)
+        held = text.endswith("\N{REPLACEMENT CHARACTER}")  # at most one: each of those before it is final
+        piece = text[self._given : len(text) - held]
+        # UTF-8 synchronises itself: a window that begins within a character ends in the same text all the same.
+        self._window = self._window[-CHARACTER_BYTES:]
+        self._given = len(self._tokenizer.decode(self._window, self._skip)) - held
+        return piece
+
+    def flush(self) -> str:
+        """The text kept back, once the answer has ended."""
+        rest = self._tokenizer.decode(self._window, self._skip)[self._given :]
+        self._window = []
+        self._given = 0
+        return rest
+
+
+def byte_alphabet() -> list[str]:
+    """The printable character that byte-level BPE writes for each byte, in order of the bytes."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {byte: chr(byte) for byte in printable}
+    spare = 256
+    for byte in range(256):
+        if byte not in alphabet:
+            alphabet[byte] = chr(spare)
+            spare += 1
+    return [alphabet[byte] for byte in range(256)]

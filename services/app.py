@@ -1,0 +1,153 @@
+"""The Serve application: `serve run services.app:build model=DIR experts.hosts=4`, or from a config file."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from ray import serve
+from ray.serve import Application
+
+from cluster.attention_worker import WorkerSpec
+from cluster.spec import ServiceSpec
+from cluster.threads import node_threads, thread_environment
+from experts.tls import TlsFiles
+from model.checkpoint import Checkpoint
+from services.replicas import AttentionReplica, Ingress, IngressSpec
+
+
+class ExpertArgs(BaseModel):
+    """Expert hosts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    hosts: int = Field(2, ge=1)
+    replicas: int = Field(1, ge=1, description="hosts that hold each expert")
+    threads: int | None = Field(None, ge=1, description="of each host; default: the node's cores")
+    cpus: float = Field(0.0, ge=0, description="Ray CPUs that each host reserves")
+    gpus: float = Field(0.0, ge=0)
+
+
+class AttentionArgs(BaseModel):
+    """Attention workers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    replicas: int = Field(1, ge=1)
+    threads: int | None = Field(None, ge=1, description="of each worker; default: the node's cores")
+    max_length: int = Field(4096, ge=1, description="tokens of prompt and answer")
+    cache_tokens: int = Field(32768, ge=1)
+    block_size: int = Field(16, ge=1)
+    step_tokens: int = Field(512, ge=1)
+    running: int = Field(64, ge=1)
+    expert_deadline_s: float = Field(30.0, gt=0)
+    cpus: float = Field(0.0, ge=0)
+    gpus: float = Field(0.0, ge=0)
+
+
+class TlsArgs(BaseModel):
+    """PEM files that guard the calls between nodes, as every node sees them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    certificate: Path
+    key: Path
+    root: Path = Field(description="whoever it signed is let in")
+    name: str | None = Field(None, description="in every certificate, when they do not name the nodes' addresses")
+
+
+class AppArgs(BaseModel):
+    """Arguments of `build`; dotted keys (`experts.hosts=4`) and nested ones mean the same."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="directory of a Hugging Face checkpoint")
+    name: str = Field("shoal", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the Serve application's")
+    served_name: str | None = Field(None, description="model id that clients ask for; default: the directory's name")
+    api_key: str | None = Field(None, min_length=8)
+    admin_token: str | None = Field(None, min_length=8)
+    ingress_replicas: int = Field(1, ge=1)
+    max_in_flight: int = Field(256, ge=1, description="requests in one ingress before it answers 429")
+    experts: ExpertArgs = ExpertArgs()
+    attention: AttentionArgs = AttentionArgs()
+    tls: TlsArgs | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nest(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        nested: dict[str, Any] = {}
+        for key, value in raw.items():
+            head, _, rest = str(key).partition(".")
+            if not rest:
+                nested[head] = value
+            elif isinstance(group := nested.setdefault(head, {}), dict):
+                group[rest] = value
+            else:
+                raise ValueError(f"{head} is given both as a whole and as {key}")
+        return nested
+
+
+def build(args: AppArgs) -> Application:
+    """One ingress and its attention workers; the expert hosts start with them, as actors of their own.
+
+    Raises ValueError (ConfigError, CheckpointError) when the checkpoint or the TLS files cannot be used.
+    """
+    directory = Path(args.model).resolve()
+    checkpoint = Checkpoint.open(directory)
+    experts = checkpoint.config.n_routed_experts
+    if checkpoint.config.moe_layers and args.experts.hosts > experts:
+        raise ValueError(f"experts.hosts is {args.experts.hosts}; the model has {experts} experts a layer: use fewer")
+    tls = TlsFiles(**args.tls.model_dump()) if args.tls is not None else None
+    if tls is not None:
+        tls.read()
+    service = ServiceSpec(
+        name=args.name,
+        model=str(directory),
+        hosts=args.experts.hosts,
+        replicas=args.experts.replicas,
+        threads=args.experts.threads or node_threads(),
+        cpus=args.experts.cpus,
+        gpus=args.experts.gpus,
+        tls=tls,
+    )
+    worker = WorkerSpec(
+        threads=args.attention.threads or node_threads(),
+        max_length=args.attention.max_length,
+        cache_tokens=args.attention.cache_tokens,
+        block_size=args.attention.block_size,
+        step_tokens=args.attention.step_tokens,
+        running=args.attention.running,
+        expert_deadline_s=args.attention.expert_deadline_s,
+        gpus=args.attention.gpus,
+    )
+    ingress = IngressSpec(
+        service=service,
+        served_name=args.served_name or directory.name,
+        max_length=min(worker.max_length, worker.cache_tokens),
+        api_key=args.api_key,
+        admin_token=args.admin_token,
+        max_in_flight=args.max_in_flight,
+    )
+    attention = serve.deployment(AttentionReplica).options(
+        name="attention",
+        num_replicas=args.attention.replicas,
+        health_check_period_s=1.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=5.0,
+        ray_actor_options={
+            "num_cpus": args.attention.cpus,
+            "num_gpus": args.attention.gpus,
+            "runtime_env": {"env_vars": thread_environment(worker.threads)},
+        },
+    )
+    door = serve.deployment(Ingress).options(
+        name="ingress",
+        num_replicas=args.ingress_replicas,
+        max_ongoing_requests=4 * args.max_in_flight,
+        health_check_period_s=1.0,
+        graceful_shutdown_timeout_s=5.0,
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": thread_environment(1)}},
+    )
+    application: Application = door.bind(ingress, attention.bind(service, worker))
+    return application

@@ -1,0 +1,54 @@
+"""What the HTTP doors need of the machinery behind them; tests put a script in its place."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from attention.requests import GenerateRequest, Update
+from model.generation import GenerationDefaults
+from model.tokenizer import Tokenizer
+
+
+class Overloaded(Exception):
+    """No room for another request; try again after `retry_after_s` seconds."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__(f"no room for another request; try again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
+class GenerationFailed(Exception):
+    """A request that was accepted cannot be finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What is served, and under which name."""
+
+    id: str
+    created: int  # seconds since the epoch
+    vocab_size: int
+    max_length: int  # tokens of prompt and answer
+    fingerprint: str
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+
+
+class Backend(Protocol):
+    """Generates tokens; knows nothing of text or HTTP."""
+
+    @property
+    def model(self) -> ServedModel:
+        """What is served."""
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Update, None]:
+        """Updates until one has a finish_reason; closing the iterator cancels the request.
+
+        Raises Overloaded before the first update, or GenerationFailed.
+        """
+
+    async def unhealthy(self) -> str | None:
+        """Why no request could be served now; None when one could."""
+
+    async def status(self) -> dict[str, Any]:
+        """Hosts, workers and epoch, as the controller tells them."""

@@ -1,0 +1,104 @@
+"""The `shoal` command."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from services import bench_command, commands
+from services.commands import CommandError
+
+DESCRIPTION = "Serve DeepSeek-V2-family models with their experts in separate Ray actors."
+EPILOG = """\
+examples:
+  shoal serve models/bundled                      serve on http://127.0.0.1:8000 until Ctrl-C
+  shoal serve DIR --expert-hosts 4 --detach       the same in the background
+  shoal chat                                      talk to it
+  shoal status --json                             hosts, workers and epoch, for scripts
+  shoal stop                                      end it, and everything it started
+  shoal doctor DIR                                what is missing or misconfigured
+  shoal bench --quick                             measure it beside transformers
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; every subcommand explains itself with --help."""
+    root = argparse.ArgumentParser(
+        "shoal", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands_ = root.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands_)
+
+    chat = _add(commands_, "chat", commands.chat, "Talk to a running service, or ask one question.")
+    chat.add_argument("message", nargs="?", help="ask this, print the answer and leave")
+    chat.add_argument("--system", help="text that comes before the conversation")
+    chat.add_argument("--max-tokens", type=int, default=512, metavar="N")
+    chat.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
+    chat.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same answer")
+    _add_key(chat)
+
+    status = _add(commands_, "status", commands.status, "Show the hosts, workers and epoch of a running service.")
+    status.add_argument("--json", action="store_true", help="for scripts")
+
+    stop = _add(commands_, "stop", commands.stop, "End a running service and everything that it started.")
+    stop.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait (default 60)")
+
+    doctor = _add(commands_, "doctor", commands.doctor, "Check this machine, and a checkpoint if one is given.")
+    doctor.add_argument("model", nargs="?", metavar="MODEL", help="directory of a checkpoint")
+    doctor.add_argument("--json", action="store_true", help="for scripts")
+
+    commands_.add_parser(bench_command.NAME, help=bench_command.HELP, add_help=False)  # `main` hands it over
+    return root
+
+
+def _add(
+    commands_: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    help_text: str,
+) -> argparse.ArgumentParser:
+    command = commands_.add_parser(name, help=help_text, description=help_text)
+    command.add_argument("--port", type=int, default=8000, metavar="P", help="which service (default 8000)")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_key(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--api-key", default=os.environ.get("SHOAL_API_KEY"), metavar="KEY", help="default: $SHOAL_API_KEY"
+    )
+
+
+def _add_serve(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "Start Ray, the expert hosts, the attention workers and the HTTP endpoint; end them on Ctrl-C."
+    serve = _add(commands_, "serve", commands.serve, text)
+    serve.add_argument("model", metavar="MODEL", help="directory of a checkpoint in Hugging Face's layout")
+    serve.add_argument("--expert-hosts", type=int, default=2, metavar="N", help="actors that share the experts (2)")
+    serve.add_argument("--expert-replicas", type=int, default=1, metavar="R", help="hosts that hold each expert (1)")
+    serve.add_argument("--attention-replicas", type=int, default=1, metavar="M", help="attention workers (1)")
+    serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on; others need a key")
+    serve.add_argument("--served-name", metavar="NAME", help="model id for clients (default: the directory's name)")
+    serve.add_argument("--max-length", type=int, default=4096, metavar="T", help="tokens of prompt and answer (4096)")
+    serve.add_argument("--cache-tokens", type=int, default=32768, metavar="T", help="of each worker's cache (32768)")
+    serve.add_argument("--threads", type=int, metavar="N", help="of each actor (default: the cores)")
+    serve.add_argument("--detach", action="store_true", help="return when it is ready; `shoal stop` ends it")
+    _add_key(serve)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; the exit status is 0, 1 for what went wrong, 2 for a wrong command line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == [bench_command.NAME]:
+        bench_command.run_bench(given[1:])
+    options = parser().parse_args(given)
+    try:
+        return int(options.run(options))
+    except CommandError as error:
+        print(f"shoal: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

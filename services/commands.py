@@ -1,0 +1,169 @@
+"""What each subcommand of `shoal` does."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from services.state import ServiceRecord, is_running, read_record, running_services, state_dir
+
+START_TIMEOUT_S = 900.0
+
+
+class CommandError(Exception):
+    """A message for the person at the terminal."""
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Run in the foreground, or start the same in the background and wait until it answers."""
+    from services.launch import LaunchError, LaunchOptions, check, serve_foreground
+
+    running = read_record(options.port)
+    if running is not None:
+        raise CommandError(
+            f"port {options.port} already serves {running.model}: `shoal stop --port {options.port}` ends it"
+        )
+    launch = LaunchOptions(
+        model=options.model,
+        expert_hosts=options.expert_hosts,
+        expert_replicas=options.expert_replicas,
+        attention_replicas=options.attention_replicas,
+        host=options.host,
+        port=options.port,
+        served_name=options.served_name,
+        api_key=options.api_key,
+        max_length=options.max_length,
+        cache_tokens=options.cache_tokens,
+        threads=options.threads,
+        log=os.environ.get("SHOAL_LOG"),
+    )
+    try:
+        if options.detach:
+            check(launch)
+            return _detach(options)
+        return serve_foreground(launch, Console())
+    except (LaunchError, ValueError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _detach(options: argparse.Namespace) -> int:
+    directory = state_dir()
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = directory / f"{options.port}.log"
+    command = [sys.executable, "-m", "services.cli", *[a for a in sys.argv[1:] if a != "--detach"]]
+    environment = os.environ | {"SHOAL_LOG": str(log)}
+    if options.api_key:
+        environment["SHOAL_API_KEY"] = options.api_key
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+        )
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            lines = log.read_text(errors="replace").strip().splitlines()
+            raise CommandError(f"the service did not start: {lines[-1] if lines else 'no output'} (log: {log})")
+        record = read_record(options.port)
+        if record is not None and _healthy(record.url):
+            print(f"ready at {record.url} (pid {process.pid}, log {log})")
+            return 0
+        time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    raise CommandError(f"the service was not ready in {START_TIMEOUT_S:.0f} s; see {log}")
+
+
+def chat(options: argparse.Namespace) -> int:
+    """One question, or a conversation until end of input."""
+    from services.chat import converse
+
+    url = _find(options.port).url
+    return converse(options, url, Console(highlight=False))
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print what the service says of itself."""
+    record = _find(options.port)
+    report = fetch_status(record)
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    console = Console()
+    console.print(f"{report['url']}  {report['state']}  epoch {report['epoch']}  {report['model']}", soft_wrap=True)
+    for title, rows in (("expert hosts", report["expert_hosts"]), ("attention workers", report["attention_workers"])):
+        table = Table(title=title, title_justify="left")
+        names = [name for name in ("id", "state", "generation", "experts", "pid", "node") if rows and name in rows[0]]
+        for name in names:
+            table.add_column(name)
+        for row in rows:
+            table.add_row(*(str(row[name])[:24] for name in names))
+        console.print(table)
+    return 0
+
+
+def fetch_status(record: ServiceRecord) -> dict[str, Any]:
+    """The status document; raises CommandError while the service does not answer."""
+    headers = {"Authorization": f"Bearer {record.admin_token}"}
+    try:
+        answer = httpx.get(f"{record.url}/admin/status", headers=headers, timeout=15, trust_env=False)
+        answer.raise_for_status()
+    except httpx.HTTPError as error:
+        raise CommandError(f"{record.url} does not answer yet ({error}); it may still be starting") from error
+    report: dict[str, Any] = answer.json()
+    return {"url": record.url, "pid": record.pid, "log": record.log} | report
+
+
+def stop(options: argparse.Namespace) -> int:
+    """SIGTERM the service's process and wait until it is gone."""
+    record = _find(options.port)
+    os.kill(record.pid, signal.SIGTERM)
+    deadline = time.monotonic() + options.timeout
+    while is_running(record.pid):
+        if time.monotonic() > deadline:
+            raise CommandError(f"pid {record.pid} has not ended in {options.timeout:.0f} s; try again, or kill it")
+        time.sleep(0.1)
+    print(f"stopped {record.url}")
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print findings; status 1 when something must be mended."""
+    from services.doctor import examine
+
+    findings = examine(options.model, options.port)
+    if options.json:
+        print(json.dumps([finding.__dict__ for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}: {finding.detail}")
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _find(port: int) -> ServiceRecord:
+    record = read_record(port)
+    if record is None:
+        others = ", ".join(str(other.port) for other in running_services())
+        hint = (
+            f"services run on port {others}: name one with --port" if others else "start one with `shoal serve MODEL`"
+        )
+        raise CommandError(f"no service runs on port {port}; {hint}")
+    return record
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,117 @@
+"""POST /v1/chat/completions."""
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+from uuid import uuid4
+
+from model.tokenizer import Tokenizer
+from services.backend import Backend
+from services.openai.choice import Plan, collect, run_choices, usage
+from services.openai.params import (
+    chat_max_tokens,
+    chat_prompt,
+    check_model,
+    check_prompt,
+    request_seed,
+    sampling_params,
+)
+from services.openai.schema import ChatRequest
+from services.openai.text import ShownToken
+
+
+def plan_chat(request: ChatRequest, backend: Backend) -> Plan:
+    """Check everything that can be checked before a token is computed; raises ApiError."""
+    model = backend.model
+    check_model(request.model, model)
+    prompt = chat_prompt(request.messages, model, request.add_generation_prompt)
+    max_tokens = check_prompt(prompt, model, chat_max_tokens(request), None)
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    params = sampling_params(request, model, max_tokens, logprobs, None)
+    return Plan((tuple(prompt),), (params,), request.n or 1, request_seed(request.seed), request)
+
+
+async def complete_chat(plan: Plan, backend: Backend) -> dict[str, Any]:
+    """The whole answer at once."""
+    choices = await collect(backend, plan)
+    tokenizer = backend.model.tokenizer
+    return _head("chat.completion", backend) | {
+        "choices": [
+            {
+                "index": index,
+                "message": {
+                    "role": "assistant",
+                    "content": "".join(piece.text for piece in pieces),
+                    "refusal": None,
+                },
+                "logprobs": _logprobs([t for piece in pieces for t in piece.tokens], tokenizer, plan),
+                "finish_reason": pieces[-1].finish_reason,
+            }
+            for index, pieces in enumerate(choices)
+        ],
+        "usage": usage(
+            plan,
+            [pieces[-1].completion_tokens for pieces in choices],
+            [pieces[-1].cached_tokens for pieces in choices],
+        ),
+    }
+
+
+async def stream_chat(plan: Plan, backend: Backend) -> AsyncGenerator[dict[str, Any], None]:
+    """Chunks of the answer as they come; the first event waits for the first piece."""
+    head = _head("chat.completion.chunk", backend)
+    tokenizer = backend.model.tokenizer
+    generated, cached = [0] * plan.choices, [0] * plan.choices
+    opened: set[int] = set()
+    async with aclosing(run_choices(backend, plan)) as pieces:
+        async for piece in pieces:
+            generated[piece.index], cached[piece.index] = piece.completion_tokens, piece.cached_tokens
+            if piece.index not in opened:
+                opened.add(piece.index)
+                yield head | {"choices": [_chunk(piece.index, {"role": "assistant", "content": ""})]}
+            if piece.text or piece.tokens:
+                logprobs = _logprobs(list(piece.tokens), tokenizer, plan)
+                yield head | {"choices": [_chunk(piece.index, {"content": piece.text}, logprobs)]}
+            if piece.finish_reason is not None:
+                yield head | {"choices": [_chunk(piece.index, {}, None, piece.finish_reason)]}
+    if plan.body.include_usage:
+        yield head | {"choices": [], "usage": usage(plan, generated, cached)}
+
+
+def _head(kind: str, backend: Backend) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": backend.model.id,
+        "system_fingerprint": backend.model.fingerprint,
+    }
+
+
+def _chunk(
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _logprobs(tokens: list[ShownToken], tokenizer: Tokenizer, plan: Plan) -> dict[str, Any] | None:
+    if plan.params[0].logprobs is None:
+        return None
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": tokenizer.token_text(token),
+            "logprob": logprob,
+            "bytes": list(tokenizer.token_bytes(token)),
+        }
+
+    return {
+        "content": [
+            entry(token.token_id, token.logprob.logprob)
+            | {"top_logprobs": [entry(other, value) for other, value in token.logprob.top]}
+            for token in tokens
+            if token.logprob is not None
+        ],
+        "refusal": None,
+    }

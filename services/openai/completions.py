@@ -1,0 +1,148 @@
+"""POST /v1/completions, with echo and log-probabilities of the prompt."""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+from uuid import uuid4
+
+from attention.requests import TokenLogprob
+from model.tokenizer import Detokenizer, Tokenizer
+from services.backend import Backend
+from services.openai.choice import ChoicePiece, Plan, collect, run_choices, usage
+from services.openai.params import (
+    COMPLETION_MAX_TOKENS,
+    check_model,
+    check_prompt,
+    completion_prompts,
+    request_seed,
+    sampling_params,
+)
+from services.openai.schema import CompletionRequest
+from services.openai.text import ShownToken
+
+
+def plan_completion(request: CompletionRequest, backend: Backend) -> Plan:
+    """Check everything that can be checked before a token is computed; raises ApiError."""
+    model = backend.model
+    check_model(request.model, model)
+    prompts = completion_prompts(request, model)
+    budgets = [check_prompt(prompt, model, request.max_tokens, COMPLETION_MAX_TOKENS) for prompt in prompts]
+    scored = request.logprobs if request.echo else None
+    params = [sampling_params(request, model, budget, request.logprobs, scored) for budget in budgets]
+    return Plan(tuple(map(tuple, prompts)), tuple(params), request.n or 1, request_seed(request.seed), request)
+
+
+async def complete(plan: Plan, request: CompletionRequest, backend: Backend) -> dict[str, Any]:
+    """All choices of all prompts at once."""
+    choices = await collect(backend, plan)
+    bodies = []
+    for index, pieces in enumerate(choices):
+        echo = _echo(plan, index, backend.model.tokenizer, pieces) if request.echo else _NOTHING
+        tokens = [token for piece in pieces for token in piece.tokens]
+        bodies.append(
+            {
+                "index": index,
+                "text": echo.text + "".join(piece.text for piece in pieces),
+                "logprobs": _logprobs(echo, tokens, backend.model.tokenizer, request.logprobs),
+                "finish_reason": pieces[-1].finish_reason,
+            }
+        )
+    generated = [pieces[-1].completion_tokens for pieces in choices]
+    cached = [pieces[-1].cached_tokens for pieces in choices]
+    return _head(backend) | {"choices": bodies, "usage": usage(plan, generated, cached)}
+
+
+async def stream_completion(
+    plan: Plan, request: CompletionRequest, backend: Backend
+) -> AsyncGenerator[dict[str, Any], None]:
+    """Chunks as they come; with echo, a choice's first chunk is its prompt."""
+    head = _head(backend)
+    tokenizer = backend.model.tokenizer
+    generated, cached = [0] * plan.choices, [0] * plan.choices
+    scores: list[list[ChoicePiece]] = [[] for _ in range(plan.choices)]
+    prompts: dict[int, Prompt] = {}
+    async with aclosing(run_choices(backend, plan)) as pieces:
+        async for piece in pieces:
+            index = piece.index
+            generated[index], cached[index] = piece.completion_tokens, piece.cached_tokens
+            scores[index].append(piece)
+            if not (piece.text or piece.tokens or piece.finish_reason):
+                continue
+            if request.echo and index not in prompts:
+                prompts[index] = echo = _echo(plan, index, tokenizer, scores[index])
+                logprobs = _logprobs(echo, (), tokenizer, request.logprobs)
+                yield head | {"choices": [_choice(index, echo.text, logprobs, None)]}
+            shift = len(prompts[index].text) if index in prompts else 0
+            logprobs = _logprobs(_NOTHING, piece.tokens, tokenizer, request.logprobs, shift)
+            yield head | {"choices": [_choice(index, piece.text, logprobs, piece.finish_reason)]}
+    if plan.body.include_usage:
+        yield head | {"choices": [], "usage": usage(plan, generated, cached)}
+
+
+class Prompt:
+    """An echoed prompt: its text, where each token's text begins in it, and the scores, if asked for."""
+
+    def __init__(
+        self, text: str, tokens: Sequence[int], offsets: Sequence[int], scores: Sequence[TokenLogprob | None]
+    ) -> None:
+        self.text = text
+        self.tokens = tokens
+        self.offsets = offsets
+        self.scores = scores
+
+
+_NOTHING = Prompt("", (), (), ())
+
+
+def _echo(plan: Plan, index: int, tokenizer: Tokenizer, pieces: Sequence[ChoicePiece]) -> Prompt:
+    prompt = plan.prompts[index // plan.choices_per_prompt]
+    detokenizer = Detokenizer(tokenizer, plan.body.skip_special_tokens)
+    text = ""
+    offsets: list[int] = []
+    for token in prompt:
+        offsets.append(len(text))
+        text += detokenizer.push(token)
+    text += detokenizer.flush()
+    scores = [score for piece in pieces for score in piece.prompt_logprobs or ()]
+    return Prompt(text, prompt, offsets, scores)
+
+
+def _logprobs(
+    echo: Prompt, tokens: Sequence[ShownToken], tokenizer: Tokenizer, wanted: int | None, shift: int = 0
+) -> dict[str, Any] | None:
+    if wanted is None:
+        return None
+    shift = shift or len(echo.text)
+    entries: list[tuple[int, int, TokenLogprob | None]] = [
+        *zip(echo.tokens, echo.offsets, echo.scores, strict=True),
+        *((token.token_id, token.offset + shift, token.logprob) for token in tokens),
+    ]
+    return {
+        "tokens": [tokenizer.token_text(token) for token, _, _ in entries],
+        "token_logprobs": [None if score is None else score.logprob for _, _, score in entries],
+        "top_logprobs": [None if score is None else _top(score, tokenizer) for _, _, score in entries],
+        "text_offset": [offset for _, offset, _ in entries],
+    }
+
+
+def _top(score: TokenLogprob, tokenizer: Tokenizer) -> dict[str, float]:
+    """The likeliest tokens by text; of two that read alike, the likelier."""
+    top: dict[str, float] = {}
+    for token, value in (*score.top, (score.token_id, score.logprob)):
+        top.setdefault(tokenizer.token_text(token), value)
+    return top
+
+
+def _head(backend: Backend) -> dict[str, Any]:
+    return {
+        "id": f"cmpl-{uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": backend.model.id,
+        "system_fingerprint": backend.model.fingerprint,
+    }
+
+
+def _choice(index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}

@@ -1,0 +1,128 @@
+"""From a checked request body to what the engine is asked."""
+
+import hashlib
+import secrets
+
+from attention.requests import SamplingParams
+from model.chat_template import ChatTemplateError
+from services.backend import ServedModel
+from services.openai.errors import ApiError
+from services.openai.schema import ChatRequest, CompletionRequest, Message, Sampling
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
+
+
+def check_model(given: str | None, model: ServedModel) -> None:
+    """Raises a 404 ApiError when another model is asked for."""
+    if given is not None and given != model.id:
+        raise ApiError(
+            f"model {given!r} is not served here; ask for {model.id!r}", 404, param="model", code="model_not_found"
+        )
+
+
+def chat_prompt(messages: list[Message], model: ServedModel, add_generation_prompt: bool) -> list[int]:
+    """Token ids of a conversation; a refusal by the template is the request's fault."""
+    plain = [{"role": message.role.replace("developer", "system"), "content": message.text} for message in messages]
+    try:
+        return model.tokenizer.apply_chat_template(plain, add_generation_prompt)
+    except ChatTemplateError as error:
+        raise ApiError(str(error), param="messages", code="invalid_messages") from error
+
+
+def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[list[int]]:
+    """Token ids of every prompt."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return [model.tokenizer.encode(prompt, request.add_special_tokens)]
+    tokens = [item for item in prompt if isinstance(item, int)]
+    if tokens:
+        return [tokens]
+    return [_tokens(item, request, model) for item in prompt if not isinstance(item, int)]
+
+
+def _tokens(item: str | list[int], request: CompletionRequest, model: ServedModel) -> list[int]:
+    return model.tokenizer.encode(item, request.add_special_tokens) if isinstance(item, str) else item
+
+
+def check_prompt(tokens: list[int], model: ServedModel, max_tokens: int | None, default: int | None) -> int:
+    """The answer's token budget; raises ApiError for a prompt that is empty, too long or out of vocabulary."""
+    if not tokens:
+        raise ApiError("the prompt has no tokens; send at least one", param="prompt", code="invalid_value")
+    check_token_ids(tokens, model, "prompt")
+    left = model.max_length - len(tokens)
+    if left < (1 if max_tokens is None else max_tokens):
+        asked = "" if max_tokens is None else f" and {max_tokens} tokens of answer"
+        raise ApiError(
+            f"the context is {model.max_length} tokens; the prompt has {len(tokens)}{asked}: shorten one of them",
+            param="prompt" if max_tokens is None or left < 1 else "max_tokens",
+            code="context_length_exceeded",
+        )
+    if max_tokens is not None:
+        return max_tokens
+    return left if default is None else min(default, left)
+
+
+def check_token_ids(tokens: list[int], model: ServedModel, param: str) -> None:
+    worst = max(tokens, default=0)
+    if worst >= model.vocab_size:
+        raise ApiError(
+            f"token id {worst} is outside the vocabulary of {model.vocab_size}", param=param, code="invalid_value"
+        )
+
+
+def sampling_params(
+    request: Sampling, model: ServedModel, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+) -> SamplingParams:
+    """The engine's parameters; raises ApiError naming what is out of range. The seed is set by `with_seed`."""
+    defaults = model.defaults
+    bias: list[tuple[int, float]] = []
+    for key, value in (request.logit_bias or {}).items():
+        if not (key.isascii() and key.isdigit() and int(key) < model.vocab_size):
+            raise ApiError(
+                f"logit_bias names token {key!r}; expected an id below {model.vocab_size}",
+                param="logit_bias",
+                code="invalid_value",
+            )
+        bias.append((int(key), value))
+    stop_ids = request.stop_token_ids or []
+    check_token_ids(stop_ids, model, "stop_token_ids")
+    try:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=_or(request.temperature, defaults.temperature),
+            top_p=_or(request.top_p, defaults.top_p),
+            top_k=max(0, int(_or(request.top_k, defaults.top_k))),
+            min_p=request.min_p or 0.0,
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty),
+            logit_bias=tuple(sorted(bias)),
+            min_tokens=request.min_tokens or 0,
+            ignore_eos=request.ignore_eos,
+            stop_token_ids=tuple(stop_ids),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+    except ValueError as error:
+        raise ApiError(str(error), code="invalid_value") from error
+
+
+def chat_max_tokens(request: ChatRequest) -> int | None:
+    return request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+
+
+def request_seed(seed: int | None) -> int:
+    """The request's seed, or a fresh one."""
+    return secrets.randbits(62) if seed is None else seed
+
+
+def choice_seed(seed: int, prompt: int, choice: int) -> int:
+    """Seed of one choice of one prompt; the first choice of the first prompt has the request's own."""
+    if prompt == choice == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{prompt}/{choice}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 2
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

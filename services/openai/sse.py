@@ -1,0 +1,63 @@
+"""Server-sent events, and work that ends when its client goes away."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+
+from services.openai.errors import as_api_error, error_body
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def event(data: dict[str, Any] | str) -> str:
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n"
+
+
+async def stream(events: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:
+    """A streaming response. What fails before the first event is raised, to be answered with its own status."""
+    first = await anext(events)
+
+    async def body() -> AsyncGenerator[str, None]:
+        async with aclosing(events):
+            yield event(first)
+            try:
+                async for item in events:
+                    yield event(item)
+            except Exception as error:  # noqa: BLE001  the status line is gone: say it in the stream
+                known = as_api_error(error)
+                yield event(error_body(known.message, known.status, known.param, known.code))
+                return
+            yield event("[DONE]")
+
+    return StreamingResponse(
+        body(), media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    )
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, cancelling it when the client disconnects; raises ClientGone then."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.create_task(work), asyncio.create_task(disconnected())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for pending in (task, watcher):
+            pending.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)

@@ -1,0 +1,146 @@
+"""The attention workers as one backend: chooses, replays on another when one is lost, and refuses overload."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import RayError
+
+from attention.requests import GenerateRequest, SamplingParams, Update
+from attention.service_client import AttentionClient, WorkerLost
+from cluster.controller import find_controller
+from experts.tls import TlsFiles
+from services.backend import GenerationFailed, Overloaded, ServedModel
+
+POLL_S = 10.0
+RETRY_S = 0.2
+REPLAY_S = 60.0  # for a worker to be there again, before a request fails
+FRESH_S = 10.0  # a token generated so recently shows that the service works
+PROBE_S = 10.0
+PREFIX_TOKENS = 32  # prompts that agree on so many tokens prefer one worker, whose cache may hold them
+PREFERENCE = 4  # requests that a preferred worker may have more than the least busy
+
+
+class WorkerPool:
+    """A Backend over the workers that the controller knows. Keeps each answer's tokens until it ends."""
+
+    def __init__(self, model: ServedModel, namespace: str, max_in_flight: int, tls: TlsFiles | None = None) -> None:
+        self._model = model
+        self._namespace = namespace
+        self._max_in_flight = max_in_flight
+        self._tls = tls
+        self._in_flight = 0
+        self._token_s = -FRESH_S  # when a token was last generated
+        self._probing = asyncio.Lock()
+        self._clients: dict[str, AttentionClient] = {}
+        self._token: str | None = None
+        self._arrived = asyncio.Condition()
+        self._follower = asyncio.create_task(self._follow())
+
+    @property
+    def model(self) -> ServedModel:
+        return self._model
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Update, None]:
+        """The worker's updates; when it is lost, the tokens sent so far are replayed on another one."""
+        if self._in_flight >= self._max_in_flight:
+            raise Overloaded(retry_after_s=1)
+        self._in_flight += 1
+        try:
+            async with aclosing(self._replayed(request)) as updates:
+                async for update in updates:
+                    yield update
+        finally:
+            self._in_flight -= 1
+
+    async def unhealthy(self) -> str | None:
+        """None when a token was generated within FRESH_S, or one can be now; else what is wrong."""
+        if not any(client.alive for client in self._clients.values()):
+            return "no attention worker is ready"
+        async with self._probing:
+            if time.monotonic() - self._token_s < FRESH_S:
+                return None
+            probe = GenerateRequest(f"health-{uuid.uuid4().hex}", (0,), SamplingParams(max_tokens=1, temperature=0.0))
+            try:
+                async with asyncio.timeout(PROBE_S), aclosing(self._replayed(probe)) as updates:
+                    async for update in updates:
+                        if update.finish_reason == "error":
+                            return f"no token can be generated: {update.error}"
+            except (TimeoutError, GenerationFailed):
+                return f"no token was generated within {PROBE_S:.0f} s"
+            return None
+
+    async def _replayed(self, request: GenerateRequest) -> AsyncGenerator[Update, None]:
+        sent: list[int] = list(request.resumed_ids)
+        scored = 0
+        while True:
+            client = await self._choose(request)
+            try:
+                async with aclosing(client.generate(replace(request, resumed_ids=tuple(sent)))) as updates:
+                    skip = scored
+                    async for update in updates:
+                        update, skip = _without_known_scores(update, skip)
+                        scored += len(update.prompt_logprobs or ())
+                        sent.extend(update.token_ids)
+                        if update.token_ids:
+                            self._token_s = time.monotonic()
+                        yield update
+                        if update.finish_reason is not None:
+                            return
+            except WorkerLost:
+                continue
+
+    async def status(self) -> dict[str, Any]:
+        try:
+            status: dict[str, Any] = await find_controller(self._namespace).status.remote()
+        except (ValueError, RayError):
+            raise GenerationFailed("the controller is being restarted; ask again") from None
+        return status | {"in_flight": self._in_flight, "model_id": self._model.id}
+
+    async def _choose(self, request: GenerateRequest) -> AttentionClient:
+        """The worker likely to hold the prompt's beginning, unless it is much busier than the least busy."""
+        async with self._arrived:
+            try:
+                async with asyncio.timeout(REPLAY_S):
+                    await self._arrived.wait_for(lambda: any(c.alive for c in self._clients.values()))
+            except TimeoutError:
+                raise GenerationFailed(f"no attention worker was ready within {REPLAY_S:.0f} s") from None
+        alive = sorted((c for c in self._clients.values() if c.alive), key=lambda client: client.address)
+        preferred = alive[hash(request.prompt_ids[:PREFIX_TOKENS]) % len(alive)]
+        least = min(alive, key=lambda client: client.in_flight)
+        return preferred if preferred.in_flight <= least.in_flight + PREFERENCE else least
+
+    async def _follow(self) -> None:
+        """Connect to workers that come, hang up on those that go."""
+        version = -1
+        while True:
+            try:
+                controller = find_controller(self._namespace)
+                if self._token is None:
+                    self._token = await controller.token.remote()
+                version, workers = await controller.watch_workers.remote(version, POLL_S)
+            except (ValueError, RayError):
+                version = -1
+                await asyncio.sleep(RETRY_S)
+                continue
+            await self._connect(set(workers.values()))
+
+    async def _connect(self, addresses: set[str]) -> None:
+        for address in [known for known, client in self._clients.items() if known not in addresses or not client.alive]:
+            await self._clients.pop(address).close()
+        for address in addresses - self._clients.keys():
+            self._clients[address] = AttentionClient(address, self._token, self._tls)
+        async with self._arrived:
+            self._arrived.notify_all()
+
+
+def _without_known_scores(update: Update, skip: int) -> tuple[Update, int]:
+    """Leave out the prompt scores that an earlier worker sent already; what is still to skip."""
+    if not skip or not update.prompt_logprobs:
+        return update, skip
+    kept = update.prompt_logprobs[skip:]
+    return replace(update, prompt_logprobs=kept or None), max(0, skip - len(update.prompt_logprobs))

@@ -1,0 +1,56 @@
+"""What `shoal serve` shows while the service starts, and how it learns that it cannot."""
+
+import threading
+import time
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cluster.controller import find_controller
+from services.launch import LaunchError
+
+POLL_S = 0.2
+
+
+def show_progress(name: str, namespace: str, console: Console, stop: threading.Event, deadline_s: float) -> None:
+    """Draw one bar over all hosts until the application runs; raises LaunchError when it will not."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("loading experts", total=None)
+        while not stop.wait(POLL_S):
+            status = _controller_status(namespace)
+            if status is not None:
+                if status["state"] == "failed":
+                    raise LaunchError(f"the expert hosts cannot start: {status['reason']}")
+                done = sum(host["progress"][0] for host in status["expert_hosts"])
+                total = sum(host["progress"][1] for host in status["expert_hosts"])
+                bars.update(task, completed=done, total=max(total, 1))
+                if status["state"] == "ready":
+                    bars.update(task, description="opening the door")
+            application = serve.status().applications.get(name)
+            if application is not None:
+                if application.status == "RUNNING" and status is not None and status["attention_workers"]:
+                    return
+                if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                    raise LaunchError(f"the application cannot start: {_reason(application)}")
+            if time.monotonic() > deadline_s:
+                raise LaunchError("the service was not ready in time; see the logs of the Ray session")
+
+
+def _controller_status(namespace: str) -> dict[str, Any] | None:
+    try:
+        status: dict[str, Any] = ray.get(find_controller(namespace).status.remote(), timeout=5)
+    except (ValueError, RayError, TimeoutError):
+        return None
+    return status
+
+
+def _reason(application: Any) -> str:
+    messages = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    lines = [line for message in messages for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line]
+    return str((errors or lines or ["no reason was given"])[-1]).strip()

@@ -1,0 +1,75 @@
+"""The two Serve deployments: an attention worker, and the ingress that speaks HTTP."""
+
+import time
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.attention_worker import AttentionWorker, WorkerSpec
+from cluster.spec import ServiceSpec
+from model.checkpoint import Checkpoint
+from model.generation import read_generation_defaults
+from model.tokenizer import Tokenizer
+from services.api import create_app
+from services.backend import ServedModel
+from services.pool import WorkerPool
+
+
+class AttentionReplica:
+    """Serve starts, counts and replaces it; requests reach its worker by the worker's own door."""
+
+    def __init__(self, service: ServiceSpec, spec: WorkerSpec) -> None:
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._worker = AttentionWorker(service, spec, f"attention-{replica}")
+
+    def check_health(self) -> None:
+        self._worker.check_health()
+
+    def shutdown(self) -> None:
+        self._worker.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_worker"):
+            self._worker.close()
+
+
+@dataclass(frozen=True, slots=True)
+class IngressSpec:
+    """What an ingress must know to answer."""
+
+    service: ServiceSpec
+    served_name: str
+    max_length: int
+    api_key: str | None
+    admin_token: str | None
+    max_in_flight: int
+
+
+async def open_app(spec: IngressSpec) -> FastAPI:
+    """The HTTP application over the service's workers."""
+    checkpoint = Checkpoint.open(spec.service.model)
+    model = ServedModel(
+        id=spec.served_name,
+        created=int(time.time()),
+        vocab_size=checkpoint.config.vocab_size,
+        max_length=min(spec.max_length, checkpoint.config.max_position_embeddings),
+        fingerprint=f"shoal-{checkpoint.fingerprint()}",
+        tokenizer=Tokenizer.load(checkpoint.directory),
+        defaults=read_generation_defaults(checkpoint.directory),
+    )
+    pool = WorkerPool(model, spec.service.namespace, spec.max_in_flight, spec.service.tls)
+    return create_app(pool, spec.api_key, spec.admin_token)
+
+
+@serve.ingress()
+class Ingress:
+    """Serve's HTTP proxy passes requests to the application that this builds."""
+
+    def __init__(self, spec: IngressSpec, attention: DeploymentHandle) -> None:
+        self._spec = spec
+        self._attention = attention  # makes Serve start the workers with the ingress
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        return await open_app(self._spec)

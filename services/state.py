@@ -1,0 +1,69 @@
+"""What the command remembers of each running service: one small private file a port."""
+
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRecord:
+    """Enough to find, ask and stop a service that `shoal serve` started."""
+
+    port: int
+    url: str
+    pid: int  # of the `shoal serve` process
+    model: str
+    admin_token: str
+    log: str | None = None
+
+
+def state_dir() -> Path:
+    """$XDG_STATE_HOME/shoal, or ~/.local/state/shoal."""
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "shoal"
+
+
+def write_record(record: ServiceRecord) -> None:
+    """Save a record readable by its owner alone: it holds the admin token."""
+    directory = state_dir()
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = directory / f"{record.port}.json"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        json.dump(asdict(record), file)
+    temporary.replace(path)
+
+
+def read_record(port: int) -> ServiceRecord | None:
+    """The running service on a port; None when there is none. Records of dead processes are removed."""
+    path = state_dir() / f"{port}.json"
+    try:
+        record = ServiceRecord(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    if is_running(record.pid):
+        return record
+    remove_record(port)
+    return None
+
+
+def remove_record(port: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        (state_dir() / f"{port}.json").unlink()
+
+
+def running_services() -> list[ServiceRecord]:
+    """Every service of this user, by port."""
+    directory = state_dir()
+    ports = sorted(int(path.stem) for path in directory.glob("*.json") if path.stem.isdigit())
+    return [record for port in ports if (record := read_record(port)) is not None]
+
+
+def is_running(pid: int) -> bool:
+    """True while a process of this id runs and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,138 @@
+"""Draws: against slow oracles, with the right frequencies, and a function of seed and position alone."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from attention.requests import SamplingParams
+from attention.sampling import draw, forbid, penalised, score, uniform
+
+
+def params(**changes: object) -> SamplingParams:
+    return SamplingParams(max_tokens=1, **changes)  # type: ignore[arg-type]
+
+
+def logits(seed: int, size: int = 12) -> torch.Tensor:
+    return 2 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_distribution(values: list[float], chosen: SamplingParams) -> list[float]:
+    """Temperature, then top_k, then top_p of what is left, then min_p, in plain Python."""
+    top = max(values)
+    weights = [math.exp((value - top) / chosen.temperature) for value in values]
+    order = sorted(range(len(values)), key=lambda token: (-weights[token], token))
+    kept = order[: chosen.top_k] if chosen.top_k else order
+    total, before, nucleus = sum(weights[token] for token in kept), 0.0, []
+    for token in kept:
+        if before / total < chosen.top_p:
+            nucleus.append(token)
+        before += weights[token]
+    final = [token for token in nucleus if weights[token] >= chosen.min_p * weights[order[0]]]
+    mass = sum(weights[token] for token in final)
+    return [weights[token] / mass if token in final else 0.0 for token in range(len(values))]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 1.7},
+        {"top_k": 3},
+        {"top_p": 0.6},
+        {"min_p": 0.2},
+        {"top_k": 5, "top_p": 0.7, "min_p": 0.05, "temperature": 1.3},
+    ],
+)
+def test_tokens_come_as_often_as_they_should(changes: dict[str, float]) -> None:
+    chosen = params(seed=5, **changes)
+    values = logits(1)
+    expected = slow_distribution(values.tolist(), chosen)
+    draws = 4000
+    counts = Counter(draw(values, chosen, position) for position in range(draws))
+    assert all(expected[token] > 0 for token in counts)
+    for token, probability in enumerate(expected):
+        spread = math.sqrt(draws * probability * (1 - probability))
+        assert abs(counts[token] - draws * probability) <= 4.5 * spread + 1e-9
+
+
+def test_greedy_takes_the_likeliest_and_the_lowest_of_equals() -> None:
+    values = torch.tensor([1.0, 3.0, 3.0, 2.0])
+    assert draw(values, params(temperature=0.0), 9) == 1
+
+
+def test_a_draw_is_a_function_of_seed_and_position() -> None:
+    values = logits(2, 500)
+    once = [draw(values, params(seed=3), position) for position in range(50)]
+    backwards = [draw(values, params(seed=3), position) for position in reversed(range(50))]
+    assert once == backwards[::-1]
+    assert once != [draw(values, params(seed=4), position) for position in range(50)]
+    assert len(set(once)) > 10
+
+
+def test_uniform_numbers_fill_the_interval() -> None:
+    numbers = [uniform(seed, position) for seed in range(40) for position in range(50)]
+    counts = Counter(int(10 * number) for number in numbers)
+    assert set(counts) == set(range(10))
+    assert all(abs(count - 200) < 4.5 * math.sqrt(200 * 0.9) for count in counts.values())
+
+
+def test_penalties_and_bias_match_their_formulas() -> None:
+    values = logits(3).tolist()
+    prompt, answer = [1, 1, 4], [2, 2, 2, 5, 4]
+    chosen = params(
+        repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.25, logit_bias=((0, 5.0), (5, -100.0))
+    )
+    expected = list(values)
+    for token in range(len(values)):
+        if token in prompt + answer:
+            expected[token] = expected[token] / 1.3 if expected[token] > 0 else expected[token] * 1.3
+        expected[token] -= 0.25 * answer.count(token) + 0.4 * (token in answer)
+    expected[0] += 5.0
+    expected[5] -= 100.0
+    got = penalised(torch.tensor(values), prompt, answer, chosen)
+    assert torch.allclose(got, torch.tensor(expected, dtype=torch.float64), atol=1e-6)
+
+
+def test_forbidden_tokens_are_never_drawn() -> None:
+    values = forbid(torch.tensor([9.0, 1.0, 1.0]), [0])
+    assert {draw(values, params(), position) for position in range(100)} == {1, 2}
+    assert draw(values, params(temperature=0.0), 0) == 1
+
+
+def test_scores_are_of_the_models_own_distribution() -> None:
+    values = logits(4)
+    scored = score(values, token=7, alternatives=3)
+    expected = torch.log_softmax(values.double(), -1)
+    assert scored.logprob == pytest.approx(float(expected[7]))
+    best = sorted(range(12), key=lambda token: -float(expected[token]))[:3]
+    assert [token for token, _ in scored.top] == best
+    assert [value for _, value in scored.top] == pytest.approx([float(expected[token]) for token in best])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", -1),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", math.nan),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_k", -1),
+        ("min_p", 1.5),
+        ("presence_penalty", 3.0),
+        ("frequency_penalty", -2.5),
+        ("repetition_penalty", 0.0),
+        ("seed", -1),
+        ("seed", 1 << 63),
+        ("logit_bias", ((1, math.inf),)),
+        ("logprobs", -1),
+        ("min_tokens", 2),
+    ],
+)
+def test_values_out_of_range_are_named(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        SamplingParams(**({"max_tokens": 1} | {field: value}))  # type: ignore[arg-type]

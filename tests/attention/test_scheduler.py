@@ -1,0 +1,126 @@
+"""Which tokens a step computes: bounds, chunks, order, preemption and cancellation."""
+
+import random
+
+import pytest
+
+from attention.blocks import BlockPool
+from attention.requests import GenerateRequest, SamplingParams
+from attention.scheduler import Scheduler, SchedulerLimits
+from attention.sequence import Sequence
+
+SIZE = 4
+
+
+def sequence(number: int, length: int, prompt: list[int] | None = None) -> Sequence:
+    tokens = tuple(prompt or [1000 * number + index for index in range(length)])
+    return Sequence(GenerateRequest(f"r{number}", tokens, SamplingParams(max_tokens=100)), number)
+
+
+def step(scheduler: Scheduler) -> list[tuple[str, int, int]]:
+    """One step; sequences that reached their end get a token."""
+    chunks = scheduler.schedule()
+    scheduler.complete(chunks)
+    planned = [(chunk.sequence.id, chunk.start, chunk.count) for chunk in chunks]
+    for chunk in chunks:
+        if chunk.samples:
+            chunk.sequence.tokens.append(7)
+    return planned
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_others() -> None:
+    scheduler = Scheduler(BlockPool(64, SIZE), SchedulerLimits(step_tokens=8, running=4))
+    scheduler.add(sequence(1, 3))
+    scheduler.add(sequence(2, 20))
+    assert step(scheduler) == [("r1", 0, 3), ("r2", 0, 5)]
+    assert step(scheduler) == [("r1", 3, 1), ("r2", 5, 7)]
+    assert step(scheduler) == [("r1", 4, 1), ("r2", 12, 7)]
+    assert step(scheduler) == [("r1", 5, 1), ("r2", 19, 1)]
+    assert step(scheduler) == [("r1", 6, 1), ("r2", 20, 1)]
+
+
+def test_no_more_run_than_allowed() -> None:
+    scheduler = Scheduler(BlockPool(64, SIZE), SchedulerLimits(step_tokens=100, running=2))
+    for number in range(3):
+        scheduler.add(sequence(number, 4))
+    assert len(step(scheduler)) == 2
+    assert (scheduler.running, scheduler.waiting) == (2, 1)
+
+
+def test_an_equal_prefix_is_not_computed_again() -> None:
+    scheduler = Scheduler(BlockPool(64, SIZE), SchedulerLimits())
+    scheduler.add(sequence(1, 0, list(range(10))))
+    step(scheduler)
+    scheduler.add(sequence(2, 0, [*range(8), 50]))
+    scheduler.add(sequence(3, 0, list(range(8))))  # the last token is computed, for its logits
+    assert step(scheduler)[1:] == [("r2", 8, 1), ("r3", 4, 4)]
+
+
+def test_the_latest_gives_way_and_comes_back() -> None:
+    pool = BlockPool(6, SIZE)
+    scheduler = Scheduler(pool, SchedulerLimits(step_tokens=64, running=4))
+    first, second = sequence(1, 10), sequence(2, 11)
+    scheduler.add(first)
+    scheduler.add(second)
+    ran: list[set[str]] = []
+    for _ in range(8):
+        ran.append({name for name, _, _ in step(scheduler)})
+    assert scheduler.preemptions == 1
+    assert all("r1" in names for names in ran)
+    assert "r2" not in ran[-1]
+    scheduler.remove(first)
+    before = len(second.tokens)
+    step(scheduler)
+    assert second.computed == before  # all of it is there again
+
+
+def test_cancelling_frees_blocks_in_any_state() -> None:
+    pool = BlockPool(6, SIZE)
+    scheduler = Scheduler(pool, SchedulerLimits(step_tokens=64, running=1))
+    running, waiting = sequence(1, 10), sequence(2, 11)
+    scheduler.add(running)
+    scheduler.add(waiting)
+    step(scheduler)
+    assert pool.owned == 3
+    scheduler.remove(waiting)
+    scheduler.remove(running)
+    assert (pool.owned, scheduler.running, scheduler.waiting) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_everyone_finishes_within_the_bounds_whatever_the_mix(seed: int) -> None:
+    rng = random.Random(seed)
+    limits = SchedulerLimits(step_tokens=rng.randint(1, 30), running=rng.randint(1, 6))
+    pool = BlockPool(rng.randint(12, 30), SIZE)
+    scheduler = Scheduler(pool, limits)
+    live: dict[str, Sequence] = {}
+    for number in range(12):
+        made = sequence(number, 0, [rng.randrange(2) for _ in range(rng.randint(1, 24))])
+        live[made.id] = made
+        scheduler.add(made)
+    computed: dict[str, int] = {}
+    for _ in range(3000):
+        if not live:
+            break
+        chunks = scheduler.schedule()
+        assert sum(chunk.count for chunk in chunks) <= limits.step_tokens
+        assert len(chunks) <= limits.running
+        assert chunks, "work is left and nothing was planned"
+        for chunk in chunks:
+            assert chunk.count > 0
+            assert chunk.start == chunk.sequence.computed
+            assert len(chunk.sequence.blocks) * SIZE >= chunk.end
+            computed[chunk.sequence.id] = chunk.end
+        scheduler.complete(chunks)
+        for chunk in chunks:
+            if chunk.samples:
+                chunk.sequence.tokens.append(rng.randrange(2))
+                if chunk.sequence.generated >= 20 or rng.random() < 0.02:
+                    scheduler.remove(live.pop(chunk.sequence.id))
+    assert not live
+    assert pool.owned == 0
+
+
+def test_limits_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="step_tokens 0"):
+        SchedulerLimits(step_tokens=0)

@@ -1,0 +1,150 @@
+"""The worker's door over gRPC: updates in order, cancellation, and strangers kept out."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import grpc
+import pytest
+
+from attention.requests import GenerateRequest, SamplingParams
+from attention.runner import EngineThread
+from attention.service import METHOD, AttentionServer, identity
+from attention.service_client import AttentionClient, WorkerLost
+from tests.serving import greedy, make_engine, run
+
+TOKEN = "the-token-of-this-service"
+
+
+@pytest.fixture(scope="module")
+def thread(checkpoint: Callable[[str], Path]) -> Iterator[EngineThread]:
+    made = EngineThread(make_engine(checkpoint("tiny"), 2))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def server(thread: EngineThread) -> Iterator[AttentionServer]:
+    made = AttentionServer(thread, "127.0.0.1:0", TOKEN)
+    made.start()
+    yield made
+    made.stop(0)
+
+
+def talk(address: str, use: Callable[[AttentionClient], Awaitable[None]], token: str | None = TOKEN) -> None:
+    async def session() -> None:
+        client = AttentionClient(address, token)
+        try:
+            await use(client)
+        finally:
+            await client.close()
+
+    asyncio.run(asyncio.wait_for(session(), 60))
+
+
+async def collect(client: AttentionClient, request: GenerateRequest) -> tuple[list[int], str | None, str | None]:
+    tokens: list[int] = []
+    reason = error = None
+    async for update in client.generate(request):
+        tokens.extend(update.token_ids)
+        reason, error = update.finish_reason, update.error
+    return tokens, reason, error
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it never became so")
+
+
+def test_many_requests_on_one_stream_get_their_own_tokens(
+    server: AttentionServer, checkpoint: Callable[[str], Path]
+) -> None:
+    requests = [greedy(str(n), [30 + n, 40, 50], 10) for n in range(8)]
+    expected = run(make_engine(checkpoint("tiny"), 1), requests)
+
+    async def use(client: AttentionClient) -> None:
+        answers = await asyncio.gather(*(collect(client, request) for request in requests))
+        assert [tokens for tokens, _, _ in answers] == [expected[request.id].tokens for request in requests]
+        assert client.in_flight == 0
+
+    talk(server.address, use)
+
+
+def test_leaving_a_stream_cancels_and_frees(server: AttentionServer, thread: EngineThread) -> None:
+    async def use(client: AttentionClient) -> None:
+        async with aclosing(client.generate(greedy("long", [9, 8, 7], 2000))) as updates:
+            await anext(updates)
+            assert thread.stats().blocks_owned > 0
+        await until(lambda: thread.stats().blocks_owned == 0)
+
+    talk(server.address, use)
+
+
+def test_an_ingress_that_vanishes_frees_what_it_had(server: AttentionServer, thread: EngineThread) -> None:
+    async def use(client: AttentionClient) -> None:
+        updates: AsyncGenerator[object, None] = client.generate(greedy("long", [9, 8, 7], 2000))
+        await anext(updates)
+        client._stream.cancel()
+        with pytest.raises(WorkerLost):
+            async for _ in updates:
+                pass
+        await until(lambda: thread.stats().blocks_owned == 0)
+
+    talk(server.address, use)
+
+
+def test_a_bad_request_is_an_error_of_its_own(server: AttentionServer) -> None:
+    bad = GenerateRequest("bad", (99999,), SamplingParams(max_tokens=3))
+
+    async def use(client: AttentionClient) -> None:
+        (wrong, right) = await asyncio.gather(collect(client, bad), collect(client, greedy("good", [5, 6], 5)))
+        assert wrong[1] == "error"
+        assert "token id 99999" in str(wrong[2])
+        assert (len(right[0]), right[1]) == (5, "length")
+
+    talk(server.address, use)
+
+
+@pytest.mark.parametrize("token", [None, "another"])
+def test_the_door_needs_the_token(server: AttentionServer, token: str | None) -> None:
+    async def use(client: AttentionClient) -> None:
+        with pytest.raises(WorkerLost, match="UNAUTHENTICATED"):
+            await collect(client, greedy("a", [5], 1))
+
+    talk(server.address, use, token)
+
+
+@pytest.mark.parametrize("message", [b"\xff\xfe", b"{}", b'{"submit": {"id": "x"}}', b"[1]", json.dumps(3).encode()])
+def test_a_malformed_message_ends_only_its_stream(server: AttentionServer, message: bytes) -> None:
+    async def use(client: AttentionClient) -> None:
+        running = asyncio.create_task(collect(client, greedy("good", [5, 6], 30)))
+        await asyncio.to_thread(send_raw)
+        assert len((await running)[0]) == 30
+
+    def send_raw() -> None:
+        with grpc.insecure_channel(server.address) as channel:
+            call = channel.stream_stream(METHOD, identity, identity)
+            assert list(call(iter([message]), metadata=(("shoal-token", TOKEN),), timeout=20)) == []
+
+    talk(server.address, use)
+
+
+def test_a_worker_that_stops_is_lost_to_its_clients(thread: EngineThread) -> None:
+    server = AttentionServer(thread, "127.0.0.1:0", TOKEN)
+    server.start()
+
+    async def use(client: AttentionClient) -> None:
+        updates = client.generate(greedy("long", [9, 8, 7], 3000))
+        await anext(updates)
+        await asyncio.to_thread(server.stop, 0)
+        with pytest.raises(WorkerLost):
+            async for _ in updates:
+                pass
+        assert not client.alive
+
+    talk(server.address, use)

@@ -1,0 +1,29 @@
+"""Fixtures of every test: one thread, and checkpoints written once a run."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+MakeCheckpoint = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """`checkpoint("tiny")`: the directory of a seeded random checkpoint, written on first use."""
+    from tests.checkpoints import SHAPES, write_checkpoint
+
+    written: dict[str, Path] = {}
+
+    def make(shape: str) -> Path:
+        if shape not in written:
+            written[shape] = write_checkpoint(SHAPES[shape], tmp_path_factory.mktemp(shape)).path
+        return written[shape]
+
+    return make

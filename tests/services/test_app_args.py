@@ -1,0 +1,42 @@
+"""Arguments of the Serve application: nested or dotted, and nothing unknown."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from services.app import AppArgs, build
+
+
+def test_dotted_and_nested_keys_mean_the_same() -> None:
+    dotted = AppArgs.model_validate({"model": "m", "experts.hosts": "4", "attention.max_length": 99})
+    nested = AppArgs.model_validate({"model": "m", "experts": {"hosts": 4}, "attention": {"max_length": 99}})
+    assert dotted == nested
+    assert dotted.experts.hosts == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"expert.hosts": 4}, "expert"),
+        ({"experts.host": 4}, "host"),
+        ({"experts.hosts": 0}, "greater than or equal to 1"),
+        ({"experts": 3, "experts.hosts": 3}, "both as a whole"),
+        ({"name": "a/b"}, "pattern"),
+        ({"api_key": "short"}, "8 characters"),
+        ({"tls": {"certificate": "a"}}, "key"),
+    ],
+)
+def test_what_is_wrong_is_named(change: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        AppArgs.model_validate({"model": "m"} | change)
+
+
+def test_a_checkpoint_that_cannot_be_served_is_refused_when_built(bundled: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        build(AppArgs(model=str(tmp_path / "nowhere")))  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="the model has 16 experts"):
+        build(AppArgs.model_validate({"model": str(bundled), "experts.hosts": 17}))
+    files = {"certificate": tmp_path / "a", "key": tmp_path / "b", "root": tmp_path / "c"}
+    with pytest.raises(ValueError, match="TLS file"):
+        build(AppArgs.model_validate({"model": str(bundled), "tls": files}))

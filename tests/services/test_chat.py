@@ -1,0 +1,150 @@
+"""/v1/chat/completions, whole and streamed, as the openai client sees it."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from model.tokenizer import Tokenizer
+from tests.services.conftest import SAID
+from tests.services.script import MODEL, Script, chat_body, openai_client, post
+
+MESSAGES: Any = [{"role": "user", "content": "hi"}]
+
+
+def ask(app: FastAPI, **fields: Any) -> Any:
+    async def send() -> Any:
+        async with openai_client(app) as client:
+            return await client.chat.completions.create(model=MODEL, messages=MESSAGES, **fields)
+
+    return asyncio.run(send())
+
+
+def listen(app: FastAPI, **fields: Any) -> list[Any]:
+    async def send() -> list[Any]:
+        async with openai_client(app) as client:
+            stream = await client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True, **fields)
+            return [chunk async for chunk in stream]
+
+    return asyncio.run(send())
+
+
+def test_a_whole_answer(app: FastAPI, script: Script, tokenizer: Tokenizer) -> None:
+    answer = ask(app, max_tokens=100, seed=9)
+    choice = answer.choices[0]
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", SAID, "stop")
+    assert answer.usage.completion_tokens == len(script.answer)
+    assert answer.usage.prompt_tokens == len(tokenizer.apply_chat_template(MESSAGES))
+    assert script.asked[0].prompt_ids == tuple(tokenizer.apply_chat_template(MESSAGES))
+    assert script.asked[0].params.seed == 9
+
+
+def test_a_stream_is_the_same_answer_in_whole_characters(app: FastAPI) -> None:
+    chunks = listen(app, stream_options={"include_usage": True})
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == SAID
+    assert all("\N{REPLACEMENT CHARACTER}" not in (delta.content or "") for delta in deltas)
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.total_tokens == chunks[-1].usage.prompt_tokens + chunks[-1].usage.completion_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_without_stream_options_there_is_no_usage(app: FastAPI) -> None:
+    assert all(chunk.usage is None and chunk.choices for chunk in listen(app))
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_both_names_bound_the_answer(app: FastAPI, field: str, script: Script) -> None:
+    answer = ask(app, **{field: 3})
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 3)
+    assert script.asked[0].params.max_tokens == 3
+
+
+def test_n_choices_have_seeds_of_their_own(app: FastAPI, script: Script) -> None:
+    answer = ask(app, n=3, seed=5)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    seeds = [request.params.seed for request in script.asked]
+    assert len(set(seeds)) == 3
+    script.asked.clear()
+    ask(app, n=3, seed=5)
+    assert [request.params.seed for request in script.asked] == seeds
+    assert answer.usage.completion_tokens == 3 * len(script.answer)
+
+
+def test_n_choices_stream_side_by_side(app: FastAPI) -> None:
+    texts = ["", ""]
+    for chunk in listen(app, n=2):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == [SAID, SAID]
+
+
+@pytest.mark.parametrize("stop", ["swim", "ale s", " ", ["zzz", "far"], "— ok", "hale swim far —"])
+def test_a_stop_string_ends_the_answer_and_is_not_shown(app: FastAPI, script: Script, stop: Any) -> None:
+    stops = [stop] if isinstance(stop, str) else stop
+    expected = min((SAID.split(word)[0] for word in stops), key=len)
+    answer = ask(app, stop=stop)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (expected, "stop")
+    streamed = listen(app, stop=stop)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected
+    assert streamed[-1].choices[0].finish_reason == "stop"
+    if stop != "— ok":  # the last token completes that one
+        assert len(script.cancelled) == 2
+
+
+def test_what_only_begins_like_a_stop_string_is_shown(app: FastAPI) -> None:
+    assert ask(app, stop="ok then").choices[0].message.content == SAID
+
+
+def test_logprobs_name_every_token(app: FastAPI, script: Script) -> None:
+    content = ask(app, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert [entry.logprob for entry in content] == pytest.approx([-token / 100 for token in script.answer])
+    assert b"".join(bytes(entry.bytes) for entry in content).decode() == SAID
+    assert all(len(entry.top_logprobs) == 2 for entry in content)
+    streamed = [chunk.choices[0].logprobs for chunk in listen(app, logprobs=True)]
+    assert sum(len(part.content) for part in streamed if part) == len(script.answer)
+
+
+def test_sampling_fields_reach_the_engine_and_defaults_are_the_checkpoints(app: FastAPI, script: Script) -> None:
+    post(app, "/v1/chat/completions", chat_body())
+    post(
+        app,
+        "/v1/chat/completions",
+        chat_body(
+            temperature=0,
+            top_p=0.5,
+            top_k=7,
+            min_p=0.1,
+            presence_penalty=1,
+            frequency_penalty=-1,
+            repetition_penalty=1.2,
+            logit_bias={"5": -100, "6": 1.5},
+            ignore_eos=True,
+            stop_token_ids=[9],
+            min_tokens=2,
+        ),
+    )
+    default, given = (request.params for request in script.asked)
+    assert (default.temperature, default.top_p, default.ignore_eos) == (0.7, 0.9, False)
+    assert (given.temperature, given.top_p, given.top_k, given.min_p) == (0, 0.5, 7, 0.1)
+    assert (given.presence_penalty, given.frequency_penalty, given.repetition_penalty) == (1, -1, 1.2)
+    assert (given.logit_bias, given.ignore_eos) == (((5, -100.0), (6, 1.5)), True)
+    assert (given.stop_token_ids, given.min_tokens) == ((9,), 2)
+
+
+def test_content_may_come_in_parts_and_roles_may_be_new(app: FastAPI, script: Script, tokenizer: Tokenizer) -> None:
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
+    ]
+    assert post(app, "/v1/chat/completions", {"messages": messages}).status_code == 200
+    plain = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    assert script.asked[0].prompt_ids == tuple(tokenizer.apply_chat_template(plain))
+
+
+def test_cached_tokens_are_told(app: FastAPI, script: Script) -> None:
+    script.cached = 16
+    assert ask(app).usage.prompt_tokens_details.cached_tokens == 16

@@ -1,0 +1,145 @@
+"""The command: help that teaches, and one clear line when something is wrong."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.cli import main
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a failing command prints."""
+    assert main([str(argument) for argument in arguments]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("shoal: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["chat"], ["status"], ["stop"], ["doctor"]])
+def test_help_is_there_for_every_command(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: shoal" in text
+    assert "--port" in text or not command
+
+
+@pytest.mark.parametrize("command", [["serve"], ["fly"], ["status", "--port", "x"], ["serve", "a", "--threads", "two"]])
+def test_a_wrong_command_line_exits_2(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 2
+    assert "usage: shoal" in capsys.readouterr().err
+
+
+def test_serve_refuses_before_it_starts_anything(
+    capsys: pytest.CaptureFixture[str], bundled: Path, tmp_path: Path, taken: int
+) -> None:
+    empty, wrong = tmp_path / "empty", tmp_path / "wrong"
+    empty.mkdir()
+    wrong.mkdir()
+    (wrong / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert "does not exist" in fails(capsys, "serve", tmp_path / "nowhere")
+    assert "is a file; expected the directory" in fails(capsys, "serve", file)
+    assert "config.json does not exist" in fails(capsys, "serve", empty)
+    assert "expected ['DeepseekV2ForCausalLM']" in fails(capsys, "serve", wrong)
+    assert "give --port" in fails(capsys, "serve", bundled, "--port", taken)
+    assert "use 1 to 65535" in fails(capsys, "serve", bundled, "--port", 70000)
+    assert "use 1 to 16" in fails(capsys, "serve", bundled, "--expert-hosts", 17)
+    assert "use 1 to 16" in fails(capsys, "serve", bundled, "--expert-hosts", 0)
+    assert "use 1 to 2" in fails(capsys, "serve", bundled, "--expert-replicas", 3)
+    assert "at least 1" in fails(capsys, "serve", bundled, "--attention-replicas", 0)
+    assert "set --api-key" in fails(capsys, "serve", bundled, "--host", "0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--max-length", "0"],
+        ["--cache-tokens", "-5"],
+        ["--threads", "0"],
+        ["--api-key", "short"],
+    ],
+)
+@pytest.mark.parametrize("detach", [[], ["--detach"]])
+def test_values_out_of_range_are_refused_before_ray_starts(
+    capsys: pytest.CaptureFixture[str], bundled: Path, arguments: list[str], detach: list[str]
+) -> None:
+    message = fails(capsys, "serve", bundled, "--port", _free(), *arguments, *detach)
+    assert arguments[0].removeprefix("--").replace("-", "_") in message.replace("-", "_")
+
+
+def test_a_missing_shard_is_named(capsys: pytest.CaptureFixture[str], bundled: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (broken / name).write_bytes((bundled / name).read_bytes())
+    index = {"weight_map": {"model.embed_tokens.weight": "model-00001-of-00001.safetensors"}}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "fetch that shard" in fails(capsys, "serve", broken)
+
+
+@pytest.mark.parametrize("command", ["status", "stop", "chat"])
+def test_commands_say_when_nothing_runs(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert "no service runs on port 8000; start one with `shoal serve MODEL`" in fails(capsys, command)
+
+
+def test_a_record_of_a_dead_process_is_no_service(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    state = tmp_path / "state" / "shoal"
+    state.mkdir(parents=True)
+    record = {"port": 8000, "url": "http://127.0.0.1:8000", "pid": 2**22 + 1, "model": "m", "admin_token": "t"}
+    (state / "8000.json").write_text(json.dumps(record))
+    (state / "9000.json").write_text("{not json")
+    assert "no service runs on port 8000" in fails(capsys, "status")
+    assert not (state / "8000.json").exists()
+
+
+def test_doctor_explains(capsys: pytest.CaptureFixture[str], bundled: Path, tmp_path: Path, taken: int) -> None:
+    assert main(["doctor", str(bundled), "--json", "--port", str(_free())]) == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert {"python", "ray", "torch", "port", "checkpoint", "memory"} <= {finding["what"] for finding in findings}
+    assert all(finding["ok"] for finding in findings)
+    assert main(["doctor", str(tmp_path), "--json", "--port", str(taken)]) == 1
+    wrong = {finding["what"]: finding["detail"] for finding in json.loads(capsys.readouterr().out) if not finding["ok"]}
+    assert set(wrong) == {"port", "checkpoint"}
+    assert "config.json" in wrong["checkpoint"]
+
+
+def _free() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_records_are_private(tmp_path: Path) -> None:
+    from services.state import ServiceRecord, read_record, remove_record, running_services, write_record
+
+    record = ServiceRecord(8123, "http://127.0.0.1:8123", os.getpid(), "m", "secret")
+    write_record(record)
+    path = tmp_path / "state" / "shoal" / "8123.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert (read_record(8123), running_services()) == (record, [record])
+    remove_record(8123)
+    assert read_record(8123) is None

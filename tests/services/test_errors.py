@@ -1,0 +1,166 @@
+"""Whatever is sent, the answer has OpenAI's shape, says what to do, and harms nobody else."""
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from tests.services.conftest import SAID
+from tests.services.script import MAX_LENGTH, MODEL, Script, call, chat_body, make_app, post
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+def assert_error(answer: httpx.Response, status: int, said: str, param: str | None = None) -> dict[str, Any]:
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert answer.status_code == status, error
+    assert said in error["message"], error
+    if param is not None:
+        assert error["param"] is not None
+        assert error["param"].startswith(param)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("fields", "said", "param"),
+    [
+        ({"n": 10_000}, "less than or equal to 128; given 10000", "n"),
+        ({"n": 0}, "greater than or equal to 1", "n"),
+        ({"max_tokens": -1}, "given -1", "max_tokens"),
+        ({"max_tokens": 0}, "at least 1", None),
+        ({"max_tokens": 2.5}, "given 2.5", "max_tokens"),
+        ({"max_tokens": "5"}, "given '5'", "max_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "differ", None),
+        ({"max_tokens": 5000}, f"the context is {MAX_LENGTH} tokens", "max_tokens"),
+        ({"temperature": 3}, "less than or equal to 2", "temperature"),
+        ({"temperature": True}, "given True", "temperature"),
+        ({"top_p": 0}, "greater than 0", "top_p"),
+        ({"top_logprobs": 21, "logprobs": True}, "20", "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs", None),
+        ({"seed": -5}, "given -5", "seed"),
+        ({"stop": ["a"] * 17}, "16", "stop"),
+        ({"stop": ""}, "at least 1 character", "stop"),
+        ({"logit_bias": {"x": 1}}, "expected an id below", "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "expected an id below", "logit_bias"),
+        ({"logit_bias": {"99999999": 1}}, "expected an id below", "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "100", "logit_bias"),
+        ({"messages": []}, "at least 1 item", "messages"),
+        ({"messages": "hi"}, "valid list", "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "'assistant'", "messages.0.role"),
+        ({"messages": [{"role": "user"}]}, "required", "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "x" * 5000}]}, f"the context is {MAX_LENGTH} tokens", "prompt"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "", None),
+        ({"model": "gpt-9"}, f"'gpt-9' is not served here; ask for '{MODEL}'", "model"),
+        ({"model": 5}, "valid string", "model"),
+        ({"wibble": 1}, "unknown parameter 'wibble'", "wibble"),
+        ({"stream_options": {"include_usage": True}}, "set stream to true", None),
+        ({"tools": [{}]}, "0 items", "tools"),
+        ({"response_format": {"type": "json_object"}}, "text", "response_format"),
+        ({"stop_token_ids": [10**8]}, "outside the vocabulary", "stop_token_ids"),
+        ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", None),
+    ],
+)
+def test_a_bad_chat_is_refused_by_name(app: FastAPI, fields: dict[str, Any], said: str, param: str | None) -> None:
+    body = json.dumps({"model": MODEL} | chat_body(**fields))
+    answer = call(app, "POST", CHAT, content=body, headers={"content-type": "application/json"})
+    status = 404 if fields.get("model") == "gpt-9" else 400
+    assert assert_error(answer, status, said, param)["type"] in ("invalid_request_error", "not_found_error")
+    assert post(app, CHAT, chat_body()).json()["choices"][0]["message"]["content"] == SAID
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"prompt": []}, "at least 1 item"),
+        ({"prompt": ""}, "no tokens"),
+        ({"prompt": [[]]}, "at least 1 item"),
+        ({"prompt": ["a"] * 65}, "64"),
+        ({"prompt": [5, -1]}, "greater than or equal to 0"),
+        ({"prompt": [5, 100_000]}, "token id 100000 is outside the vocabulary"),
+        ({"prompt": [5, 1 << 40]}, "given"),
+        ({"prompt": [5, "a"]}, ""),
+        ({"prompt": [True]}, ""),
+        ({"prompt": {"a": 1}}, ""),
+        ({"prompt": None}, ""),
+        ({"prompt": [5] * 500}, "the prompt has 500"),
+        ({"prompt": "a", "max_tokens": 0}, "echo"),
+        ({"prompt": "a", "logprobs": 21}, "20"),
+        ({"prompt": "a", "best_of": 3}, "best_of"),
+        ({"prompt": "a", "suffix": "b"}, ""),
+        ({}, "required"),
+    ],
+)
+def test_a_bad_completion_is_refused_by_name(app: FastAPI, fields: dict[str, Any], said: str) -> None:
+    assert_error(post(app, TEXT, fields), 400, said)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "not valid JSON"),
+        (b"", ""),
+        (b"[1, 2]", ""),
+        (b'"text"', ""),
+        (b"null", ""),
+        (b'{"model": "\xff\xfe"}', ""),
+        (b'{"model": "scripted", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}', ""),
+        (b'{"model": "scripted", "messages": [{"role": "user", "content": "a"}], "temperature": Infinity}', ""),
+        (b"[" * 100_000 + b"]" * 100_000, ""),
+        (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, ""),
+        (b'{"model": "scripted", "max_tokens": 1' + b"0" * 5000 + b"}", ""),
+    ],
+    ids=["cut", "empty", "list", "string", "null", "utf-8", "nan", "infinity", "deep list", "deep", "long number"],
+)
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/tokenize", "/detokenize"])
+def test_a_body_that_is_no_request(app: FastAPI, path: str, content: bytes, said: str) -> None:
+    answer = call(app, "POST", path, content=content, headers={"content-type": "application/json"})
+    assert_error(answer, 400, said)
+
+
+def test_a_body_over_the_cap_is_not_read(app: FastAPI) -> None:
+    answer = call(app, "POST", CHAT, content=b" " * (17 << 20), headers={"content-type": "application/json"})
+    assert_error(answer, 413, "over 16777216 bytes")
+
+
+def test_routes_and_methods_that_are_not_there(app: FastAPI) -> None:
+    assert_error(call(app, "GET", "/v1/nothing"), 404, "/v1/nothing does not exist")
+    assert_error(call(app, "GET", CHAT), 405, "does not answer GET")
+    assert_error(call(app, "GET", "/v1/models/other"), 404, "'other' is not served")
+
+
+def test_keys_open_and_close_the_doors(script: Script) -> None:
+    app = make_app(script, api_key="the-right-key", admin_token="the-admin-token")
+
+    def get(path: str, key: str | None) -> httpx.Response:
+        return call(app, "GET", path, headers={b"Authorization": f"Bearer {key}".encode()} if key else {})
+
+    for wrong in (None, "the-wrong-key", "the-admin-token", "ключ"):
+        assert_error(get("/v1/models", wrong), 401, "Authorization: Bearer")
+    assert get("/v1/models", "the-right-key").status_code == 200
+    assert get("/health", None).status_code == 200
+    assert_error(get("/admin/status", "the-right-key"), 401, "Bearer")
+    assert get("/admin/status", "the-admin-token").json() == {"epoch": 4}
+
+
+def test_admin_routes_are_closed_without_a_token(app: FastAPI) -> None:
+    assert_error(call(app, "GET", "/admin/status"), 403, "no admin token is set")
+
+
+def test_bad_requests_do_not_disturb_one_that_runs(app: FastAPI, script: Script) -> None:
+    script.pause_s = 0.02
+
+    async def both() -> tuple[httpx.Response, list[httpx.Response]]:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://shoal") as client:
+            good = asyncio.create_task(client.post(CHAT, json={"model": MODEL} | chat_body()))
+            await asyncio.sleep(0.03)
+            bad = [await client.post(CHAT, content=b"\xff{" * n) for n in range(1, 6)]
+            return await good, bad
+
+    good, bad = asyncio.run(both())
+    assert good.json()["choices"][0]["message"]["content"] == SAID
+    assert all(answer.status_code == 400 for answer in bad)
