@@ -13,11 +13,11 @@ from torch import Tensor
 from attention.batch import StepBatch
 from attention.cache import LatentCache
 from attention.mla import LATENT_NORM_EPS, load_mla_weights
-from attention.rope import rotate
 from kernels.attention import latent_attention
 from kernels.heads import PackedHeads
 from kernels.linear import PackedLinear
 from kernels.norm import rms_norm
+from kernels.rotary import rotate_heads, write_latents
 from model.checkpoint import Checkpoint
 
 
@@ -46,31 +46,27 @@ class AbsorbedAttention:
         self._up_value = PackedHeads(up_value)  # C -> v
         self._o = PackedLinear(weights.o_proj.to(device))
 
-    def __call__(self, x_TD: Tensor, batch: StepBatch, cache: LatentCache) -> Tensor:
-        """Write this step's latents to the cache, attend, and project out: [T, D] -> [T, D]."""
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, batch: StepBatch, cache: LatentCache) -> Tensor:
+        """Write this step's latents to the cache, attend, and project out: residual + attention, [T, D]."""
         config = self._config
-        tokens = x_TD.shape[0]
+        tokens, latent = x_TD.shape[0], config.kv_lora_rank
+        layer_BSW = cache.layer(self._layer)
+        kv_TW = self._kv_a(x_TD)
+        write_latents(kv_TW, self._kv_a_norm, LATENT_NORM_EPS, batch.cos_TR, batch.sin_TR, batch.slot_T, layer_BSW)
         x_query = x_TD
         if config.q_lora_rank is not None:
             x_query = rms_norm(self._q_a(x_TD), self._q_a_norm, LATENT_NORM_EPS)
         q_TNQ = self._q(x_query).view(tokens, config.num_attention_heads, config.qk_head_dim)
-        q_nope, q_rope = q_TNQ.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
-
-        latent_TC, k_rope_TR = self._kv_a(x_TD).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        cache.write(
-            self._layer,
-            batch.slot_T,
-            rms_norm(latent_TC, self._kv_a_norm, LATENT_NORM_EPS),
-            rotate(k_rope_TR, batch.cos_TR, batch.sin_TR),
-        )
-        q_TNW = torch.cat((self._up_key(q_nope), rotate(q_rope, batch.cos_TR[:, None], batch.sin_TR[:, None])), dim=-1)
+        q_TNW = q_TNQ.new_empty(tokens, config.num_attention_heads, config.latent_width)
+        self._up_key(q_TNQ[..., : config.qk_nope_head_dim], q_TNW[..., :latent])
+        rotate_heads(q_TNQ, batch.cos_TR, batch.sin_TR, q_TNW)
         z_TNC = latent_attention(
             q_TNW,
-            cache.layer(self._layer),
+            layer_BSW,
             batch.block_tables_QM,
             batch.sequence_T,
             batch.position_T,
-            config.kv_lora_rank,
+            latent,
             config.softmax_scale,
         )
-        return self._o(self._up_value(z_TNC).flatten(1))
+        return self._o(self._up_value(z_TNC).flatten(1), add=residual_TD)

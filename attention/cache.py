@@ -27,11 +27,6 @@ class LatentCache:
         """One layer's blocks, [blocks, block_size, W]."""
         return self.data_LBSW[layer]
 
-    def write(self, layer: int, slot_T: Tensor, latent_TC: Tensor, k_rope_TR: Tensor) -> None:
-        """Put the latents [T, C] and rotated shared keys [T, R] of T tokens into their slots."""
-        flat = self.data_LBSW[layer].view(-1, self.data_LBSW.shape[-1])
-        flat[slot_T] = torch.cat((latent_TC, k_rope_TR), dim=-1).to(flat.dtype)
-
     @property
     def nbytes(self) -> int:
         return self.data_LBSW.numel() * self.data_LBSW.element_size()

@@ -14,7 +14,7 @@ from attention.cache import LatentCache
 from experts.client import ExpertClient, PlacementSource
 from kernels.linear import PackedLinear
 from kernels.norm import rms_norm
-from kernels.swiglu import swiglu
+from kernels.swiglu import PackedSwiglu
 from model.checkpoint import Checkpoint
 from router.gate import route
 from router.placement import Placement
@@ -22,18 +22,12 @@ from router.placement import Placement
 Progress = Callable[[int, int], None]
 
 
-class DenseMlp:
-    """SwiGLU with gate and up laid side by side: the dense layers, and the shared experts."""
-
-    def __init__(self, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype, device: str) -> None:
-        def read(name: str) -> Tensor:
-            return checkpoint.tensor(f"{prefix}.{name}.weight").to(dtype)
-
-        self._gate_up = PackedLinear(torch.cat((read("gate_proj"), read("up_proj"))).to(device))
-        self._down = PackedLinear(read("down_proj").to(device))
-
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        return self._down(swiglu(self._gate_up(x_TD)))
+def dense_mlp(checkpoint: Checkpoint, prefix: str, dtype: torch.dtype, device: str) -> PackedSwiglu:
+    """The network of a dense layer, or the shared experts'."""
+    gate, up, down = (
+        checkpoint.tensor(f"{prefix}.{name}_proj.weight").to(device, dtype) for name in ("gate", "up", "down")
+    )
+    return PackedSwiglu(gate, up, down)
 
 
 class DecoderLayer:
@@ -48,29 +42,28 @@ class DecoderLayer:
         self._post_norm = checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight").to(device, dtype)
         self._attention = AbsorbedAttention(checkpoint, layer, dtype, device)
         self._gate: PackedLinear | None = None
-        self._mlp: DenseMlp | None = None
+        self._mlp: PackedSwiglu | None = None
         if config.is_moe(layer):
             gate = checkpoint.tensor(f"{prefix}.mlp.gate.weight").float()  # fp32 whatever the checkpoint's dtype
             self._gate = PackedLinear(gate.to(device))
             if config.n_shared_experts:
-                self._mlp = DenseMlp(checkpoint, f"{prefix}.mlp.shared_experts", dtype, device)
+                self._mlp = dense_mlp(checkpoint, f"{prefix}.mlp.shared_experts", dtype, device)
         else:
-            self._mlp = DenseMlp(checkpoint, f"{prefix}.mlp", dtype, device)
+            self._mlp = dense_mlp(checkpoint, f"{prefix}.mlp", dtype, device)
 
     def __call__(
         self, h_TD: Tensor, batch: StepBatch, cache: LatentCache, experts: ExpertClient, placement: Placement
     ) -> Tensor:
         eps = self._config.rms_norm_eps
-        h_TD = h_TD + self._attention(rms_norm(h_TD, self._input_norm, eps), batch, cache)
+        h_TD = self._attention(rms_norm(h_TD, self._input_norm, eps), h_TD, batch, cache)
         x_TD = rms_norm(h_TD, self._post_norm, eps)
         if self._gate is None:
             assert self._mlp is not None
-            return h_TD + self._mlp(x_TD)
+            return self._mlp(x_TD, h_TD)
         routing = route(self._gate(x_TD.float()), self._config)
         dispatch = experts.start(self._layer, x_TD, routing, placement)
         shared_TD = self._mlp(x_TD) if self._mlp is not None else None  # while the rows are with the hosts
-        routed_TD = dispatch.finish().to(h_TD.dtype)
-        return h_TD + (routed_TD if shared_TD is None else routed_TD + shared_TD)
+        return dispatch.finish(shared_TD, h_TD).to(h_TD.dtype)
 
 
 class Decoder:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from attention.rope import RotaryTable, rotate
+from attention.rope import RotaryTable
+from kernels.rotary import rotate
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 

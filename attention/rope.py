@@ -71,12 +71,3 @@ class RotaryTable:
     def at(self, position_T: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each [T, R / 2] fp32, of integer positions [T]."""
         return self.cos_PR[position_T], self.sin_PR[position_T]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the interleaved pairs (2i, 2i + 1) of x [..., R]; cos and sin broadcast against [..., R / 2].
-
-    Equals multiplying complex numbers x[2i] + j·x[2i+1] by cos + j·sin, as the released code does.
-    """
-    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -1,9 +1,8 @@
 """An ingress's end of an attention worker's stream, for asyncio."""
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import grpc
 import grpc.aio
@@ -22,8 +21,16 @@ class WorkerLost(Exception):
 class AttentionClient:
     """One worker. Requests share one stream; each gets its own updates, in order."""
 
-    def __init__(self, address: str, token: str | None = None, tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        token: str | None = None,
+        tls: TlsFiles | None = None,
+        on_lost: Callable[[], None] | None = None,
+    ) -> None:
+        """`on_lost` is called once when the stream broke; not by `close`."""
         self.address = address
+        self._on_lost = on_lost
         options = (*CHANNEL_OPTIONS, *channel_options(tls))
         if tls is None:
             self._channel = grpc.aio.insecure_channel(address, options=options)
@@ -33,8 +40,11 @@ class AttentionClient:
         self._stream = call(metadata=(("shoal-token", token),) if token else ())
         self._queues: dict[str, asyncio.Queue[Update | None]] = {}
         self._lost: str | None = None
-        self._write_lock = asyncio.Lock()
+        # A task that is cancelled inside a write takes the whole stream with it, and every request on it: so requests
+        # only put their messages here, and one task, which nobody cancels, writes them.
+        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
         self._reader = asyncio.create_task(self._read())
+        self._writer = asyncio.create_task(self._write())
 
     @property
     def alive(self) -> bool:
@@ -53,7 +63,7 @@ class AttentionClient:
         self._queues[request.id] = updates
         finished = False
         try:
-            await self._send({"submit": request.to_json_dict()})
+            self._send({"submit": request.to_json_dict()})
             while not finished:
                 update = await updates.get() if self._lost is None or not updates.empty() else None
                 if update is None:
@@ -62,30 +72,29 @@ class AttentionClient:
                 yield update
         finally:
             del self._queues[request.id]
-            if not finished and self._lost is None:
-                await self._cancel(request.id)
+            if not finished:
+                self._send({"cancel": request.id})
 
     async def close(self) -> None:
         """Hang up; requests still running here raise WorkerLost."""
+        self._on_lost = None
         self._lose("closed")
         self._stream.cancel()
         self._reader.cancel()
-        await asyncio.gather(self._reader, return_exceptions=True)
+        self._writer.cancel()
+        await asyncio.gather(self._reader, self._writer, return_exceptions=True)
         await self._channel.close()
 
-    async def _cancel(self, request_id: str) -> None:
-        with contextlib.suppress(WorkerLost):  # its blocks went with it
-            await self._send({"cancel": request_id})
+    def _send(self, message: object) -> None:
+        self._outbox.put_nowait(json.dumps(message, separators=(",", ":")).encode())
 
-    async def _send(self, message: object) -> None:
-        if self._lost is not None:
-            raise WorkerLost(f"attention worker {self.address}: {self._lost}")
-        try:
-            async with self._write_lock:
-                await self._stream.write(json.dumps(message, separators=(",", ":")).encode())
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            self._lose(str(error))
-            raise WorkerLost(f"attention worker {self.address}: {self._lost}") from error
+    async def _write(self) -> None:
+        while True:
+            message = await self._outbox.get()
+            try:
+                await self._stream.write(message)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                return  # the stream is over; who reads learns why
 
     async def _read(self) -> None:
         reason = "the stream ended"
@@ -106,3 +115,5 @@ class AttentionClient:
             self._lost = reason
             for updates in self._queues.values():
                 updates.put_nowait(None)
+            if self._on_lost is not None:
+                self._on_lost()

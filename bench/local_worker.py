@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import dataclass
 
-import torch
 from pydantic import TypeAdapter
 
 from attention.decoder import Decoder
@@ -22,6 +21,7 @@ from bench.timing import GenerationClock, Sample, Workload
 from experts.client import ExpertClient
 from experts.host import ExpertHost
 from experts.local import LocalTransport
+from kernels.threads import set_threads
 from model.checkpoint import Checkpoint
 from router.placement import Host, Placement, initial_placement
 
@@ -58,9 +58,10 @@ class LocalShoal:
     """An engine with `shoal serve`'s own limits over one host that holds every expert."""
 
     def __init__(self, directory: str, threads: int) -> None:
-        torch.set_num_threads(threads)
+        set_threads(threads)
         checkpoint = Checkpoint.open(directory)
         self._config = checkpoint.config
+        self._epochs = itertools.count(1)
         self._source = SwitchedPlacement(self._placement(1))
         host = ExpertHost(checkpoint.config, "host-0", 1)
         host.load(checkpoint, self._source.placement.held_by("host-0"))
@@ -109,7 +110,8 @@ class LocalShoal:
         )
 
     def _placement(self, hosts: int) -> Placement:
-        return initial_placement(self._config, [Host(f"host-{index}", 1, "local") for index in range(hosts)], 1)
+        names = [Host(f"host-{index}", 1, "local") for index in range(hosts)]
+        return initial_placement(self._config, names, epoch=next(self._epochs))
 
 
 def main() -> None:

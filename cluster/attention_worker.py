@@ -6,7 +6,6 @@ import threading
 from dataclasses import asdict, dataclass
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from attention.cache import bytes_per_block
@@ -19,7 +18,9 @@ from cluster.controller import find_controller, get_or_start_controller
 from cluster.membership import PlacementFollower
 from cluster.spec import ServiceSpec
 from experts.client import ExpertClient
-from experts.grpc_transport import GrpcTransport
+from experts.nixl_agent import prepare_environment
+from experts.transports import open_transport
+from kernels.threads import set_threads
 from model.checkpoint import Checkpoint
 
 HEARTBEAT_S = 1.0
@@ -51,14 +52,19 @@ class AttentionWorker:
     """Loads while the hosts load, and opens its door once they hold every expert."""
 
     def __init__(self, service: ServiceSpec, spec: WorkerSpec, worker_id: str) -> None:
-        torch.set_num_threads(spec.threads)
+        set_threads(spec.threads)
+        prepare_environment()
         self._id = worker_id
         self._namespace = service.namespace
         controller = get_or_start_controller(service)
         checkpoint = Checkpoint.open(service.model)
         token = ray.get(controller.token.remote())
         self._placements = PlacementFollower(service.namespace)
-        client = ExpertClient(GrpcTransport(token, service.tls), self._placements, spec.expert_deadline_s)
+        config = checkpoint.config
+        self._transport = open_transport(
+            service.transport, token, service.tls, spec.step_tokens, config.num_experts_per_tok, config.hidden_size
+        )
+        client = ExpertClient(self._transport, self._placements, spec.expert_deadline_s)
         device = "cuda" if spec.gpus > 0 else "cpu"
         decoder = Decoder(checkpoint, client, self._placements, device)
         limits = EngineLimits(
@@ -95,6 +101,7 @@ class AttentionWorker:
             ray.get(find_controller(self._namespace).leave.remote(self._id), timeout=2)
         self._server.stop(0.5)
         self._engine.close()
+        self._transport.close()
         self._placements.close()
 
     def _wait_for_hosts(self, controller: object) -> None:

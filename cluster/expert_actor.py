@@ -6,11 +6,13 @@ import time
 from dataclasses import dataclass
 
 import ray
-import torch
 
 from cluster.spec import CONTROLLER_NAME, ServiceSpec
 from experts.grpc_server import ExpertServer
 from experts.host import ExpertHost
+from experts.nixl_agent import prepare_environment
+from experts.transports import open_door
+from kernels.threads import set_threads
 from model.checkpoint import Checkpoint
 
 ORPHAN_CHECK_S = 5.0
@@ -34,7 +36,8 @@ class ExpertActor:
     """Threaded actor: `load` runs while the other methods answer."""
 
     def __init__(self, spec: ServiceSpec, host_id: str, generation: int, token: str) -> None:
-        torch.set_num_threads(spec.threads)
+        set_threads(spec.threads)
+        prepare_environment()
         self._spec = spec
         self._token = token
         self._id = host_id
@@ -46,12 +49,16 @@ class ExpertActor:
         threading.Thread(target=self._follow_controller, name="orphan-check", daemon=True).start()
 
     def load(self, held: list[tuple[int, int]]) -> HostInfo:
-        """Read the named experts and open the door; raises CheckpointError when they cannot be read."""
+        """Read the named experts and open the door.
+
+        Raises CheckpointError when they cannot be read, and NixlMissing when NIXL is wanted and not installed.
+        """
+        door = open_door(self._spec.transport, self._id, self._generation)
         checkpoint = Checkpoint.open(self._spec.model)
         device = "cuda" if self._spec.gpus > 0 else "cpu"
         host = ExpertHost(checkpoint.config, self._id, self._generation, device)
         host.load(checkpoint, held, self._on_progress)
-        server = ExpertServer(host, f"{ray.util.get_node_ip_address()}:0", self._token, self._spec.tls)
+        server = ExpertServer(host, f"{ray.util.get_node_ip_address()}:0", self._token, self._spec.tls, door)
         server.start()
         self._host, self._server = host, server
         return self.info()

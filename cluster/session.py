@@ -26,6 +26,8 @@ class LocalCluster:
         # The driver must not join a Ray that happens to run here, and its log lines belong to it alone.
         os.environ.pop("RAY_ADDRESS", None)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray runs its actors at the lowest priority but four: on a machine that does anything else, they would starve.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tokens are on, as they should be
         try:

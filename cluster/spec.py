@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from experts.tls import TlsFiles
+from experts.transports import TRANSPORT_KINDS, TransportKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,7 @@ class ServiceSpec:
     threads: int = 1  # of each host
     cpus: float = 0.0  # Ray CPUs that each host reserves
     gpus: float = 0.0  # Ray GPUs that each host reserves
+    transport: TransportKind = "auto"  # of rows between attention workers and expert hosts
     tls: TlsFiles | None = None  # between nodes; the same paths on every node
     follow_application: bool = True  # end when the Serve application of this name is gone
 
@@ -26,6 +28,8 @@ class ServiceSpec:
             raise ValueError(f"experts.replicas is {self.replicas}; expected 1 to experts.hosts ({self.hosts})")
         if self.threads < 1:
             raise ValueError(f"experts.threads is {self.threads}; expected at least 1")
+        if self.transport not in TRANSPORT_KINDS:
+            raise ValueError(f"experts.transport is {self.transport!r}; expected one of {', '.join(TRANSPORT_KINDS)}")
         if self.cpus < 0 or self.gpus < 0:
             raise ValueError(f"experts.cpus {self.cpus} and experts.gpus {self.gpus} must not be negative")
 

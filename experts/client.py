@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from experts.dispatch_plan import Ints, Share, UnheldExperts, hosts_left, plan_shares
+from experts.dispatch_plan import OwnerTables, hosts_left
 from experts.errors import ExpertsUnavailable, FrameError, HostRefused, HostUnavailable
 from experts.messages import ForwardReply, ForwardRequest
 from experts.transport import Pending, Transport
+from kernels.combine import NoOwner, OwnedSlots, combine_slots, split_slots
 from router.gate import Routing
 from router.placement import Host, Placement
 
@@ -64,45 +64,52 @@ class ExpertClient:
         self._deadline_s = deadline_s
         self._reply_timeout_s = reply_timeout_s
         self._clock = clock
-        self._hosts: tuple[Host, ...] = ()
+        self._tables: OwnerTables | None = None
         self._dispatches = self._rows = self._sent = self._received = self._resends = 0
 
     def start(self, layer: int, x_TD: Tensor, routing: Routing, placement: Placement) -> "Dispatch":
         """Send every row to the holders of its experts; `Dispatch.finish` waits for the weighted sum."""
-        if placement.hosts != self._hosts:
-            for host in hosts_left(self._hosts, placement.hosts):
-                self._transport.forget(host)
-            self._hosts = placement.hosts
         self._dispatches += 1
-        return Dispatch(self, layer, x_TD, routing, placement)
+        return Dispatch(self, layer, x_TD, routing, self.tables(placement))
 
     def stats(self) -> ClientStats:
         return ClientStats(self._dispatches, self._rows, self._sent, self._received, self._resends)
 
-    def send(self, share: Share, layer: int, x_TD: Tensor, epoch: int) -> Pending:
-        """One host's share of one layer, on its way."""
+    def tables(self, placement: Placement) -> OwnerTables:
+        """The owners of a placement, or of a newer one that a lost host led to; who it no longer names is forgotten."""
+        if self._tables is None or self._tables.placement.epoch < placement.epoch:
+            if self._tables is not None:
+                for host in hosts_left(self._tables.placement.hosts, placement.hosts):
+                    self._transport.forget(host)
+            self._tables = OwnerTables(placement)
+        return self._tables
+
+    def send(self, host: Host, owned: OwnedSlots, layer: int, x_TD: Tensor, epoch: int) -> Pending:
+        """One host's part of one layer, on its way."""
+        rows = owned.row_R.shape[0]
         request = ForwardRequest(
             epoch=epoch,
-            generation=share.host.generation,
+            generation=host.generation,
             layer=layer,
-            x_RD=x_TD[torch.from_numpy(share.rows_R)],
-            pair_row_P=torch.from_numpy(share.pair_row_P.astype(np.int32)),
-            pair_expert_P=torch.from_numpy(share.pair_expert_P.astype(np.int32)),
+            x_RD=x_TD if rows == x_TD.shape[0] else x_TD.index_select(0, owned.row_R),
+            pair_row_P=owned.slot_row_P,
+            pair_expert_P=owned.slot_expert_P,
         )
-        self._rows += len(share.rows_R)
-        self._sent += 4 * (request.x_RD.numel() + 2 * len(share.slots_P))
-        return self._transport.submit(share.host, request)
+        self._rows += rows
+        self._sent += 4 * (rows * x_TD.shape[1] + 2 * owned.slot_P.shape[0])
+        return self._transport.submit(host, request)
 
-    def receive(self, pending: Pending, share: Share, hidden: int) -> ForwardReply:
-        """The reply to a share; raises HostUnavailable, HostRefused, or FrameError when it is another's."""
+    def receive(self, pending: Pending, host: Host, pairs: int, hidden: int) -> ForwardReply:
+        """The reply to one part; raises HostUnavailable, HostRefused, or FrameError when it is another's."""
         reply = pending.result(self._reply_timeout_s)
-        if reply.generation != share.host.generation:
-            raise HostUnavailable(f"{share.host.id}: a reply of generation {reply.generation}, an older life")
-        if reply.y_PD.shape != (len(share.slots_P), hidden):
-            raise FrameError(
-                f"{share.host.id} replied {tuple(reply.y_PD.shape)}; expected {(len(share.slots_P), hidden)}"
-            )
-        self._received += 4 * reply.y_PD.numel()
+        if reply.generation != host.generation:
+            pending.release()
+            raise HostUnavailable(f"{host.id}: a reply of generation {reply.generation}, an older life")
+        if reply.y_PD.shape != (pairs, hidden):
+            shape = tuple(reply.y_PD.shape)
+            pending.release()
+            raise FrameError(f"{host.id} replied {shape}; expected {(pairs, hidden)}")
+        self._received += 4 * pairs * hidden
         return reply
 
     def lost(self, host: Host, reason: str) -> None:
@@ -124,71 +131,86 @@ class ExpertClient:
         return self._clock()
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """One host's part of a dispatch."""
+
+    host: Host
+    slot_P: Tensor
+    pending: Pending
+
+
 class Dispatch:
     """One layer's rows on their way. Between start and finish the caller computes the shared experts."""
 
-    def __init__(self, client: ExpertClient, layer: int, x_TD: Tensor, routing: Routing, placement: Placement) -> None:
+    def __init__(self, client: ExpertClient, layer: int, x_TD: Tensor, routing: Routing, tables: OwnerTables) -> None:
         self._client = client
         self._layer = layer
         self._device = x_TD.device
         self._x_TD = x_TD.float().cpu()
         self._weights_TK = routing.weights_TK
-        self._experts_TK: Ints = routing.experts_TK.cpu().numpy()
-        self._placement = placement
+        self._experts_TK = routing.experts_TK.cpu()
+        self._tables = tables
         self._failed: dict[Host, str] = {}
-        self._turn = layer
         self._started_s = client.now_s()
         self._last = "no host was asked"
-        self._sent = self._send(np.arange(self._experts_TK.size))
+        self._sent = self._send(None)
 
-    def finish(self) -> Tensor:
-        """The weighted sum over slots, [T, D] fp32.
+    def finish(self, shared_TD: Tensor | None = None, residual_TD: Tensor | None = None) -> Tensor:
+        """residual + (the weighted sum over slots + shared), [T, D] fp32.
 
         Raises ExpertsUnavailable when some expert had no reachable holder for the client's whole deadline, and
         HostRefused when a host refuses the request as malformed, which no resend can mend.
         """
-        tokens, top_k = self._experts_TK.shape
         hidden = self._x_TD.shape[1]
-        y_SD = torch.empty(tokens * top_k, hidden)
-        while self._sent:
-            unanswered: list[Ints] = []
-            for share, pending in self._sent:
-                try:
-                    reply = self._client.receive(pending, share, hidden)
-                except HostUnavailable as error:
-                    self._fail(share, str(error))
-                    unanswered.append(share.slots_P)
-                except HostRefused as refusal:
-                    if not refusal.may_pass:
-                        raise
-                    self._fail(share, str(refusal))
-                    unanswered.append(share.slots_P)
-                else:
-                    y_SD[torch.from_numpy(share.slots_P)] = reply.y_PD
-            self._sent = self._send(np.sort(np.concatenate(unanswered))) if unanswered else []
-        y_TKD = y_SD.view(tokens, top_k, hidden).to(self._device)
-        total_TD = self._weights_TK[:, :1] * y_TKD[:, 0]
-        for slot in range(1, top_k):
-            total_TD = total_TD + self._weights_TK[:, slot : slot + 1] * y_TKD[:, slot]
-        return total_TD
+        answers: list[tuple[Tensor, Tensor]] = []
+        answered: list[Pending] = []
+        try:
+            while self._sent:
+                unanswered: list[Tensor] = []
+                for sent in self._sent:
+                    try:
+                        reply = self._client.receive(sent.pending, sent.host, sent.slot_P.shape[0], hidden)
+                    except HostUnavailable as error:
+                        self._fail(sent.host, str(error))
+                        unanswered.append(sent.slot_P)
+                    except HostRefused as refusal:
+                        if not refusal.may_pass:
+                            raise
+                        self._fail(sent.host, str(refusal))
+                        unanswered.append(sent.slot_P)
+                    else:
+                        answers.append((sent.slot_P, reply.y_PD.to(self._device)))
+                        answered.append(sent.pending)
+                self._sent = self._send(torch.cat(unanswered).sort().values) if unanswered else []
+            return combine_slots(answers, self._weights_TK, shared_TD, residual_TD)
+        finally:
+            for pending in answered:
+                pending.release()
 
-    def _send(self, slots_P: Ints) -> list[tuple[Share, Pending]]:
-        """Send these slots to holders that have not failed, waiting for a newer table while there is none."""
+    def _send(self, slots: Tensor | None) -> list[_Sent]:
+        """Send these slots (None: all) to holders that have not failed, waiting for a newer table while none is."""
         while True:
+            placement = self._tables.placement
             try:
-                shares = plan_shares(self._experts_TK, slots_P, self._layer, self._placement, self._failed, self._turn)
-            except UnheldExperts as unheld:
-                newer = self._client.newer(self._placement, self._started_s, self._layer, unheld.experts, self._last)
-                if newer.epoch == self._placement.epoch:
+                owner_E = self._tables.owners(self._layer, self._failed)
+                parts = split_slots(self._experts_TK, owner_E, len(placement.hosts), slots)
+            except NoOwner as unheld:
+                newer = self._client.newer(placement, self._started_s, self._layer, (unheld.expert,), self._last)
+                if newer.epoch == placement.epoch:
                     self._failed.clear()  # the same life may have come back: ask it again
-                self._placement = newer
+                self._tables = self._client.tables(newer)
             else:
                 return [
-                    (share, self._client.send(share, self._layer, self._x_TD, self._placement.epoch))
-                    for share in shares
+                    _Sent(
+                        host := placement.hosts[part.owner],
+                        part.slot_P,
+                        self._client.send(host, part, self._layer, self._x_TD, placement.epoch),
+                    )
+                    for part in parts
                 ]
 
-    def _fail(self, share: Share, reason: str) -> None:
-        self._failed[share.host] = reason
+    def _fail(self, host: Host, reason: str) -> None:
+        self._failed[host] = reason
         self._last = reason
-        self._client.lost(share.host, reason)
+        self._client.lost(host, reason)

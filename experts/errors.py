@@ -19,7 +19,8 @@ class HostUnavailable(ExpertError):
 class HostRefused(ExpertError):
     """A host's own word that it cannot serve a request.
 
-    Codes: `wrong_generation` (it is a later life), `not_held` (the expert is elsewhere), `bad_request`.
+    Codes: `wrong_generation` (it is a later life), `not_held` (the expert is elsewhere), `failed` (it tried, and ran
+    out of memory for example), `bad_request`.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -29,8 +30,8 @@ class HostRefused(ExpertError):
 
     @property
     def may_pass(self) -> bool:
-        """True when a newer placement can lead to a host that accepts."""
-        return self.code in ("wrong_generation", "not_held")
+        """True when another host, or a newer placement, can lead to one that accepts."""
+        return self.code in ("wrong_generation", "not_held", "failed")
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"

@@ -1,14 +1,18 @@
 """Frames: a fixed header, then tensors as they lie in memory. No pickle, nothing trusted before it is checked.
 
-Header, little-endian: magic, version, kind, layer, epoch, generation, correlation id, rows, pairs, hidden,
-payload bytes, CRC-32 of everything else. Every size is checked against its cap and against the payload's true
-length before a tensor is made.
+Header, little-endian, 64 bytes: magic, version, kind, layer, epoch, generation, correlation id, rows, pairs, hidden,
+payload bytes, coverage, CRC-32, four bytes of nothing. The payload of a request is x, then the pairs' rows, then
+their experts; of a reply, y. Every size is checked against its cap and against the payload's true length before a
+tensor is made.
+
+`coverage` says what the CRC guards: the header and all of the payload on a byte stream, the header alone in memory
+that the peer writes directly (`experts/arena_frames.py`), where the path guards what it carries.
 """
 
 import struct
 import zlib
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +22,16 @@ from experts.errors import FrameError, HostRefused
 from experts.messages import ForwardReply, ForwardRequest
 
 MAGIC = b"SHOL"
-VERSION = 1
-HEADER = struct.Struct("<4sHHIQQQIIIII")
+VERSION = 2
+HEADER = struct.Struct("<4sHHIQQQIIIIII4x")
 CRC = struct.Struct("<I")
+CRC_AT = 56  # it guards the bytes before it; on a byte stream also all behind it
 MAX_ROWS = 1 << 16
 MAX_PAIRS = 1 << 20
 MAX_HIDDEN = 1 << 16
 MAX_PAYLOAD_BYTES = 1 << 30
+MAX_REFUSAL_BYTES = 1 << 16
+CAPS = f"{MAX_ROWS} rows, {MAX_PAIRS} pairs, {MAX_HIDDEN} wide, {MAX_PAYLOAD_BYTES} bytes"
 
 
 class Kind(IntEnum):
@@ -33,11 +40,17 @@ class Kind(IntEnum):
     REFUSAL = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Coverage(IntEnum):
+    """What a frame's checksum guards."""
+
+    WHOLE = 0
+    HEADER = 1
+
+
+class Header(NamedTuple):
     """A checked header; `rows`, `pairs` and `hidden` count numbers, `payload` bytes."""
 
-    kind: Kind
+    kind: int
     layer: int
     epoch: int
     generation: int
@@ -48,120 +61,150 @@ class Header:
     payload: int
 
 
+def request_header(request: ForwardRequest, correlation: int) -> Header:
+    """The header of a request's frame."""
+    rows, hidden = request.x_RD.shape
+    pairs = request.pair_row_P.shape[0]
+    size = 4 * (rows * hidden + 2 * pairs)
+    return Header(
+        Kind.FORWARD, request.layer, request.epoch, request.generation, correlation, rows, pairs, hidden, size
+    )
+
+
+def reply_header(generation: int, pairs: int, hidden: int, correlation: int) -> Header:
+    """The header of a reply's frame."""
+    return Header(Kind.REPLY, 0, 0, generation, correlation, 0, pairs, hidden, 4 * pairs * hidden)
+
+
+def refusal_payload(refusal: HostRefused) -> bytes:
+    """A refusal's code, a newline, its message."""
+    return f"{refusal.code}\n{refusal.message}".encode()[:MAX_REFUSAL_BYTES]
+
+
+def parse_refusal(payload: bytes) -> HostRefused:
+    code, _, message = payload.decode(errors="replace").partition("\n")
+    return HostRefused(code, message)
+
+
+def write_header(
+    into: bytearray | memoryview, header: Header, coverage: Coverage, payload: tuple[memoryview, ...] = ()
+) -> None:
+    """Put a header at the start of `into`, its CRC over `payload` too; raises FrameError when it is over a cap."""
+    if _over_caps(header):
+        raise FrameError(f"{header} is over the caps of a frame, {CAPS}: send fewer rows at once")
+    HEADER.pack_into(into, 0, MAGIC, VERSION, *header, coverage, 0)
+    checksum = zlib.crc32(into[:CRC_AT])
+    if coverage is Coverage.WHOLE:
+        checksum = zlib.crc32(into[CRC_AT + CRC.size : HEADER.size], checksum)
+    for part in payload:
+        checksum = zlib.crc32(part, checksum)
+    CRC.pack_into(into, CRC_AT, checksum)
+
+
+def parse_header(frame: bytes | memoryview, length: int, coverage: Coverage) -> Header:
+    """Check the header and checksum of a frame of `length` bytes; raises FrameError naming what is wrong."""
+    if length < HEADER.size:
+        raise FrameError(f"{length} bytes are too few for a frame of at least {HEADER.size}")
+    fields = HEADER.unpack_from(frame)
+    header = Header._make(fields[2:11])
+    if fields[0] != MAGIC:
+        raise FrameError(f"magic is {fields[0]!r}; expected {MAGIC!r}")
+    if fields[1] != VERSION:
+        raise FrameError(f"frame version is {fields[1]}; this build speaks {VERSION}")
+    if not Kind.FORWARD <= header.kind <= Kind.REFUSAL:
+        raise FrameError(f"frame kind is {header.kind}; expected one of {[int(known) for known in Kind]}")
+    if fields[11] != coverage:
+        raise FrameError(f"checksum coverage is {fields[11]}; expected {int(coverage)} on this path")
+    if _over_caps(header):
+        raise FrameError(f"{header} is over the caps of a frame: {CAPS}")
+    if header.payload != length - HEADER.size:
+        raise FrameError(f"the header claims {header.payload} payload bytes; {length - HEADER.size} came")
+    found = zlib.crc32(frame[:CRC_AT])
+    if coverage is Coverage.WHOLE:
+        found = zlib.crc32(memoryview(frame)[CRC_AT + CRC.size : length], found)
+    if found != fields[12]:
+        raise FrameError("the checksum does not fit the frame: it was damaged on the way")
+    return header
+
+
+def check_request_size(header: Header) -> None:
+    """Raises FrameError unless the payload is as long as the request's tensors."""
+    wanted = 4 * (2 * header.pairs + header.rows * header.hidden)
+    if header.kind != Kind.FORWARD or header.payload != wanted:
+        raise FrameError(
+            f"{header.rows} rows of {header.hidden} and {header.pairs} pairs need {wanted} bytes, not {header.payload}"
+        )
+
+
+def check_reply_size(header: Header) -> None:
+    """Raises FrameError unless the payload is as long as the reply's tensor."""
+    wanted = 4 * header.pairs * header.hidden
+    if header.kind != Kind.REPLY or header.payload != wanted:
+        raise FrameError(
+            f"a reply of {header.pairs} rows of {header.hidden} needs {wanted} bytes, not {header.payload}"
+        )
+
+
 def encode_request(request: ForwardRequest, correlation: int) -> bytes:
     """A forward request as one frame; raises FrameError when it is over a cap."""
-    rows, hidden = request.x_RD.shape
-    payload = (_bytes(request.pair_row_P), _bytes(request.pair_expert_P), _bytes(request.x_RD))
-    header = Header(
-        Kind.FORWARD,
-        request.layer,
-        request.epoch,
-        request.generation,
-        correlation,
-        rows,
-        len(request.pair_row_P),
-        hidden,
-        sum(map(len, payload)),
-    )
-    return _assemble(header, payload)
+    payload = (_bytes(request.x_RD), _bytes(request.pair_row_P), _bytes(request.pair_expert_P))
+    return _assemble(request_header(request, correlation), payload)
 
 
 def encode_reply(reply: ForwardReply, correlation: int) -> bytes:
     """A forward reply as one frame."""
     pairs, hidden = reply.y_PD.shape
-    payload = _bytes(reply.y_PD)
-    return _assemble(
-        Header(Kind.REPLY, 0, 0, reply.generation, correlation, 0, pairs, hidden, len(payload)), (payload,)
-    )
+    return _assemble(reply_header(reply.generation, pairs, hidden, correlation), (_bytes(reply.y_PD),))
 
 
 def encode_refusal(refusal: HostRefused, correlation: int) -> bytes:
-    """A refusal as one frame: its code, a newline, its message."""
-    payload = f"{refusal.code}\n{refusal.message}".encode()[:65536]
-    return _assemble(Header(Kind.REFUSAL, 0, 0, 0, correlation, 0, 0, 0, len(payload)), (payload,))
+    """A refusal as one frame."""
+    payload = refusal_payload(refusal)
+    return _assemble(Header(Kind.REFUSAL, 0, 0, 0, correlation, 0, 0, 0, len(payload)), (memoryview(payload),))
 
 
 def decode_header(frame: bytes) -> Header:
-    """Check a whole frame's header, length and checksum; raises FrameError naming what is wrong."""
-    if len(frame) < HEADER.size + CRC.size:
-        raise FrameError(f"{len(frame)} bytes are too few for a frame of at least {HEADER.size + CRC.size}")
-    magic, version, kind, layer, epoch, generation, correlation, rows, pairs, hidden, payload, _ = HEADER.unpack_from(
-        frame
-    )
-    if magic != MAGIC:
-        raise FrameError(f"magic is {magic!r}; expected {MAGIC!r}")
-    if version != VERSION:
-        raise FrameError(f"frame version is {version}; this build speaks {VERSION}")
-    if kind not in Kind.__members__.values():
-        raise FrameError(f"frame kind is {kind}; expected one of {[int(known) for known in Kind]}")
-    caps = (("rows", rows, MAX_ROWS), ("pairs", pairs, MAX_PAIRS), ("hidden", hidden, MAX_HIDDEN))
-    for name, value, cap in (*caps, ("payload", payload, MAX_PAYLOAD_BYTES)):
-        if value > cap:
-            raise FrameError(f"{name} is {value}; the cap is {cap}")
-    if payload != len(frame) - HEADER.size - CRC.size:
-        raise FrameError(f"the header claims {payload} payload bytes; {len(frame) - HEADER.size - CRC.size} came")
-    (checksum,) = CRC.unpack_from(frame, len(frame) - CRC.size)
-    if zlib.crc32(memoryview(frame)[: -CRC.size]) != checksum:
-        raise FrameError("the checksum does not fit the frame: it was damaged on the way")
-    return Header(Kind(kind), layer, epoch, generation, correlation, rows, pairs, hidden, payload)
+    """Check a frame of a byte stream, all of it; raises FrameError naming what is wrong."""
+    return parse_header(frame, len(frame), Coverage.WHOLE)
 
 
 def decode_request(header: Header, frame: bytes) -> ForwardRequest:
-    """The forward request in a frame whose header was checked; tensors share the frame's memory."""
-    wanted = 4 * (2 * header.pairs + header.rows * header.hidden)
-    if header.kind is not Kind.FORWARD or header.payload != wanted:
-        raise FrameError(
-            f"{header.rows} rows of {header.hidden} and {header.pairs} pairs need {wanted} bytes, not {header.payload}"
-        )
-    at = HEADER.size
+    """The forward request in a frame whose header was checked; raises FrameError when the tensors do not fit it."""
+    check_request_size(header)
+    numbers = header.rows * header.hidden
+    at = HEADER.size + 4 * numbers
     return ForwardRequest(
         epoch=header.epoch,
         generation=header.generation,
         layer=header.layer,
+        x_RD=_view(frame, np.dtype("<f4"), numbers, HEADER.size).view(header.rows, header.hidden),
         pair_row_P=_view(frame, np.dtype("<i4"), header.pairs, at),
         pair_expert_P=_view(frame, np.dtype("<i4"), header.pairs, at + 4 * header.pairs),
-        x_RD=_view(frame, np.dtype("<f4"), header.rows * header.hidden, at + 8 * header.pairs).view(
-            header.rows, header.hidden
-        ),
     )
 
 
 def decode_reply(header: Header, frame: bytes) -> ForwardReply:
     """The reply in a checked frame; raises HostRefused when it is a refusal, FrameError when it is neither."""
-    if header.kind is Kind.REFUSAL:
-        code, _, message = frame[HEADER.size : -CRC.size].decode(errors="replace").partition("\n")
-        raise HostRefused(code, message)
-    wanted = 4 * header.pairs * header.hidden
-    if header.kind is not Kind.REPLY or header.payload != wanted:
-        raise FrameError(
-            f"a reply of {header.pairs} rows of {header.hidden} needs {wanted} bytes, not {header.payload}"
-        )
+    if header.kind == Kind.REFUSAL:
+        raise parse_refusal(frame[HEADER.size :])
+    check_reply_size(header)
     y = _view(frame, np.dtype("<f4"), header.pairs * header.hidden, HEADER.size)
     return ForwardReply(header.generation, y.view(header.pairs, header.hidden))
 
 
-def _assemble(header: Header, payload: tuple[bytes | memoryview, ...]) -> bytes:
-    caps = ((header.rows, MAX_ROWS), (header.pairs, MAX_PAIRS), (header.hidden, MAX_HIDDEN))
-    if any(value > cap for value, cap in (*caps, (header.payload, MAX_PAYLOAD_BYTES))):
-        raise FrameError(f"{header} is over the caps of a frame: send fewer rows at once")
-    head = HEADER.pack(
-        MAGIC,
-        VERSION,
-        header.kind,
-        header.layer,
-        header.epoch,
-        header.generation,
-        header.correlation,
-        header.rows,
-        header.pairs,
-        header.hidden,
-        header.payload,
-        0,
+def _over_caps(header: Header) -> bool:
+    return (
+        header.rows > MAX_ROWS
+        or header.pairs > MAX_PAIRS
+        or header.hidden > MAX_HIDDEN
+        or header.payload > MAX_PAYLOAD_BYTES
     )
-    checksum = zlib.crc32(head)
-    for part in payload:
-        checksum = zlib.crc32(part, checksum)
-    return b"".join((head, *payload, CRC.pack(checksum)))
+
+
+def _assemble(header: Header, payload: tuple[memoryview, ...]) -> bytes:
+    head = bytearray(HEADER.size)
+    write_header(head, header, Coverage.WHOLE, payload)
+    return b"".join((head, *payload))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

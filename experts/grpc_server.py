@@ -1,4 +1,7 @@
-"""An expert host's door on gRPC: one stream a client, many requests in flight on it, replies as they are ready."""
+"""An expert host's door on gRPC: one stream a client, many requests in flight on it, replies as they are ready.
+
+The same door pairs clients for NIXL, whose requests then go past it to the same loop.
+"""
 
 import hmac
 from collections.abc import Iterator
@@ -9,6 +12,10 @@ import grpc
 from experts.errors import FrameError, HostRefused
 from experts.frames import decode_header, decode_request, encode_refusal, encode_reply
 from experts.host import ExpertHost
+from experts.host_loop import HostLoop
+from experts.lease import METHOD as LEASE_METHOD
+from experts.lease_server import serve_lease
+from experts.nixl_door import NixlDoor
 from experts.tls import TlsFiles, server_credentials
 
 METHOD = "/shoal.Experts/Forward"
@@ -36,10 +43,13 @@ class ExpertServer(grpc.GenericRpcHandler):
         bind: str = "127.0.0.1:0",
         token: str | None = None,
         tls: TlsFiles | None = None,
+        door: NixlDoor | None = None,
     ) -> None:
-        self._host = host
         self._token = token
-        self._server = grpc.server(ThreadPoolExecutor(MAX_CLIENTS, "expert-stream"), options=OPTIONS)
+        self._door = door
+        self._loop = HostLoop(host, door)
+        # a client may hold two streams: its calls, and its lease
+        self._server = grpc.server(ThreadPoolExecutor(2 * MAX_CLIENTS, "expert-stream"), options=OPTIONS)
         self._server.add_generic_rpc_handlers((self,))
         if tls is None:
             port = self._server.add_insecure_port(bind)
@@ -48,21 +58,35 @@ class ExpertServer(grpc.GenericRpcHandler):
         self.address = f"{bind.rpartition(':')[0]}:{port}"
 
     def start(self) -> None:
+        self._loop.start()
         self._server.start()
 
     def stop(self, grace_s: float = 1.0) -> None:
         """Refuse new streams, give running ones `grace_s`, then cut them."""
         self._server.stop(grace_s).wait(grace_s + 1.0)
+        ended = self._loop.close(grace_s + 1.0)
+        if self._door is not None and ended:
+            self._door.close()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        if handler_call_details.method != METHOD:
-            return None
-        return grpc.stream_stream_rpc_method_handler(self._forward, identity, identity)
+        if handler_call_details.method == METHOD:
+            return grpc.stream_stream_rpc_method_handler(self._forward, identity, identity)
+        if handler_call_details.method == LEASE_METHOD and self._door is not None:
+            return grpc.stream_stream_rpc_method_handler(self._lease, identity, identity)
+        return None
 
-    def _forward(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _check_token(self, context: grpc.ServicerContext) -> None:
         given = dict(context.invocation_metadata()).get(TOKEN_KEY, "")
         if self._token is not None and not hmac.compare_digest(str(given), self._token):
             context.abort(grpc.StatusCode.UNAUTHENTICATED, f"the {TOKEN_KEY} of this service is required")
+
+    def _lease(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        self._check_token(context)
+        assert self._door is not None
+        return serve_lease(self._door, messages, context)
+
+    def _forward(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        self._check_token(context)
         for frame in frames:
             yield self._answer(frame)
 
@@ -72,8 +96,9 @@ class ExpertServer(grpc.GenericRpcHandler):
         try:
             header = decode_header(frame)
             correlation = header.correlation
-            return encode_reply(self._host.forward(decode_request(header, frame)), correlation)
+            answer = self._loop.submit(decode_request(header, frame)).result()
         except FrameError as error:
-            return encode_refusal(HostRefused("bad_request", str(error)), correlation)
-        except HostRefused as refusal:
-            return encode_refusal(refusal, correlation)
+            answer = HostRefused("bad_request", str(error))
+        if isinstance(answer, HostRefused):
+            return encode_refusal(answer, correlation)
+        return encode_reply(answer, correlation)

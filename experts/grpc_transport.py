@@ -26,6 +26,24 @@ CHANNEL_OPTIONS = (
 )
 
 
+def open_channel(host: Host, tls: TlsFiles | None) -> grpc.Channel:
+    """A connection of its own to a host's door; made in the background."""
+    options = (*CHANNEL_OPTIONS, *channel_options(tls))
+    if tls is None:
+        return grpc.insecure_channel(host.address, options=options)
+    return grpc.secure_channel(host.address, channel_credentials(tls), options=options)
+
+
+def call_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
+    """What a stream to a host must show."""
+    return ((TOKEN_KEY, token),) if token else ()
+
+
+def describe(error: grpc.RpcError) -> str:
+    """Status and details of a stream that broke."""
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else str(error)
+
+
 @dataclass(frozen=True, slots=True)
 class _Call:
     future: "Future[ForwardReply]"
@@ -37,23 +55,22 @@ class _Call:
         except FutureTimeout:
             raise HostUnavailable(f"{self.host.id} at {self.host.address}: no reply in {timeout_s:.1f} s") from None
 
+    def release(self) -> None:
+        pass  # the reply owns its memory
+
 
 class _Stream:
     """One open stream. A thread reads replies and settles the calls they belong to, in whatever order."""
 
     def __init__(self, host: Host, token: str | None, tls: TlsFiles | None) -> None:
         self._host = host
-        options = (*CHANNEL_OPTIONS, *channel_options(tls))
-        if tls is None:
-            self._channel = grpc.insecure_channel(host.address, options=options)
-        else:
-            self._channel = grpc.secure_channel(host.address, channel_credentials(tls), options=options)
+        self._channel = open_channel(host, tls)
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._calls: dict[int, Future[ForwardReply]] = {}
         self._lock = threading.Lock()
         self._broken: str | None = None
         call = self._channel.stream_stream(METHOD, identity, identity)
-        self._replies = call(self._requests(), metadata=((TOKEN_KEY, token),) if token else ())
+        self._replies = call(self._requests(), metadata=call_metadata(token))
         threading.Thread(target=self._read, name=f"replies-{host.id}", daemon=True).start()
 
     @property
@@ -93,7 +110,7 @@ class _Stream:
                 except ExpertError as error:
                     future.set_exception(error)
         except grpc.RpcError as error:
-            reason = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else str(error)
+            reason = describe(error)
         except FrameError as error:
             reason = str(error)
         finally:

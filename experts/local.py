@@ -20,6 +20,9 @@ class _Call:
             raise HostUnavailable(f"{self.host_id} is not in this process")
         return self.host.forward(self.request)
 
+    def release(self) -> None:
+        pass  # the reply owns its memory
+
 
 class LocalTransport:
     """Calls hosts directly, when the reply is asked for. `hosts` may change while it is in use."""

@@ -12,6 +12,9 @@ class Pending(Protocol):
     def result(self, timeout_s: float) -> ForwardReply:
         """The reply; raises HostUnavailable when it did not come in time or the host was lost, or HostRefused."""
 
+    def release(self) -> None:
+        """The reply's tensor is no longer needed: its memory may be used again."""
+
 
 class Transport(Protocol):
     """Sends to any host of any placement; hosts come and go without being announced."""

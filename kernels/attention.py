@@ -4,8 +4,12 @@ Shapes: `T` tokens, `N` heads, `W` cache width, `C` latent, `B` blocks, `S` bloc
 of the longest table.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
+
+from kernels.native import native_for
 
 
 def latent_attention(
@@ -19,9 +23,13 @@ def latent_attention(
 ) -> Tensor:
     """softmax(q · key · scale) · key[:latent] for each token over positions 0..position of its sequence, [T, N, C].
 
-    Key j of sequence s lies in cache[block_tables[s, j // S], j % S]. The order of each sum is a function of the
+    Key j of sequence s lies in cache[block_tables[s, j // S], j % S]; tables, sequences and positions are int32.
+    Tokens of one sequence follow one another in rising position. The order of each sum is a function of the
     token's position alone, so chunking, batching and the choice of blocks never change its bits.
     """
+    native = native_for(q_TNW.device)
+    if native is not None:
+        return _native_attention(native, q_TNW, cache_BSW, block_tables_QM, sequence_T, position_T, latent, scale)
     size = cache_BSW.shape[1]
     out_TNC = torch.empty(*q_TNW.shape[:2], latent, dtype=q_TNW.dtype, device=q_TNW.device)
     gathered: dict[int, Tensor] = {}
@@ -34,6 +42,41 @@ def latent_attention(
             blocks = block_tables_QM[owner, : lasts[owner] // size + 1].long()
             gathered[owner] = cache_BSW[blocks].flatten(0, 1)
         keys_JW = gathered[owner][: position + 1]
-        weights_NJ = torch.softmax((q_TNW[token] @ keys_JW.t()).float() * scale, dim=-1)
+        q_NW = q_TNW[token].clone()  # at an address that BLAS sees alike for every token: it sums by alignment, too
+        weights_NJ = torch.softmax((q_NW @ keys_JW.t()).float() * scale, dim=-1)
         out_TNC[token] = weights_NJ.to(keys_JW.dtype) @ keys_JW[:, :latent]
+    return out_TNC
+
+
+def _native_attention(
+    native: ctypes.CDLL,
+    q_TNW: Tensor,
+    cache_BSW: Tensor,
+    block_tables_QM: Tensor,
+    sequence_T: Tensor,
+    position_T: Tensor,
+    latent: int,
+    scale: float,
+) -> Tensor:
+    tokens, heads, width = q_TNW.shape
+    assert q_TNW.is_contiguous()
+    assert cache_BSW.is_contiguous()
+    assert q_TNW.dtype == cache_BSW.dtype == torch.float32
+    assert block_tables_QM.dtype == sequence_T.dtype == position_T.dtype == torch.int32
+    out_TNC = torch.empty(tokens, heads, latent)
+    native.shoal_latent_attention(
+        q_TNW.data_ptr(),
+        cache_BSW.data_ptr(),
+        block_tables_QM.data_ptr(),
+        block_tables_QM.stride(0),
+        cache_BSW.shape[1],
+        sequence_T.data_ptr(),
+        position_T.data_ptr(),
+        tokens,
+        heads,
+        width,
+        latent,
+        scale,
+        out_TNC.data_ptr(),
+    )
     return out_TNC

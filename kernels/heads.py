@@ -3,21 +3,66 @@
 import torch
 from torch import Tensor
 
-from kernels.linear import PackedLinear
+from kernels.linear import tiled_linear
+from kernels.memory import weight_memory
+from kernels.native import native_for
+from kernels.packed import PackedMatrix, packed_floats
 
 
 class PackedHeads:
     """N weights [O, K], one a head; row bits are independent of the number of tokens, as PackedLinear's are."""
 
     def __init__(self, weight_NOK: Tensor) -> None:
-        self._heads = [PackedLinear(weight.contiguous()) for weight in weight_NOK]
-        self.out_features = weight_NOK.shape[1]
+        self.heads, self.out_features, self.in_features = weight_NOK.shape
+        self._native = native_for(weight_NOK.device)
+        self._packed: Tensor | None = None
+        self._weight_NOK: Tensor | None = None
+        if self._native is not None:
+            floats = packed_floats(self.out_features, self.in_features)
+            self._packed = weight_memory(self.heads * floats)
+            for head, weight in enumerate(weight_NOK):
+                PackedMatrix(weight, memory=self._packed[head * floats :])
+        else:
+            wide = weight_NOK.float() if weight_NOK.device.type == "cpu" else weight_NOK
+            self._weight_NOK = wide.contiguous()
 
     @property
     def nbytes(self) -> int:
-        return sum(head.nbytes for head in self._heads)
+        held = self._weight_NOK if self._packed is None else self._packed
+        assert held is not None
+        return held.numel() * held.element_size()
 
-    def __call__(self, x_TNK: Tensor) -> Tensor:
-        """Apply head n's map to x[:, n]: [T, N, K] -> [T, N, O]."""
-        rows = [head(x_TNK[:, n].contiguous()) for n, head in enumerate(self._heads)]
-        return torch.stack(rows, dim=1)
+    def __call__(self, x_TNK: Tensor, out_TNO: Tensor | None = None) -> Tensor:
+        """Apply head n's map to x[:, n]: [T, N, K] -> [T, N, O], into `out_TNO` if given.
+
+        Of both, only the last dimension must be contiguous: parts of wider heads are read and written in place.
+        """
+        if out_TNO is None:
+            shape = (*x_TNK.shape[:2], self.out_features)
+            out_TNO = torch.empty(shape, dtype=x_TNK.dtype, device=x_TNK.device)
+        assert x_TNK.stride(2) == out_TNO.stride(2) == 1
+        if self._weight_NOK is not None:
+            if x_TNK.device.type != "cpu":
+                out_TNO.copy_(torch.einsum("tnk,nok->tno", x_TNK, self._weight_NOK))
+            else:
+                for head, weight_OK in enumerate(self._weight_NOK):
+                    out_TNO[:, head] = tiled_linear(x_TNK[:, head].contiguous(), weight_OK)
+            return out_TNO
+        assert self._native is not None
+        assert self._packed is not None
+        assert x_TNK.dtype == out_TNO.dtype == torch.float32
+        self._native.shoal_linear(
+            x_TNK.data_ptr(),
+            x_TNK.stride(0),
+            x_TNK.stride(1),
+            x_TNK.shape[0],
+            self._packed.data_ptr(),
+            self.heads,
+            self.in_features,
+            self.out_features,
+            out_TNO.data_ptr(),
+            out_TNO.stride(0),
+            out_TNO.stride(1),
+            None,
+        )
+        return out_TNO

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from kernels.native import native_for
+from kernels.packed import PackedMatrix
+
 TILE_ROWS = 16
 """BLAS picks its accumulation order by the shape: multiplying in tiles of one size fixes it. The rows are the columns
 of the product, which lie side by side in one vector register, so that a row's place in its tile does not matter."""
@@ -26,21 +29,62 @@ class PackedLinear:
     def __init__(self, weight: Tensor) -> None:
         if weight.ndim != 2:
             raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [out_features, in_features]")
-        self._weight = (weight.float() if weight.device.type == "cpu" else weight).contiguous()
-        self.out_features, self.in_features = self._weight.shape
+        self.out_features, self.in_features = weight.shape
+        self._native = native_for(weight.device)
+        self._packed: PackedMatrix | None = None
+        self._weight: Tensor | None = None
+        if self._native is not None:
+            self._packed = PackedMatrix(weight)
+        else:
+            self._weight = (weight.float() if weight.device.type == "cpu" else weight).contiguous()
 
     @property
     def nbytes(self) -> int:
-        return self._weight.numel() * self._weight.element_size()
+        held = self._weight if self._packed is None else self._packed.data
+        assert held is not None
+        return held.numel() * held.element_size()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]; on CPU a row's bits depend on the row alone."""
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """[..., K] -> [..., N], plus `add` of the result's shape; on CPU a row's bits depend on the row alone."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features; expected {self.in_features}")
+        if self._packed is not None:
+            return self._call_native(x, add)
+        assert self._weight is not None
         if x.device.type != "cpu":
-            return F.linear(x.to(self._weight.dtype), self._weight)
-        return tiled_linear(x.reshape(-1, self.in_features), self._weight).view(*x.shape[:-1], self.out_features)
+            out = F.linear(x.to(self._weight.dtype), self._weight)
+        else:
+            rows_RK = x.reshape(-1, self.in_features).float()
+            out = tiled_linear(rows_RK, self._weight).view(*x.shape[:-1], self.out_features)
+        return out if add is None else out + add
 
     def unpack(self) -> Tensor:
         """The weight, [N, K]."""
+        if self._packed is not None:
+            return self._packed.unpack()
+        assert self._weight is not None
         return self._weight
+
+    def _call_native(self, x: Tensor, add: Tensor | None) -> Tensor:
+        assert self._native is not None
+        assert self._packed is not None
+        x = x.float().contiguous()
+        out = torch.empty(*x.shape[:-1], self.out_features)
+        if add is not None:
+            add = add.float().contiguous()
+            assert add.shape == out.shape, f"add has shape {tuple(add.shape)}; expected {tuple(out.shape)}"
+        self._native.shoal_linear(
+            x.data_ptr(),
+            self.in_features,
+            0,
+            x.numel() // self.in_features,
+            self._packed.address,
+            1,
+            self.in_features,
+            self.out_features,
+            out.data_ptr(),
+            self.out_features,
+            0,
+            None if add is None else add.data_ptr(),
+        )
+        return out

@@ -1,13 +1,18 @@
 """SwiGLU feed-forward networks: one, and the many of an expert layer.
 
-Shapes: `R` rows, `P` (row, expert) pairs, `D` model, `I` intermediate.
+Shapes: `R` rows, `P` (row, expert) pairs, `D` model, `I` intermediate, `E` experts.
 """
+
+import ctypes
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from kernels.linear import PackedLinear
+from kernels.linear import tiled_linear
+from kernels.memory import weight_memory
+from kernels.native import native_for
+from kernels.packed import PANEL, PackedMatrix, packed_floats
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -22,6 +27,47 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate.double()).to(gate.dtype) * up
 
 
+class _Plain:
+    """One network as torch computes it."""
+
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        gate_up = torch.cat((gate, up))
+        self._gate_up = (gate_up.float() if gate_up.device.type == "cpu" else gate_up).contiguous()
+        self._down = (down.float() if down.device.type == "cpu" else down).contiguous()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.numel() * weight.element_size() for weight in (self._gate_up, self._down))
+
+    def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up = self._gate_up.chunk(2)
+        return gate, up, self._down
+
+    def __call__(self, x_RD: Tensor) -> Tensor:
+        if x_RD.device.type != "cpu":
+            return F.linear(swiglu(F.linear(x_RD.to(self._gate_up.dtype), self._gate_up)), self._down)
+        return tiled_linear(swiglu(tiled_linear(x_RD.float(), self._gate_up)), self._down)
+
+
+class _Packed:
+    """One network for the native kernels: gate's and up's panels in turn, and down's."""
+
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        intermediate, hidden = gate.shape
+        depth = -(-intermediate // PANEL) * PANEL  # down's left side is the hidden row, which fills whole panels
+        first = packed_floats(intermediate, hidden, 2)
+        memory = weight_memory(first + packed_floats(hidden, depth))
+        self.gate_up = PackedMatrix(gate, up, memory=memory)
+        self.down = PackedMatrix(down, depth=depth, memory=memory[first:])
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate_up.nbytes + self.down.nbytes
+
+    def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.gate_up.unpack(0), self.gate_up.unpack(1), self.down.unpack()
+
+
 class PackedExperts:
     """Some of one layer's experts, each loaded and unloaded by number."""
 
@@ -29,7 +75,9 @@ class PackedExperts:
         self._hidden = hidden_size
         self._intermediate = intermediate_size
         self._device = device
-        self._experts: dict[int, tuple[PackedLinear, PackedLinear]] = {}
+        self._native = native_for(device)
+        self._experts: dict[int, _Plain | _Packed] = {}
+        self._addresses_2E = torch.zeros(2, 0, dtype=torch.int64)  # of gate_up and down; 0 where none is loaded
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -37,7 +85,7 @@ class PackedExperts:
 
     @property
     def nbytes(self) -> int:
-        return sum(gate_up.nbytes + down.nbytes for gate_up, down in self._experts.values())
+        return sum(expert.nbytes for expert in self._experts.values())
 
     def load(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Take an expert's weights: gate and up [I, D], down [D, I]; raises ValueError on other shapes."""
@@ -45,27 +93,114 @@ class PackedExperts:
         shapes = tuple(gate.shape), tuple(up.shape), tuple(down.shape)
         if shapes != (wide, wide, tall):
             raise ValueError(f"expert {expert} has shapes {shapes}; expected {(wide, wide, tall)}")
-        gate_up = PackedLinear(torch.cat((gate, up)).to(self._device))
-        self._experts[expert] = (gate_up, PackedLinear(down.to(self._device)))
+        if self._native is None:
+            self._experts[expert] = _Plain(*(weight.to(self._device) for weight in (gate, up, down)))
+            return
+        packed = self._experts[expert] = _Packed(gate, up, down)
+        self._place(expert, packed.gate_up.address, packed.down.address)
 
     def unload(self, expert: int) -> None:
         """Drop an expert; raises KeyError when it is not loaded."""
         del self._experts[expert]
+        if self._native is not None:
+            self._place(expert, 0, 0)
 
     def unpack(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """gate, up and down of a loaded expert."""
-        gate_up, down = self._experts[expert]
-        gate, up = gate_up.unpack().chunk(2)
-        return gate, up, down.unpack()
+        return self._experts[expert].unpack()
 
-    def __call__(self, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor) -> Tensor:
+    def __call__(self, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor | None = None) -> Tensor:
         """FFN of pair_expert[p] on x[pair_row[p]], unweighted, in the order of the pairs: [P, D] fp32.
 
-        Raises KeyError for an expert that is not loaded and IndexError for a row that does not exist.
+        The result is written to `out_PD` (fp32, contiguous) if given. Raises KeyError for an expert that is not
+        loaded and IndexError for a row that does not exist.
         """
-        out_PD = torch.empty(len(pair_row_P), self._hidden, dtype=torch.float32, device=x_RD.device)
+        if out_PD is None:
+            out_PD = torch.empty(len(pair_row_P), self._hidden, dtype=torch.float32, device=x_RD.device)
+        if self._native is not None:
+            self._call_native(self._native, x_RD, pair_row_P, pair_expert_P, out_PD)
+            return out_PD
         for expert in pair_expert_P.unique().tolist():
-            gate_up, down = self._experts[expert]
+            network = self._experts[expert]
+            assert isinstance(network, _Plain)
             pairs = (pair_expert_P == expert).nonzero().squeeze(1)
-            out_PD[pairs] = down(swiglu(gate_up(x_RD[pair_row_P[pairs].long()]))).float()
+            out_PD[pairs] = network(x_RD[pair_row_P[pairs].long()]).float()
         return out_PD
+
+    def _call_native(
+        self, native: ctypes.CDLL, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor
+    ) -> None:
+        x_RD, rows, experts = x_RD.float().contiguous(), pair_row_P.int().contiguous(), pair_expert_P.int().contiguous()
+        addresses_2E = self._addresses_2E
+        assert out_PD.is_contiguous()
+        bad = native.shoal_experts(
+            x_RD.data_ptr(),
+            self._hidden,
+            len(x_RD),
+            len(rows),
+            rows.data_ptr(),
+            experts.data_ptr(),
+            addresses_2E[0].data_ptr(),
+            addresses_2E[1].data_ptr(),
+            addresses_2E.shape[1],
+            self._hidden,
+            self._intermediate,
+            out_PD.data_ptr(),
+            self._hidden,
+            None,
+        )
+        if bad:
+            row, expert = int(rows[bad - 1]), int(experts[bad - 1])
+            if expert not in self._experts:
+                raise KeyError(expert)
+            raise IndexError(f"pair {bad - 1} names row {row} of {len(x_RD)}")
+
+    def _place(self, expert: int, gate_up: int, down: int) -> None:
+        """A new table, so that a call that goes on reads the one it began with."""
+        table = torch.zeros(2, max(self._addresses_2E.shape[1], expert + 1), dtype=torch.int64)
+        table[:, : self._addresses_2E.shape[1]] = self._addresses_2E
+        table[0, expert], table[1, expert] = gate_up, down
+        self._addresses_2E = table
+
+
+class PackedSwiglu:
+    """One network: a dense layer's, or the shared experts'."""
+
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        """Weights gate and up [I, D], down [D, I], on the device that computes."""
+        self._native = native_for(gate.device)
+        self._intermediate, self._hidden = gate.shape
+        self._network = _Plain(gate, up, down) if self._native is None else _Packed(gate, up, down)
+
+    @property
+    def nbytes(self) -> int:
+        return self._network.nbytes
+
+    def __call__(self, x_TD: Tensor, add_TD: Tensor | None = None) -> Tensor:
+        """[T, D] -> [T, D], plus `add_TD` if given."""
+        if isinstance(self._network, _Plain):
+            out_TD = self._network(x_TD)
+            return out_TD if add_TD is None else out_TD + add_TD
+        assert self._native is not None
+        x_TD = x_TD.float().contiguous()
+        add_TD = None if add_TD is None else add_TD.float().contiguous()
+        out_TD = torch.empty_like(x_TD)
+        addresses = (ctypes.c_void_p * 2)(self._network.gate_up.address, self._network.down.address)
+        start = ctypes.addressof(addresses)
+        self._native.shoal_experts(
+            x_TD.data_ptr(),
+            self._hidden,
+            len(x_TD),
+            len(x_TD),
+            None,
+            None,
+            start,
+            start + ctypes.sizeof(ctypes.c_void_p),
+            1,
+            self._hidden,
+            self._intermediate,
+            out_TD.data_ptr(),
+            self._hidden,
+            None if add_TD is None else add_TD.data_ptr(),
+        )
+        return out_TD

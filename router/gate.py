@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.topk import softmax_top_k
 from model.config import ModelConfig
 
 
@@ -28,23 +29,13 @@ def route(logits_TE: Tensor, config: ModelConfig) -> Routing:
     """
     if logits_TE.dtype != torch.float32:
         raise ValueError(f"gate logits are {logits_TE.dtype}; expected float32: the gate is never computed below")
-    scores_TE = torch.softmax(logits_TE, dim=-1)
-    if config.topk_method == "group_limited_greedy":
-        scores_TE = _keep_best_groups(scores_TE, config.n_group, config.topk_group)
-    ordered_TE, index_TE = scores_TE.sort(dim=-1, descending=True, stable=True)
-    weights_TK = ordered_TE[:, : config.num_experts_per_tok]
-    experts_TK = index_TE[:, : config.num_experts_per_tok].contiguous()
-    if config.norm_topk_prob and config.num_experts_per_tok > 1:
-        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-    else:
-        weights_TK = weights_TK * config.routed_scaling_factor
-    return Routing(experts_TK, weights_TK.contiguous())
-
-
-def _keep_best_groups(scores_TE: Tensor, groups: int, kept: int) -> Tensor:
-    """Zero the affinities outside the `kept` groups whose best expert scores highest."""
-    scores_TGE = scores_TE.unflatten(-1, (groups, -1))
-    best_TG = scores_TGE.amax(dim=-1)
-    chosen = best_TG.sort(dim=-1, descending=True, stable=True).indices[:, :kept]
-    mask_TG = torch.zeros_like(best_TG, dtype=torch.bool).scatter_(1, chosen, True)
-    return torch.where(mask_TG[..., None], scores_TGE, 0.0).flatten(1)
+    limited = config.topk_method == "group_limited_greedy"
+    experts_TK, weights_TK = softmax_top_k(
+        logits_TE,
+        groups=config.n_group if limited else 1,
+        kept_groups=config.topk_group if limited else 1,
+        top_k=config.num_experts_per_tok,
+        normalise=config.norm_topk_prob and config.num_experts_per_tok > 1,
+        scale=config.routed_scaling_factor,
+    )
+    return Routing(experts_TK, weights_TK)

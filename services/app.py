@@ -11,6 +11,7 @@ from cluster.attention_worker import WorkerSpec
 from cluster.spec import ServiceSpec
 from cluster.threads import node_threads, thread_environment
 from experts.tls import TlsFiles
+from experts.transports import TransportKind
 from model.checkpoint import Checkpoint
 from services.replicas import AttentionReplica, Ingress, IngressSpec
 
@@ -25,6 +26,7 @@ class ExpertArgs(BaseModel):
     threads: int | None = Field(None, ge=1, description="of each host; default: the node's cores")
     cpus: float = Field(0.0, ge=0, description="Ray CPUs that each host reserves")
     gpus: float = Field(0.0, ge=0)
+    transport: TransportKind = Field("auto", description="of rows to the hosts: nixl, grpc, or nixl where installed")
 
 
 class AttentionArgs(BaseModel):
@@ -109,6 +111,7 @@ def build(args: AppArgs) -> Application:
         threads=args.experts.threads or node_threads(),
         cpus=args.experts.cpus,
         gpus=args.experts.gpus,
+        transport=args.experts.transport,
         tls=tls,
     )
     worker = WorkerSpec(

@@ -81,6 +81,12 @@ def _add_serve(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
     serve.add_argument("--max-length", type=int, default=4096, metavar="T", help="tokens of prompt and answer (4096)")
     serve.add_argument("--cache-tokens", type=int, default=32768, metavar="T", help="of each worker's cache (32768)")
     serve.add_argument("--threads", type=int, metavar="N", help="of each actor (default: the cores)")
+    serve.add_argument(
+        "--transport",
+        choices=("auto", "nixl", "grpc"),
+        default="auto",
+        help="of rows to the hosts (auto: nixl if installed)",
+    )
     serve.add_argument("--detach", action="store_true", help="return when it is ready; `shoal stop` ends it")
     _add_key(serve)
 

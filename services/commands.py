@@ -43,6 +43,7 @@ def serve(options: argparse.Namespace) -> int:
         max_length=options.max_length,
         cache_tokens=options.cache_tokens,
         threads=options.threads,
+        transport=options.transport,
         log=os.environ.get("SHOAL_LOG"),
     )
     try:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from cluster.session import LocalCluster  # before anything that imports ray
+from experts.transports import check_transport
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from services.state import ServiceRecord, remove_record, write_record
@@ -47,6 +48,7 @@ class LaunchOptions:
     max_length: int = 4096
     cache_tokens: int = 32768
     threads: int | None = None
+    transport: str = "auto"
     log: str | None = None
 
 
@@ -66,6 +68,10 @@ def check(options: LaunchOptions) -> Checkpoint:
         raise LaunchError(f"--attention-replicas {options.attention_replicas}: use at least 1")
     if options.host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
         raise LaunchError(f"--host {options.host} is open to others: set --api-key, or SHOAL_API_KEY, too")
+    try:
+        check_transport(options.transport)
+    except ValueError as error:
+        raise LaunchError(f"--transport {options.transport}: {error}") from error
     check_port(options.host, options.port)
     try:
         application_args(options, "not-yet-known")
@@ -91,6 +97,7 @@ def application_args(options: LaunchOptions, admin_token: str) -> "AppArgs":
                 "hosts": options.expert_hosts,
                 "replicas": options.expert_replicas,
                 "threads": options.threads,
+                "transport": options.transport,
             },
             "attention": {
                 "replicas": options.attention_replicas,

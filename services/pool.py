@@ -39,7 +39,10 @@ class WorkerPool:
         self._clients: dict[str, AttentionClient] = {}
         self._token: str | None = None
         self._arrived = asyncio.Condition()
-        self._follower = asyncio.create_task(self._follow())
+        self._addresses: frozenset[str] = frozenset()
+        self._broken = asyncio.Event()
+        self._connecting = asyncio.Lock()
+        self._tasks = (asyncio.create_task(self._follow()), asyncio.create_task(self._mend()))
 
     @property
     def model(self) -> ServedModel:
@@ -127,13 +130,24 @@ class WorkerPool:
                 version = -1
                 await asyncio.sleep(RETRY_S)
                 continue
-            await self._connect(set(workers.values()))
+            self._addresses = frozenset(workers.values())
+            await self._connect()
 
-    async def _connect(self, addresses: set[str]) -> None:
-        for address in [known for known, client in self._clients.items() if known not in addresses or not client.alive]:
-            await self._clients.pop(address).close()
-        for address in addresses - self._clients.keys():
-            self._clients[address] = AttentionClient(address, self._token, self._tls)
+    async def _mend(self) -> None:
+        """Connect anew to a worker whose stream broke, for as long as the controller names it."""
+        while True:
+            await self._broken.wait()
+            await asyncio.sleep(RETRY_S)  # a worker that died is soon no longer named
+            self._broken.clear()
+            await self._connect()
+
+    async def _connect(self) -> None:
+        async with self._connecting:
+            addresses, known = self._addresses, tuple(self._clients.items())
+            for address in [address for address, client in known if address not in addresses or not client.alive]:
+                await self._clients.pop(address).close()
+            for address in addresses - self._clients.keys():
+                self._clients[address] = AttentionClient(address, self._token, self._tls, self._broken.set)
         async with self._arrived:
             self._arrived.notify_all()
 

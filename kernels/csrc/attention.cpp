@@ -227,7 +227,8 @@ extern "C" {
 void shoal_latent_attention(const float* q, const float* cache, const int* tables, long table_stride, long block_size,
                             const int* sequence, const int* position, long tokens, long heads, long width, long latent,
                             float scale, float* out) {
-  static thread_local Work memory;
+  static thread_local Work of_caller;
+  Work& memory = of_caller;  // by reference, as the name means another one in another thread
   Problem p{q, cache, tables, heads, width, latent, block_size, table_stride, scale};
   memory.tiles.clear();
   memory.segments.clear();

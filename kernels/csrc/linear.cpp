@@ -60,11 +60,15 @@ extern "C" {
 void shoal_pack(const float* weight, long outputs, long inner, long depth, float* packed, long stride) {
   pool().run(panels_of(outputs), [&](long panel) {
     float* to = packed + panel * stride * depth * PANEL;
-    for (long k = 0; k < depth; k++)
-      for (long o = 0; o < PANEL; o++) {
-        long output = panel * PANEL + o;
-        to[k * PANEL + o] = k < inner && output < outputs ? weight[output * inner + k] : 0.0f;
+    long outs = std::min<long>(PANEL, outputs - panel * PANEL);
+    for (long k0 = 0; k0 < depth; k0 += LANES, to += LANES * PANEL) {  // a block stays in the first cache
+      long count = std::clamp<long>(inner - k0, 0, LANES);
+      if (count < LANES || outs < PANEL) std::fill(to, to + LANES * PANEL, 0.0f);
+      for (long o = 0; o < outs; o++) {
+        const float* from = weight + (panel * PANEL + o) * inner + k0;
+        for (long k = 0; k < count; k++) to[k * PANEL + o] = from[k];
       }
+    }
   });
 }
 

@@ -120,21 +120,64 @@ void shoal_route(const float* logits, long rows, long experts, long groups, long
   });
 }
 
-// out[t] = residual[t] (+ other[t]) + Σ over slots, in their order, of weights[t][k] · y[t][k].
-void shoal_combine(const float* y, const float* weights, long rows, long top, long width, const float* residual,
-                   const float* other, float* out) {
+// out[t] = residual[t] (+ other[t]) + Σ over slots, in their order, of weights[t][k] · the slot's answer. Answers come in
+// parts: part i has counts[i] slots, slots[i] (null: 0, 1, 2 …), and their answers one after another at y[i].
+void shoal_combine(const long* const* slots, const float* const* y, const long* counts, long parts,
+                   const float* weights, long rows, long top, long width, const float* residual, const float* other,
+                   float* out) {
+  static thread_local std::vector<const float*> of_caller;
+  std::vector<const float*>& answer = of_caller;
+  answer.resize(rows * top);
+  for (long i = 0; i < parts; i++)
+    for (long p = 0; p < counts[i]; p++) answer[slots[i] ? slots[i][p] : p] = y[i] + p * width;
   each_row(rows, top * width, [&](long t) {
+    const float* const* slots = answer.data() + t * top;
     for (long c = 0; c < width; c += LANES) {
       int lanes = static_cast<int>(std::min<long>(LANES, width - c));
       auto at = [&](const float* p) { return lanes == LANES ? load(p + c) : load_part(p + c, lanes); };
-      V total = set1(weights[t * top]) * at(y + t * top * width);
-      for (long k = 1; k < top; k++) total = fma(set1(weights[t * top + k]), at(y + (t * top + k) * width), total);
+      V total = set1(weights[t * top]) * at(slots[0]);
+      for (long k = 1; k < top; k++) total = fma(set1(weights[t * top + k]), at(slots[k]), total);
       if (other) total = total + at(other + t * width);
       if (residual) total = at(residual + t * width) + total;
       if (lanes == LANES) store(out + t * width + c, total);
       else store_part(out + t * width + c, total, lanes);
     }
   });
+}
+
+// Splits `count` slots, in rising order, by the owner of each one's group: owner[group[slot]]. For each owner, in turn:
+// the rows (slot / top) that it gets, each once, and for each of its slots the slot itself, the group, and the row's
+// place among the owner's rows. first_slot and first_row have owners + 1 entries. Returns 0, or 1 + a group that has
+// no owner (below 0).
+long shoal_split_slots(const long* group_of_slot, const long* slots, long count, long top, const int* owner,
+                       long owners, long* rows, long* kept_slots, int* slot_row, int* slot_group, long* first_row,
+                       long* first_slot) {
+  static thread_local std::vector<long> next_slot, last_row, rows_of;
+  std::fill(first_slot, first_slot + owners + 1, 0);
+  rows_of.assign(owners, 0);
+  last_row.assign(owners, -1);
+  for (long i = 0; i < count; i++) {
+    long slot = slots ? slots[i] : i, group = group_of_slot[slot], row = slot / top;
+    int who = owner[group];
+    if (who < 0) return 1 + group;
+    first_slot[who + 1]++;
+    if (last_row[who] != row) rows_of[who]++, last_row[who] = row;
+  }
+  first_row[0] = 0;
+  for (long o = 0; o < owners; o++) first_slot[o + 1] += first_slot[o], first_row[o + 1] = first_row[o] + rows_of[o];
+  next_slot.assign(first_slot, first_slot + owners);
+  rows_of.assign(owners, 0);
+  last_row.assign(owners, -1);
+  for (long i = 0; i < count; i++) {
+    long slot = slots ? slots[i] : i, group = group_of_slot[slot], row = slot / top;
+    int who = owner[group];
+    if (last_row[who] != row) rows[first_row[who] + rows_of[who]++] = row, last_row[who] = row;
+    long at = next_slot[who]++;
+    kept_slots[at] = slot;
+    slot_row[at] = static_cast<int>(rows_of[who] - 1);
+    slot_group[at] = static_cast<int>(group);
+  }
+  return 0;
 }
 
 }  // extern "C"

@@ -12,7 +12,8 @@ from attention.absorbed import AbsorbedAttention
 from attention.batch import StepBatch
 from attention.cache import LatentCache
 from attention.mla import expanded_attention, load_mla_weights
-from attention.rope import RotaryTable, rotate
+from attention.rope import RotaryTable
+from kernels.rotary import rotate
 from model.checkpoint import Checkpoint
 from tests.checkpoints import SHAPES
 
@@ -102,7 +103,7 @@ def absorbed(opened: Checkpoint, x_TD: torch.Tensor, chunks: list[int]) -> torch
             cos_TR=cos,
             sin_TR=sin,
         )
-        out.append(attention(x_TD[start : start + count], batch, cache))
+        out.append(attention(x_TD[start : start + count], torch.zeros(count, x_TD.shape[1]), batch, cache))
         start += count
     return torch.cat(out)
 

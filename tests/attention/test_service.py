@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 
+import anyio
 import grpc
 import pytest
 
@@ -148,3 +149,41 @@ def test_a_worker_that_stops_is_lost_to_its_clients(thread: EngineThread) -> Non
         assert not client.alive
 
     talk(server.address, use)
+
+
+def test_a_request_that_is_cancelled_leaves_the_others_alone(server: AttentionServer, thread: EngineThread) -> None:
+    """As an HTTP server cancels: whatever the request awaits from now on is cancelled, too."""
+    long, short = greedy("long", [3, 4, 5], 60), greedy("cancelled", [7, 8], 2000)
+
+    async def leave(client: AttentionClient, scope: anyio.CancelScope) -> None:
+        with scope:
+            async with aclosing(client.generate(short)) as updates:
+                async for _ in updates:
+                    scope.cancel()
+
+    async def use(client: AttentionClient) -> None:
+        scopes = [anyio.CancelScope() for _ in range(3)]
+        other = asyncio.create_task(collect(client, long))
+        for scope in scopes:
+            await leave(client, scope)
+        tokens, reason, error = await other
+        assert (len(tokens), reason, error) == (60, "length", None)
+        assert client.alive
+        await until(lambda: thread.stats().blocks_owned == 0)
+        assert thread.stats().blocks_owned == 0
+
+    talk(server.address, use)
+
+
+def test_a_lost_worker_is_told_once(server: AttentionServer) -> None:
+    lost: list[str] = []
+
+    async def session() -> None:
+        client = AttentionClient(server.address, TOKEN, on_lost=lambda: lost.append("lost"))
+        await collect(client, greedy("a", [3], 1))
+        server.stop(0)
+        await until(lambda: not client.alive)
+        await client.close()
+
+    asyncio.run(asyncio.wait_for(session(), 60))
+    assert lost == ["lost"]

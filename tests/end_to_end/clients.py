@@ -1,5 +1,6 @@
 """Helpers that talk to a running service over HTTP as its users do."""
 
+import itertools
 import socket
 import time
 from collections.abc import Callable
@@ -20,19 +21,38 @@ def client(url: str, key: str = "none") -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
 
 
-def complete(api: openai.OpenAI, prompt: list[int], count: int = TOKENS) -> str:
+def complete(
+    api: openai.OpenAI, prompt: list[int], count: int = TOKENS, on_chunk: Callable[[], None] | None = None
+) -> str:
     """`count` greedy tokens after a prompt of token ids, streamed; end tokens ignored."""
     model = api.models.list().data[0].id
     stream = api.completions.create(
         model=model, prompt=prompt, max_tokens=count, temperature=0, stream=True, extra_body={"ignore_eos": True}
     )
-    return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+    text = ""
+    for chunk in stream:
+        text += chunk.choices[0].text if chunk.choices else ""
+        if on_chunk is not None:
+            on_chunk()
+    return text
 
 
-def complete_all(api: openai.OpenAI, prompts: list[list[int]], count: int = TOKENS) -> list[str]:
-    """All prompts at the same time."""
+def complete_all(
+    api: openai.OpenAI,
+    prompts: list[list[int]],
+    count: int = TOKENS,
+    midway: Callable[[], None] | None = None,
+) -> list[str]:
+    """All prompts at the same time; `midway` is called once, when a quarter of all tokens have come."""
+    chunks = itertools.count(1)
+    at = len(prompts) * count // 4
+
+    def on_chunk() -> None:
+        if next(chunks) == at and midway is not None:
+            midway()
+
     with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(lambda prompt: complete(api, prompt, count), prompts))
+        return list(pool.map(lambda prompt: complete(api, prompt, count, on_chunk), prompts))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:

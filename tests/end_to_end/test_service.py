@@ -166,8 +166,7 @@ def test_a_client_that_leaves_frees_its_blocks(service: Service) -> None:
     next(iter(stream))
     wait_until(lambda: status(url)["attention_workers"][0]["blocks_owned"] > 0)
     stream.close()
-    wait_until(lambda: status(url)["attention_workers"][0]["blocks_owned"] == 0)
-    assert status(url)["in_flight"] == 0
+    wait_until(lambda: status(url)["attention_workers"][0]["blocks_owned"] == 0 and status(url)["in_flight"] == 0)
 
 
 def test_more_requests_than_fit_are_told_to_come_back(service: Service, expected: list[str]) -> None:
@@ -193,10 +192,7 @@ def test_more_requests_than_fit_are_told_to_come_back(service: Service, expected
 def test_a_killed_host_is_replaced_and_no_token_differs(service: Service, expected: list[str]) -> None:
     url = service(2, 1)
     victim = status(url)["expert_hosts"][0]
-    killer = threading.Timer(0.5, os.kill, (victim["pid"], signal.SIGKILL))
-    killer.start()
-    assert complete_all(client(url), prompts(16)) == expected
-    killer.join()
+    assert complete_all(client(url), prompts(16), midway=lambda: os.kill(victim["pid"], signal.SIGKILL)) == expected
     wait_until(lambda: status(url)["state"] == "ready" and status(url)["expert_hosts"][0]["pid"] != victim["pid"])
     assert status(url)["expert_hosts"][0]["generation"] > victim["generation"]
     assert complete(client(url), prompts(16)[0]) == expected[0]
@@ -205,8 +201,8 @@ def test_a_killed_host_is_replaced_and_no_token_differs(service: Service, expect
 def test_a_killed_controller_comes_back_and_keeps_the_hosts(service: Service, expected: list[str]) -> None:
     url = service(2, 1)
     before = status(url)
-    os.kill(before["controller"]["pid"], signal.SIGKILL)
-    assert complete_all(client(url), prompts(16)) == expected
+    victim = before["controller"]["pid"]
+    assert complete_all(client(url), prompts(16), midway=lambda: os.kill(victim, signal.SIGKILL)) == expected
 
     def recovered() -> bool:
         report = status(url)
@@ -235,8 +231,5 @@ def test_health_says_whether_a_token_can_be_generated(service: Service) -> None:
 def test_a_killed_attention_worker_costs_no_token(service: Service, expected: list[str]) -> None:
     url = service(2, 2)
     victim = status(url)["attention_workers"][0]
-    killer = threading.Timer(0.5, os.kill, (victim["pid"], signal.SIGKILL))
-    killer.start()
-    assert complete_all(client(url), prompts(16)) == expected
-    killer.join()
+    assert complete_all(client(url), prompts(16), midway=lambda: os.kill(victim["pid"], signal.SIGKILL)) == expected
     wait_until(lambda: victim["pid"] not in process_ids(status(url)) and len(status(url)["attention_workers"]) == 2)

@@ -79,6 +79,9 @@ class _Reply:
         spoiled, self._transport.spoiled = self._transport.spoiled, None
         return spoiled(reply) if spoiled else reply
 
+    def release(self) -> None:
+        pass
+
 
 def compute(client: ExpertClient, placement: Placement, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
     return client.start(LAYER, x_TD, routing, placement).finish()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from experts.errors import FrameError, HostRefused
 from experts.frames import (
     CRC,
+    CRC_AT,
     HEADER,
     decode_header,
     decode_reply,
@@ -23,7 +24,7 @@ from experts.messages import ForwardReply, ForwardRequest
 
 FIELDS = (
     *("magic", "version", "kind", "layer", "epoch", "generation"),
-    *("correlation", "rows", "pairs", "hidden", "payload", "spare"),
+    *("correlation", "rows", "pairs", "hidden", "payload", "coverage"),
 )
 
 
@@ -41,10 +42,11 @@ def request(rows: int = 3, hidden: int = 4, pairs: int = 5, seed: int = 0) -> Fo
 
 def with_field(frame: bytes, name: str, value: object) -> bytes:
     """The frame with one header field replaced, and a checksum that fits again."""
-    fields = list(HEADER.unpack_from(frame))
+    fields = [*HEADER.unpack_from(frame)[:-1], 0]
     fields[FIELDS.index(name)] = value
-    body = HEADER.pack(*fields) + frame[HEADER.size : -CRC.size]
-    return body + CRC.pack(zlib.crc32(body))
+    head = HEADER.pack(*fields)
+    checksum = zlib.crc32(head[CRC_AT + CRC.size :] + frame[HEADER.size :], zlib.crc32(head[:CRC_AT]))
+    return head[:CRC_AT] + CRC.pack(checksum) + head[CRC_AT + CRC.size :] + frame[HEADER.size :]
 
 
 def decode(frame: bytes) -> object:
@@ -85,12 +87,13 @@ def test_a_refusal_arrives_as_the_exception_that_was_sent() -> None:
     ("name", "value", "said"),
     [
         ("magic", b"SHUL", "magic"),
-        ("version", 2, "version"),
+        ("version", 1, "version"),
         ("kind", 9, "kind"),
-        ("rows", 2**32 - 1, "rows is 4294967295; the cap is"),
-        ("pairs", 2**31, "pairs is 2147483648; the cap is"),
-        ("hidden", 2**31, "hidden is 2147483648; the cap is"),
-        ("payload", 2**32 - 1, "payload is 4294967295; the cap is"),
+        ("coverage", 1, "coverage is 1; expected 0"),
+        ("rows", 2**32 - 1, "rows=4294967295.*over the caps"),
+        ("pairs", 2**31, "pairs=2147483648.*over the caps"),
+        ("hidden", 2**31, "hidden=2147483648.*over the caps"),
+        ("payload", 2**32 - 1, "payload=4294967295.*over the caps"),
         ("payload", 12, "claims 12 payload bytes"),
         ("rows", 4, "need"),
         ("pairs", 6, "need"),
@@ -132,4 +135,4 @@ def test_a_frame_cut_short_is_no_frame(length: int) -> None:
 
 
 def test_the_header_has_the_documented_size() -> None:
-    assert HEADER.size == struct.calcsize("<4sHHIQQQIIIII") == 56
+    assert HEADER.size == struct.calcsize("<4sHHIQQQIIIIII4x") == 64

@@ -1,7 +1,7 @@
 """Hosts behind gRPC: the same bits, doors that need the token, and failures that stay with their sender."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -87,7 +87,7 @@ def test_a_lying_frame_costs_its_sender_one_call(
     host: ExpertHost, server: ExpertServer, transport: GrpcTransport
 ) -> None:
     good = encode_request(request(), 5)
-    lying = good[:52] + (2**31).to_bytes(4, "little") + good[56:]
+    lying = good[:48] + (2**31).to_bytes(4, "little") + good[52:]
     before = transport.submit(at(server), request(300))
     with grpc.insecure_channel(server.address) as channel:
         call = channel.stream_stream(METHOD, identity, identity)
@@ -107,10 +107,12 @@ class Stuck(ExpertHost):
     entered = threading.Event()
     let_go = threading.Event()
 
-    def forward(self, request: ForwardRequest) -> ForwardReply:
+    def forward_batch(
+        self, requests: Sequence[ForwardRequest], outs: Sequence[torch.Tensor | None] | None = None
+    ) -> list[ForwardReply | HostRefused]:
         self.entered.set()
         self.let_go.wait(20)
-        return super().forward(request)
+        return super().forward_batch(requests, outs)
 
 
 def test_a_host_that_goes_away_is_noticed_at_once(host: ExpertHost, transport: GrpcTransport) -> None:
@@ -132,13 +134,15 @@ def test_a_host_that_is_silent_is_given_up_after_the_timeout(
     host: ExpertHost, server: ExpertServer, transport: GrpcTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silence = threading.Event()
-    forward = host.forward
+    forward_batch = host.forward_batch
 
-    def wait(request: ForwardRequest) -> ForwardReply:
+    def wait(
+        requests: Sequence[ForwardRequest], outs: Sequence[torch.Tensor | None]
+    ) -> list[ForwardReply | HostRefused]:
         silence.wait(20)
-        return forward(request)
+        return forward_batch(requests, outs)
 
-    monkeypatch.setattr(host, "forward", wait)
+    monkeypatch.setattr(host, "forward_batch", wait)
     call = transport.submit(at(server), request())
     with pytest.raises(HostUnavailable, match=r"no reply in 0\.2 s"):
         call.result(0.2)

@@ -1,0 +1,112 @@
+"""The dispatch round trip: rows to an expert host in another process and back, through the client as serving uses it.
+
+The experts are 8 wide, so that hardly anything but the way is measured; the client's own grouping and its weighted sum
+are part of it.
+"""
+
+import contextlib
+import secrets
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from bench.checkpoint import SHAPES, write_checkpoint
+from bench.child import now_s
+from bench.errors import BenchError
+from bench.results import RoundTrip
+from experts.client import ExpertClient
+from experts.nixl_agent import find_nixl, prepare_environment
+from experts.nixl_transport import NixlTransport
+from experts.static import StaticPlacement
+from experts.transports import TransportKind, open_transport
+from model.config import parse_config
+from router.gate import Routing
+from router.placement import Host, initial_placement
+
+HIDDEN = 1024  # a row is 4 KiB
+WARM_UP_ROUNDS = 30
+START_TIMEOUT_S = 60.0
+_CONFIG: dict[str, Any] = {
+    **SHAPES["bench"],
+    "hidden_size": HIDDEN,
+    "intermediate_size": 8,
+    "moe_intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "n_shared_experts": 0,
+}
+
+
+def measure(transports: Sequence[str], payload_bytes: Sequence[int], rounds: int) -> Sequence[RoundTrip]:
+    """Round trips of every payload (each way) by every transport that is installed; percentiles over `rounds`."""
+    results: list[RoundTrip] = []
+    prepare_environment()
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch:
+        directory = write_checkpoint(_CONFIG, Path(scratch) / "host")
+        for transport in transports:
+            if transport == "nixl" and find_nixl() is None:
+                continue
+            results.extend(_measure(directory, cast(TransportKind, transport), payload_bytes, rounds))
+    return results
+
+
+def _measure(
+    directory: Path, transport: TransportKind, payload_bytes: Sequence[int], rounds: int
+) -> Iterator[RoundTrip]:
+    token = secrets.token_hex(16)
+    config = parse_config(_CONFIG)
+    with _host_process(directory, transport, token) as address:
+        host = Host("host-0", 1, address)
+        placement = initial_placement(config, [host])
+        way = open_transport(transport, token, None, max(payload_bytes) // (4 * HIDDEN), 1, HIDDEN)
+        client = ExpertClient(way, StaticPlacement(placement))
+        try:
+            if isinstance(way, NixlTransport) and not way.wait_ready(host, START_TIMEOUT_S):
+                raise BenchError("the host process did not answer by NIXL")
+            for size in payload_bytes:
+                rows = max(1, size // (4 * HIDDEN))
+                x_TD = torch.randn(rows, HIDDEN)
+                routing = Routing(torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1))
+                times_s: list[float] = []
+                for _ in range(WARM_UP_ROUNDS + rounds):
+                    started_s = now_s()
+                    client.start(1, x_TD, routing, placement).finish()
+                    times_s.append(now_s() - started_s)
+                ordered = sorted(times_s[WARM_UP_ROUNDS:])
+                p50, p99 = ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
+                yield RoundTrip(
+                    transport=transport, payload_bytes=size, rounds=rounds, p50_us=p50 * 1e6, p99_us=p99 * 1e6
+                )
+        finally:
+            way.close()
+
+
+@contextlib.contextmanager
+def _host_process(directory: Path, transport: str, token: str) -> Iterator[str]:
+    """The address of a host that serves until the block ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.dispatch_host", str(directory), transport, token],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        ready, _, _ = select.select([process.stdout], [], [], START_TIMEOUT_S)
+        address = process.stdout.readline().strip() if ready else ""
+        if not address:
+            raise BenchError("the host process of the dispatch round trip did not start; its output says why")
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()

@@ -1,0 +1,33 @@
+"""One expert host in a process of its own, without Ray: the far end of the dispatch round trip.
+
+`python -m bench.dispatch_host DIR TRANSPORT TOKEN` prints its address and serves until its standard input ends.
+"""
+
+import sys
+from typing import cast
+
+from experts.grpc_server import ExpertServer
+from experts.host import ExpertHost
+from experts.nixl_agent import prepare_environment
+from experts.transports import TransportKind, open_door
+from kernels.threads import set_threads
+from model.checkpoint import Checkpoint
+
+
+def main() -> None:
+    directory, transport, token = sys.argv[1:]
+    prepare_environment()
+    set_threads(1)
+    checkpoint = Checkpoint.open(directory)
+    config = checkpoint.config
+    host = ExpertHost(config, "host-0", 1)
+    host.load(checkpoint, [(layer, expert) for layer in config.moe_layers for expert in range(config.n_routed_experts)])
+    server = ExpertServer(host, token=token, door=open_door(cast(TransportKind, transport), "host-0", 1))
+    server.start()
+    print(server.address, flush=True)
+    sys.stdin.read()
+    server.stop(0)
+
+
+if __name__ == "__main__":
+    main()

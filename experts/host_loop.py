@@ -1,0 +1,160 @@
+"""The one thread of an expert host that computes: takes what all its clients sent, and answers it in one batch."""
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from experts.errors import HostRefused
+from experts.host import ExpertHost
+from experts.messages import ForwardReply, ForwardRequest
+from experts.patience import Patience
+
+MAX_SLEEP_S = 1.0
+Answer = ForwardReply | HostRefused
+log = logging.getLogger("shoal.experts")
+
+
+class Job(Protocol):
+    """A request to answer, from wherever it came."""
+
+    @property
+    def request(self) -> ForwardRequest: ...
+
+    @property
+    def out(self) -> Tensor | None:
+        """Where y [P, D] is wanted, if that matters."""
+
+    def settle(self, answer: Answer) -> None:
+        """Send the answer; whoever asked may be gone, which is no error."""
+
+
+class Source(Protocol):
+    """Where jobs arrive that nobody puts in by hand. All but `ring` are called by the loop's thread."""
+
+    def poll(self) -> Sequence[Job]:
+        """What has arrived, without waiting."""
+
+    def pause_s(self, idle_s: float) -> float:
+        """How long the loop may sleep when nothing has come for `idle_s` seconds."""
+
+    def wait(self, timeout_s: float, look: Callable[[], bool]) -> None:
+        """Sleep until something may have arrived, or somebody rang; not at all when `look` finds something."""
+
+    def ring(self) -> None:
+        """End `wait` early."""
+
+
+class NoSource:
+    """For a host that is only asked by `HostLoop.submit`."""
+
+    def __init__(self) -> None:
+        self._rung = threading.Event()
+
+    def poll(self) -> Sequence[Job]:
+        return ()
+
+    def pause_s(self, idle_s: float) -> float:
+        return MAX_SLEEP_S
+
+    def wait(self, timeout_s: float, look: Callable[[], bool]) -> None:
+        self._rung.wait(timeout_s)
+        self._rung.clear()
+
+    def ring(self) -> None:
+        self._rung.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    request: ForwardRequest
+    out: Tensor | None = None
+    future: "Future[Answer]" = field(default_factory=Future)
+
+    def settle(self, answer: Answer) -> None:
+        self.future.set_result(answer)
+
+
+class HostLoop:
+    """Computes for one host. Requests that wait together are answered together, whoever sent them."""
+
+    def __init__(self, host: ExpertHost, source: Source | None = None) -> None:
+        self._host = host
+        self._source: Source = source or NoSource()
+        self._submitted: collections.deque[_Submitted] = collections.deque()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"expert-{host.host_id}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: ForwardRequest) -> "Future[Answer]":
+        """The answer to come; refused as `failed` when the loop ends before it."""
+        job = _Submitted(request)
+        self._submitted.append(job)
+        self._source.ring()
+        if not self._thread.is_alive():
+            self._refuse_all("the host is closed")
+        return job.future
+
+    def close(self, timeout_s: float) -> bool:
+        """Finish what is being computed and end; False when that takes longer than `timeout_s`."""
+        self._closing.set()
+        self._source.ring()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        last_s = time.monotonic()
+        slept = False
+        patience = Patience()
+        try:
+            while not self._closing.is_set():
+                jobs = self._source.poll()
+                if self._submitted:
+                    jobs = [*jobs, *self._take_submitted()]
+                if jobs:
+                    patience.waited(slept)
+                    slept = False
+                    self._answer(jobs)
+                    last_s = time.monotonic()
+                    continue
+                idle_s = time.monotonic() - last_s
+                if idle_s > patience.look_s:
+                    slept = True
+                    self._source.wait(self._source.pause_s(idle_s), self._look)
+        finally:
+            self._refuse_all("the host is closed")
+
+    def _take_submitted(self) -> Iterator[_Submitted]:
+        while self._submitted:
+            yield self._submitted.popleft()
+
+    def _look(self) -> bool:
+        return bool(self._submitted) or self._closing.is_set()
+
+    def _answer(self, jobs: Sequence[Job]) -> None:
+        try:
+            answers: Sequence[Answer] = self._host.forward_batch(
+                [job.request for job in jobs], [job.out for job in jobs]
+            )
+        except (RuntimeError, MemoryError) as error:  # torch's own: no memory, a device that failed
+            log.exception("%s could not compute %d requests", self._host.host_id, len(jobs))
+            answers = [HostRefused("failed", f"{self._host.host_id}: {error}")] * len(jobs)
+        for job, answer in zip(jobs, answers, strict=True):
+            job.settle(answer)
+
+    def _refuse_all(self, reason: str) -> None:
+        while self._submitted:
+            try:
+                job = self._submitted.popleft()
+            except IndexError:  # another thread took the last
+                return
+            job.settle(HostRefused("failed", reason))

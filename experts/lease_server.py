@@ -1,0 +1,26 @@
+"""The host's end of the stream `/shoal.Experts/Lease`: as long as it is open, its client's memory is in use."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from experts.lease import Accept, Granted, Hello, LeaseRefused, decode, encode
+from experts.nixl_agent import NixlFailed
+from experts.nixl_door import NixlDoor
+
+
+def serve_lease(door: NixlDoor, messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
+    """Pair with one client, and return when it half-closes the stream or is gone."""
+    try:
+        lease, offer = door.offer(decode(Hello, next(messages, b"")))
+        try:
+            yield encode(offer)
+            door.accept(lease, decode(Accept, next(messages, b"")))
+            yield encode(Granted())
+            for _ in messages:
+                raise LeaseRefused("nothing is expected after Accept but the end")
+        finally:
+            door.end(lease)
+    except (LeaseRefused, NixlFailed) as error:
+        context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))

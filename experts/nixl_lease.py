@@ -1,0 +1,260 @@
+"""A client's pairing with one host life for direct writes. Its thread opens it, keeps it, and cleans up after it."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+
+from experts.arena import SLOTS, Arena
+from experts.arena_frames import get_reply, put_request
+from experts.bell import Bell
+from experts.client_slots import SlotTable
+from experts.errors import ExpertError, FrameError, HostUnavailable
+from experts.frames import HEADER
+from experts.grpc_server import identity
+from experts.grpc_transport import call_metadata, describe, open_channel
+from experts.lease import METHOD, NOTE, PING, VERSION, Accept, Granted, Hello, LeaseRefused, Message, Offer
+from experts.lease import decode as decode_message
+from experts.lease import encode as encode_message
+from experts.messages import ForwardReply, ForwardRequest
+from experts.nixl_agent import NixlAgent, NixlFailed
+from experts.nixl_call import NixlCall
+from experts.nixl_pairing import Pairing
+from experts.patience import Patience
+from experts.tls import TlsFiles
+from router.placement import Host
+
+NEAR_SLEEP_S = 5e-3  # the bell ends it; this is for a note that was still on its way when it rang
+FAR_SLEEP_S = 20e-6
+CONNECT_S = 5.0
+CONNECT_POLL_S = 200e-6
+log = logging.getLogger("shoal.experts")
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseSettings:
+    """What all leases of a client share."""
+
+    token: str | None
+    tls: TlsFiles | None
+    machine: str
+    request_bytes: int  # of a slot
+    reply_bytes: int  # of a slot
+    agent: Callable[[bool], NixlAgent]  # for near hosts, or far ones
+    bell: Bell
+
+
+class NixlLease:
+    """Opened in the background: until `ready`, and again when it is over, calls must go another way."""
+
+    pairing: Pairing  # while `ready`, and after
+
+    def __init__(self, host: Host, settings: LeaseSettings) -> None:
+        self._host = host
+        self._settings = settings
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # around writing: nothing is written once `_closing`
+        self._closing = False
+        self._pinged = False
+        self._patience = Patience()
+        self._cleanup: Callable[[], None] | None = None
+        self.slots = SlotTable(SLOTS)
+        self.ready = False
+        self.reason: str | None = None  # why it is over
+        self.over_since_s = 0.0
+        self._channel = open_channel(host, settings.tls)
+        call = self._channel.stream_stream(METHOD, identity, identity)
+        self._messages = call(iter(self._outbox.get, None), metadata=call_metadata(settings.token))
+        # whoever waits for the end of a lease keeps its thread, and not the lease, whose memory is then free
+        self.thread = threading.Thread(target=self._run, name=f"lease-{host.id}", daemon=True)
+        self.thread.start()
+
+    @property
+    def over(self) -> bool:
+        return self.reason is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over and cleaned up after."""
+        return not self.thread.is_alive()
+
+    def start(self, request: ForwardRequest) -> NixlCall | None:
+        """Send a request; None when this way cannot take it. Raises FrameError when it is over a frame's caps."""
+        reply_numbers = request.pair_row_P.shape[0] * request.x_RD.shape[1]
+        if HEADER.size + 4 * reply_numbers > self._settings.reply_bytes:
+            return None
+        with self._lock:
+            taken = self.slots.take() if self.ready and not self._closing else None
+            if taken is None:
+                return None
+            slot, correlation = taken
+            try:
+                length = put_request(self.pairing.outgoing.slots[slot], request, correlation)
+            except FrameError:
+                self.slots.release(slot)
+                raise
+            if length is None:
+                self.slots.release(slot)
+                return None
+            try:
+                self.pairing.write(slot, length, correlation)
+            except NixlFailed as error:  # how much was written is not known, so the slot stays taken
+                self.ready = False
+                log.debug("%s cannot be written to: %s", self._host.id, error)
+                return None
+        return NixlCall(self, slot, correlation)
+
+    def wait(self, slot: int, correlation: int, timeout_s: float) -> ForwardReply:
+        """See `Pending.result`; also raises FrameError when the reply lies about itself."""
+        started_s = time.monotonic()
+        self._settings.bell.enter()
+        try:
+            length = self._arrival(slot, started_s, timeout_s)
+        except NixlFailed as error:
+            self.slots.abandon(slot)
+            raise self._lost(str(error)) from error
+        except HostUnavailable:
+            self.slots.abandon(slot)
+            raise
+        finally:
+            self._settings.bell.leave()
+        try:
+            return get_reply(self.pairing.incoming.slots[slot], length, correlation)
+        except ExpertError:
+            self.slots.release(slot)
+            raise
+
+    def close(self) -> None:
+        """Write no more, and tell the host so. The memory it may write into lives until the host ends the stream."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+            granted = self.ready
+        if granted:
+            self._outbox.put(None)
+        else:
+            self._messages.cancel()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the host's word that the pairing is over; False when it did not come."""
+        self.thread.join(timeout_s)
+        return self.ended
+
+    def _arrival(self, slot: int, started_s: float, timeout_s: float) -> int:
+        """Bytes of the reply in a slot, once it is there."""
+        agent, slots, bell = self.pairing.agent, self.slots, self._settings.bell
+
+        def look() -> bool:
+            if agent.poll():
+                bell.ring_others()
+            return slots.length(slot) > 0 or self.reason is not None
+
+        deadline_s = started_s + timeout_s
+        look_until_s = started_s + self._patience.look_s
+        slept = False
+        while (length := slots.length(slot)) <= 0:
+            if self.reason is not None:
+                raise self._lost(self.reason)
+            if look():
+                continue
+            now_s = time.monotonic()
+            if now_s >= deadline_s:
+                raise self._lost(f"no reply in {timeout_s:.1f} s")
+            if now_s >= look_until_s:
+                slept = True
+                if self.pairing.near:
+                    bell.wait(min(NEAR_SLEEP_S, deadline_s - now_s), look)
+                else:
+                    time.sleep(FAR_SLEEP_S)
+        self._patience.waited(slept)
+        return length
+
+    def _lost(self, reason: str) -> HostUnavailable:
+        return HostUnavailable(f"{self._host.id} at {self._host.address}: {reason}")
+
+    def _run(self) -> None:
+        reason = "the host ended the lease"
+        try:
+            self._open()
+            for _ in self._messages:
+                continue  # nothing is expected; the end is what it is for
+        except grpc.RpcError as error:
+            reason = describe(error)
+        except (LeaseRefused, NixlFailed) as error:
+            reason = str(error)
+            self._messages.cancel()  # no call was made yet, so the host writes nothing
+        finally:
+            self._end(reason)
+
+    def _open(self) -> None:
+        settings = self._settings
+        hello = Hello(
+            version=VERSION,
+            machine=settings.machine,
+            slots=SLOTS,
+            request_bytes=settings.request_bytes,
+            reply_bytes=settings.reply_bytes,
+        )
+        self._outbox.put(encode_message(hello))
+        offer = self._receive(Offer)
+        if (offer.host, offer.generation) != (self._host.id, self._host.generation):
+            raise LeaseRefused(f"{offer.host} of generation {offer.generation} answers at {self._host.address}")
+        outgoing, incoming = Arena(settings.request_bytes, SLOTS), Arena(settings.reply_bytes, SLOTS)
+        self.pairing = pairing = Pairing(settings.agent(offer.near), offer.near, outgoing, incoming)
+        self._cleanup = pairing.close
+        pairing.connect(offer.agent, offer.metadata, offer.address, offer.bell, self._on_note)
+        accept = Accept(
+            agent=pairing.agent.name,
+            metadata=pairing.metadata(),
+            bell=settings.bell.address if offer.near else None,
+            address=incoming.address,
+        )
+        self._outbox.put(encode_message(accept))
+        self._receive(Granted)
+        self._ping(pairing)
+        with self._lock:
+            self.ready = not self._closing
+
+    def _receive(self, kind: type[Message]) -> Message:
+        message = next(self._messages, None)
+        if message is None:
+            raise LeaseRefused("the host ended the lease while it was made")
+        return decode_message(kind, message)
+
+    def _ping(self, pairing: Pairing) -> None:
+        """One note there and back: the first takes a connection's making, and no call should wait for that."""
+        pairing.notify(NOTE.pack(PING, 0, 0))
+        deadline_s = time.monotonic() + CONNECT_S
+        while not self._pinged:
+            if time.monotonic() > deadline_s or self._closing:
+                raise LeaseRefused(f"{self._host.id} did not answer by NIXL in {CONNECT_S:.0f} s")
+            if pairing.agent.poll():
+                self._settings.bell.ring_others()
+            time.sleep(CONNECT_POLL_S)
+
+    def _on_note(self, note: bytes) -> None:
+        if len(note) != NOTE.size:
+            return
+        slot, length, correlation = NOTE.unpack(note)
+        if slot == PING:
+            self._pinged = True
+        else:
+            self.slots.answer(slot, length, correlation)
+
+    def _end(self, reason: str) -> None:
+        """The host is gone or has done, so nobody writes to our memory: it may go."""
+        with self._lock:
+            self.ready = False
+            self._closing = True
+            self.over_since_s = time.monotonic()
+            self.reason = reason
+        self._settings.bell.ring()
+        if self._cleanup is not None:
+            self._cleanup()
+        self._outbox.put(None)
+        self._channel.close()

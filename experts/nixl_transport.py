@@ -1,0 +1,111 @@
+"""Hosts by NIXL where they can be paired with, and by gRPC where not: each host for itself, each call for itself."""
+
+import secrets
+import threading
+import time
+
+from experts.bell import Bell
+from experts.grpc_transport import GrpcTransport
+from experts.messages import ForwardRequest
+from experts.nixl_agent import NixlAgent, machine_identity
+from experts.nixl_lease import LeaseSettings, NixlLease
+from experts.tls import TlsFiles
+from experts.transport import Pending
+from router.placement import Host
+
+RETRY_S = 5.0  # after a lease was refused or lost, and the host was not forgotten since
+CLOSE_S = 1.0
+
+
+class NixlTransport:
+    """Raises NixlMissing when NIXL is not installed.
+
+    A lease is made in the background, so no call waits for one: until it is there, and for frames that fit no slot,
+    and when all slots are in use, calls go by gRPC.
+    """
+
+    def __init__(
+        self,
+        token: str | None,
+        tls: TlsFiles | None,
+        request_bytes: int,
+        reply_bytes: int,
+        machine: str | None = None,
+    ) -> None:
+        """Slots of `request_bytes` and `reply_bytes` (see `arena.slot_bytes`); `machine` is for tests."""
+        self._near = self._agent()
+        self._far: NixlAgent | None = None
+        self._bell = Bell()
+        self._settings = LeaseSettings(
+            token, tls, machine or machine_identity(), request_bytes, reply_bytes, self._agent_for, self._bell
+        )
+        self._grpc = GrpcTransport(token, tls)
+        self._lock = threading.Lock()
+        self._leases: dict[Host, NixlLease] = {}
+        self._leaving: dict[Host, threading.Thread] = {}  # of leases closed here, and not yet by the host
+
+    def submit(self, host: Host, request: ForwardRequest) -> Pending:
+        """Send without waiting; raises FrameError when the request is over a frame's caps."""
+        lease = self._leases.get(host)
+        if lease is not None and lease.ready:
+            call = lease.start(request)
+            if call is not None:
+                return call
+        elif lease is None or (lease.over and time.monotonic() > lease.over_since_s + RETRY_S):
+            self._open(host)
+        return self._grpc.submit(host, request)
+
+    def wait_ready(self, host: Host, timeout_s: float) -> bool:
+        """Pair with a host now; False when calls to it will go by gRPC after all."""
+        deadline_s = time.monotonic() + timeout_s
+        lease = self._leases.get(host) or self._open(host)
+        while lease is not None and not lease.ready:
+            if lease.over or time.monotonic() >= deadline_s:
+                return False
+            time.sleep(0.001)
+        return lease is not None
+
+    def forget(self, host: Host) -> None:
+        with self._lock:
+            lease = self._leases.pop(host, None)
+            if lease is not None:
+                lease.close()
+                self._leaving[host] = lease.thread
+        self._grpc.forget(host)
+
+    def close(self) -> None:
+        with self._lock:
+            leases, self._leases = tuple(self._leases.values()), {}
+            for lease in leases:
+                lease.close()
+            threads = [*self._leaving.values(), *(lease.thread for lease in leases)]
+        self._grpc.close()
+        deadline_s = time.monotonic() + CLOSE_S
+        for thread in threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        if not any(thread.is_alive() for thread in threads):
+            self._bell.close()  # else a frozen host holds its lease, whose thread will ring once more
+
+    def _open(self, host: Host) -> NixlLease | None:
+        with self._lock:
+            lease = self._leases.get(host)
+            if lease is not None and not lease.over:
+                return lease
+            self._leaving = {each: left for each, left in self._leaving.items() if left.is_alive()}
+            if host in self._leaving:  # its agent knows ours under this name still
+                return None
+            if lease is not None and not lease.ended:
+                return None
+            lease = self._leases[host] = NixlLease(host, self._settings)
+            return lease
+
+    def _agent_for(self, near: bool) -> NixlAgent:
+        if near:
+            return self._near
+        with self._lock:
+            if self._far is None:
+                self._far = self._agent(near=False)
+            return self._far
+
+    def _agent(self, near: bool = True) -> NixlAgent:
+        return NixlAgent(f"client-{secrets.token_hex(8)}", near)

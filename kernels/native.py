@@ -1,0 +1,71 @@
+"""The native CPU kernels as ctypes sees them. Pointers are `Tensor.data_ptr()`; every tensor is float32 unless it says
+otherwise, and who calls has checked its shape and strides."""
+
+import ctypes
+import os
+from ctypes import c_float, c_int, c_long, c_void_p
+from functools import cache
+
+import torch
+
+from kernels.build import buildable, library
+
+CHOICE = "SHOAL_KERNELS"  # environment: an instruction set's name, or "torch"
+
+_KINDS = {"p": c_void_p, "l": c_long, "i": c_int, "f": c_float, "-": None}
+_SIGNATURES = {
+    "shoal_set_threads": ("-", "il"),
+    "shoal_threads": ("i", ""),
+    "shoal_pack": ("-", "plllpl"),
+    "shoal_unpack": ("-", "plllpl"),
+    "shoal_linear": ("-", "plllplllpllp"),
+    "shoal_experts": ("l", "plllpppplllplp"),
+    "shoal_rms_norm": ("-", "plpllfpl"),
+    "shoal_rotate_heads": ("-", "pllllpppl"),
+    "shoal_write_latents": ("-", "plpppplllfp"),
+    "shoal_route": ("-", "plllllifpp"),
+    "shoal_combine": ("-", "ppplplllppp"),
+    "shoal_split_slots": ("l", "ppllplpppppp"),
+    "shoal_latent_attention": ("-", "pppllppllllfp"),
+}
+"""Result and arguments of each function: pointer, long, int or float."""
+
+
+def instruction_set() -> str:
+    """The kernels that serve in this process: avx512, avx2, portable, or torch where none was built.
+
+    The environment's SHOAL_KERNELS names another; raises ValueError when that one cannot serve here.
+    """
+    able = [name for name in buildable() if runs_here(name) and library(name).exists()]
+    asked = os.environ.get(CHOICE)
+    if asked is None:
+        return able[0] if able else "torch"
+    if asked not in (*able, "torch"):
+        raise ValueError(
+            f"{CHOICE} is {asked!r}; expected one of {[*able, 'torch']} (python -m kernels.build builds them)"
+        )
+    return asked
+
+
+def runs_here(name: str) -> bool:
+    """Whether this machine has an instruction set."""
+    level = {"portable": 0, "avx2": 1, "avx512": 2}[name]
+    return level <= {"AVX2": 1, "AVX512": 2}.get(torch.backends.cpu.get_cpu_capability(), 0)
+
+
+@cache
+def native() -> ctypes.CDLL | None:
+    """The library of this process, loaded once; None where the torch kernels serve."""
+    name = instruction_set()
+    if name == "torch":
+        return None
+    loaded = ctypes.CDLL(str(library(name)))
+    for function, (result, arguments) in _SIGNATURES.items():
+        getattr(loaded, function).restype = _KINDS[result]
+        getattr(loaded, function).argtypes = [_KINDS[kind] for kind in arguments]
+    return loaded
+
+
+def native_for(device: torch.device | str) -> ctypes.CDLL | None:
+    """The native library for tensors of a device; None where torch computes."""
+    return native() if torch.device(device).type == "cpu" else None

@@ -1,0 +1,428 @@
+"""Hosts by NIXL: the same bits, slots that come back, peers that die, freeze or lie, and nothing left behind."""
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from experts.arena import PAGE_BYTES, SLOTS, Arena
+from experts.arena_frames import put_request
+from experts.errors import FrameError, HostRefused, HostUnavailable
+from experts.frames import HEADER
+from experts.grpc_server import ExpertServer
+from experts.host import ExpertHost
+from experts.lease import NOTE
+from experts.messages import ForwardReply, ForwardRequest
+from experts.nixl_agent import find_nixl, prepare_environment
+from experts.nixl_call import NixlCall
+from experts.nixl_door import NixlDoor
+from experts.nixl_transport import NixlTransport
+from model.checkpoint import Checkpoint
+from router.placement import Host
+from tests.experts.host_process import HostProcess
+
+prepare_environment()
+pytestmark = pytest.mark.skipif(find_nixl() is None, reason="NIXL is not installed (pip install shoal[nixl])")
+TOKEN = "the-token-of-this-service"
+SLOT_BYTES = 64 * PAGE_BYTES
+
+
+class Counting(ExpertHost):
+    """Counts grouped calls, and can be held up."""
+
+    def __init__(self, *given: object) -> None:
+        super().__init__(*given)  # type: ignore[arg-type]
+        self.batches: list[int] = []
+        self.entered, self.let_go = threading.Event(), threading.Event()
+        self.let_go.set()
+
+    def forward_batch(self, requests, outs=None):  # type: ignore[no-untyped-def]
+        self.batches.append(len(requests))
+        self.entered.set()
+        assert self.let_go.wait(20)
+        return super().forward_batch(requests, outs)
+
+
+@pytest.fixture(scope="module")
+def opened(checkpoint: Callable[[str], Path]) -> Checkpoint:
+    return Checkpoint.open(checkpoint("tiny"))
+
+
+@pytest.fixture(scope="module")
+def host(opened: Checkpoint) -> Counting:
+    made = Counting(opened.config, "host-0", 1)
+    made.load(opened, [(1, expert) for expert in range(16)])
+    return made
+
+
+@pytest.fixture
+def door() -> NixlDoor:
+    return NixlDoor("host-0", 1)
+
+
+@pytest.fixture
+def server(host: Counting, door: NixlDoor) -> Iterator[ExpertServer]:
+    made = ExpertServer(host, token=TOKEN, door=door)
+    made.start()
+    yield made
+    host.let_go.set()
+    made.stop(0)
+
+
+Make = Callable[..., NixlTransport]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    made: list[NixlTransport] = []
+
+    def transport(token: str | None = TOKEN, machine: str | None = None, slot: int = SLOT_BYTES) -> NixlTransport:
+        made.append(NixlTransport(token, None, slot, slot, machine))
+        return made[-1]
+
+    yield transport
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def processes(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., HostProcess]]:
+    started: list[HostProcess] = []
+
+    def start(generation: int = 1, transport: str = "nixl") -> HostProcess:
+        started.append(HostProcess(checkpoint("tiny"), TOKEN, transport, generation))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
+def at(server: ExpertServer) -> Host:
+    return Host("host-0", 1, server.address)
+
+
+def request(rows: int = 4, seed: int = 0, generation: int = 1) -> ForwardRequest:
+    x_RD = torch.randn(rows, 256, generator=torch.Generator().manual_seed(seed))
+    return ForwardRequest(1, generation, 1, x_RD, torch.arange(rows).int(), (torch.arange(rows) % 16).int())
+
+
+def ask(transport: NixlTransport, host: Host, wanted: ForwardRequest, timeout_s: float = 10) -> ForwardReply:
+    """The reply, which must have come by NIXL; the tensor is a copy."""
+    call = transport.submit(host, wanted)
+    assert isinstance(call, NixlCall)
+    reply = call.result(timeout_s)
+    copied = ForwardReply(reply.generation, reply.y_PD.clone())
+    call.release()
+    return copied
+
+
+@pytest.mark.parametrize("machine", [None, "another machine"], ids=["near", "far"])
+def test_the_bits_are_those_of_a_call_in_process(
+    host: Counting, server: ExpertServer, make: Make, machine: str | None
+) -> None:
+    transport = make(machine=machine)
+    assert transport.wait_ready(at(server), 10)
+    for rows in (1, 7, 60, 3, 200):
+        assert torch.equal(ask(transport, at(server), request(rows)).y_PD, host.forward(request(rows)).y_PD)
+
+
+def test_a_host_in_another_process_gives_the_same_bits(
+    host: Counting, processes: Callable[..., HostProcess], make: Make
+) -> None:
+    other = processes()
+    transport = make()
+    assert transport.wait_ready(other.host, 10)
+    for rows in (1, 7, 60):
+        assert torch.equal(ask(transport, other.host, request(rows)).y_PD, host.forward(request(rows)).y_PD)
+
+
+def test_clients_that_wait_together_are_answered_in_one_call_and_get_their_own(
+    host: Counting, server: ExpertServer, make: Make
+) -> None:
+    transports = [make() for _ in range(3)]
+    assert all(transport.wait_ready(at(server), 10) for transport in transports)
+    host.let_go.clear()
+    host.entered.clear()
+    first = transports[0].submit(at(server), request(2, seed=9))
+    assert host.entered.wait(10)
+    before = len(host.batches)
+    calls = [each.submit(at(server), request(3 + seed, seed)) for seed, each in enumerate(transports)]
+    host.let_go.set()
+    assert torch.equal(first.result(10).y_PD, host.forward(request(2, seed=9)).y_PD)
+    answers = [call.result(10).y_PD.clone() for call in calls]
+    assert host.batches[before] == 3
+    for seed, answer in enumerate(answers):
+        assert torch.equal(answer, host.forward(request(3 + seed, seed)).y_PD)
+
+
+def test_threads_of_one_client_get_their_own_replies(host: Counting, server: ExpertServer, make: Make) -> None:
+    transport = make()
+    assert transport.wait_ready(at(server), 10)
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        expected = host.forward(request(5, seed)).y_PD
+        for _ in range(30):
+            call = transport.submit(at(server), request(5, seed))
+            if not torch.equal(call.result(10).y_PD, expected):
+                wrong.append(seed)
+            call.release()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
+
+
+def test_a_reply_stays_as_it_is_until_it_is_released(host: Counting, server: ExpertServer, make: Make) -> None:
+    transport = make()
+    assert transport.wait_ready(at(server), 10)
+    kept = [transport.submit(at(server), request(4, seed)) for seed in range(SLOTS)]
+    replies = [call.result(10).y_PD for call in kept]
+    over = transport.submit(at(server), request(4, 77))  # no slot is left
+    assert not isinstance(over, NixlCall)
+    assert torch.equal(over.result(10).y_PD, host.forward(request(4, 77)).y_PD)
+    for seed, y_PD in enumerate(replies):
+        assert torch.equal(y_PD, host.forward(request(4, seed)).y_PD)
+    for call in kept:
+        call.release()
+        call.release()  # again changes nothing
+    assert isinstance(transport.submit(at(server), request()), NixlCall)
+
+
+def test_calls_that_nobody_waited_for_give_their_slots_back(server: ExpertServer, make: Make) -> None:
+    transport = make()
+    assert transport.wait_ready(at(server), 10)
+    for seed in range(3 * SLOTS):
+        transport.submit(at(server), request(4, seed))  # dropped at once
+        ask_again = transport.submit(at(server), request(2))
+        ask_again.result(10)
+        ask_again.release()
+    gc.collect()
+    ask(transport, at(server), request())
+
+
+@pytest.mark.parametrize("rows", [64, 400])
+def test_what_fits_no_slot_goes_by_grpc(host: Counting, server: ExpertServer, make: Make, rows: int) -> None:
+    transport = make(slot=16 * PAGE_BYTES)
+    assert transport.wait_ready(at(server), 10)
+    ask(transport, at(server), request(60))
+    call = transport.submit(at(server), request(rows))
+    assert not isinstance(call, NixlCall)
+    assert torch.equal(call.result(10).y_PD, host.forward(request(rows)).y_PD)
+
+
+def test_a_reply_larger_than_its_slot_is_not_asked_for_by_nixl(
+    host: Counting, server: ExpertServer, make: Make
+) -> None:
+    transport = make(slot=16 * PAGE_BYTES)
+    assert transport.wait_ready(at(server), 10)
+    rows, experts = torch.arange(96).int() % 4, torch.arange(96).int() % 16
+    many = ForwardRequest(1, 1, 1, torch.randn(4, 256), rows, experts)
+    call = transport.submit(at(server), many)
+    assert not isinstance(call, NixlCall)
+    assert torch.equal(call.result(10).y_PD, host.forward(many).y_PD)
+
+
+def test_a_host_without_nixl_is_asked_by_grpc(host: Counting, make: Make) -> None:
+    server = ExpertServer(host, token=TOKEN)
+    server.start()
+    transport = make()
+    assert not transport.wait_ready(at(server), 10)
+    call = transport.submit(at(server), request())
+    assert not isinstance(call, NixlCall)
+    assert torch.equal(call.result(10).y_PD, host.forward(request()).y_PD)
+    server.stop(0)
+
+
+@pytest.mark.parametrize("token", [None, "another"])
+def test_a_lease_needs_the_token(server: ExpertServer, door: NixlDoor, make: Make, token: str | None) -> None:
+    stranger = make(token=token)
+    assert not stranger.wait_ready(at(server), 10)
+    assert door.leases == 0
+    with pytest.raises(HostUnavailable, match="token"):
+        stranger.submit(at(server), request()).result(10)
+
+
+def test_a_refusal_arrives_and_the_slot_is_free_again(server: ExpertServer, make: Make) -> None:
+    transport = make()
+    assert transport.wait_ready(at(server), 10)
+    for _ in range(2 * SLOTS):
+        with pytest.raises(HostRefused, match="wrong_generation"):
+            ask(transport, at(server), request(generation=9))
+    bad = ForwardRequest(1, 1, 1, torch.zeros(2, 256), torch.tensor([5]).int(), torch.tensor([0]).int())
+    with pytest.raises(HostRefused, match="outside the 2 rows"):
+        ask(transport, at(server), bad)
+    assert ask(transport, at(server), request()).y_PD.shape == (4, 256)
+
+
+def test_another_life_at_the_same_address_gets_no_lease(server: ExpertServer, make: Make) -> None:
+    transport = make()
+    assert not transport.wait_ready(Host("host-0", 2, server.address), 10)
+    assert not transport.wait_ready(Host("host-1", 1, server.address), 10)
+
+
+def test_lies_are_refused_or_dropped_and_neighbours_unharmed(host: Counting, server: ExpertServer, make: Make) -> None:
+    liar, neighbour = make(), make()
+    assert liar.wait_ready(at(server), 10)
+    assert neighbour.wait_ready(at(server), 10)
+    lease = liar._leases[at(server)]
+    arena: Arena = lease.pairing.outgoing
+    expected = host.forward(request(6)).y_PD
+
+    def lie(change: Callable[[int], tuple[int, int]], said: str) -> None:
+        """Write a frame into a slot, change it, announce it, and see what comes back."""
+        taken = lease.slots.take()
+        assert taken is not None
+        slot, correlation = taken
+        length = put_request(arena.slots[slot], request(3), correlation)
+        assert length is not None
+        length, announced = change(slot)
+        lease.pairing.writers[slot].post(PAGE_BYTES, NOTE.pack(slot, length, announced or correlation))
+        lease.pairing.ring()
+        with pytest.raises(HostRefused, match=said) as caught:
+            lease.wait(slot, correlation, 10)
+        assert caught.value.code == "bad_request"
+        assert torch.equal(ask(neighbour, at(server), request(6)).y_PD, expected)
+
+    good = HEADER.size + 4 * (3 * 256 + 6)
+
+    def flip(slot: int) -> tuple[int, int]:
+        arena.slots[slot].frame[40] ^= 1
+        return good, 0
+
+    lie(flip, "checksum|claims|over the caps")
+    lie(lambda slot: (good - 4, 0), "claims")
+    lie(lambda slot: (3, 0), "3 bytes was announced")
+    lie(lambda slot: (2**32 - 1, 0), "4294967295 bytes was announced")
+    for note in (b"", b"noise", NOTE.pack(SLOTS, 100, 1), NOTE.pack(2**32 - 2, 100, 1), NOTE.pack(0, 0, 0) + b"x"):
+        lease.pairing.notify(note)
+        assert torch.equal(ask(neighbour, at(server), request(6)).y_PD, expected)
+    assert torch.equal(ask(liar, at(server), request(6)).y_PD, expected)
+
+
+def test_a_killed_host_fails_its_calls_at_once_and_its_successor_is_reached(
+    host: Counting, processes: Callable[..., HostProcess], make: Make
+) -> None:
+    first = processes()
+    transport = make()
+    assert transport.wait_ready(first.host, 10)
+    ask(transport, first.host, request())
+    first.freeze()  # so that the call is pending when it dies
+    call = transport.submit(first.host, request())
+    assert isinstance(call, NixlCall)
+    first.process.kill()
+    started_s = time.monotonic()
+    with pytest.raises(HostUnavailable, match="host-0") as caught:
+        call.result(30)
+    assert "no reply" not in str(caught.value)
+    assert time.monotonic() - started_s < 10
+    transport.forget(first.host)
+    second = processes(generation=2)
+    assert transport.wait_ready(second.host, 10)
+    assert ask(transport, second.host, request(generation=2)).generation == 2
+
+
+def test_a_frozen_host_costs_its_timeout_and_its_late_reply_spoils_nothing(
+    host: Counting, processes: Callable[..., HostProcess], make: Make
+) -> None:
+    other = processes()
+    transport = make()
+    assert transport.wait_ready(other.host, 10)
+    slots = transport._leases[other.host].slots
+    other.freeze()
+    for seed in range(SLOTS):
+        call = transport.submit(other.host, request(3, seed))
+        assert isinstance(call, NixlCall)
+        with pytest.raises(HostUnavailable, match=r"no reply in 0\.1 s"):
+            call.result(0.1)
+        call.release()
+    assert slots.free == 0  # it may still write to any of them
+    assert not isinstance(transport.submit(other.host, request()), NixlCall)
+    other.thaw()
+    deadline_s = time.monotonic() + 20
+    while slots.free < SLOTS and time.monotonic() < deadline_s:
+        transport._leases[other.host].pairing.agent.poll()
+        time.sleep(0.01)
+    assert slots.free == SLOTS
+    for seed in (50, 51):
+        wanted = host.forward(request(3, seed)).y_PD
+        assert torch.equal(ask(transport, other.host, request(3, seed)).y_PD, wanted)
+
+
+def test_memory_of_a_frozen_host_is_kept_until_it_lets_go(processes: Callable[..., HostProcess], make: Make) -> None:
+    other = processes()
+    transport = make()
+    assert transport.wait_ready(other.host, 10)
+    lease = transport._leases[other.host]
+    other.freeze()
+    transport.forget(other.host)
+    assert not lease.join(0.3)  # it could be writing
+    assert not transport.wait_ready(other.host, 0.1)  # nor is it paired with again meanwhile
+    other.thaw()
+    assert lease.join(10)
+    assert transport.wait_ready(other.host, 10)
+
+
+def footprint() -> tuple[int, int, int]:
+    """Threads, open files, and mapped arenas of a size that only this test uses."""
+    gc.collect()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    sizes = [int(end, 16) - int(start, 16) for start, end in (line.split()[0].split("-") for line in maps)]
+    return threading.active_count(), len(os.listdir("/proc/self/fd")), sizes.count(SLOTS * 333 * PAGE_BYTES)
+
+
+def test_peers_that_come_and_go_leave_nothing_behind(server: ExpertServer, door: NixlDoor, make: Make) -> None:
+    transport = make(slot=333 * PAGE_BYTES)
+
+    def come_and_go() -> None:
+        assert transport.wait_ready(at(server), 10)
+        lease = transport._leases[at(server)]
+        ask(transport, at(server), request())
+        transport.forget(at(server))
+        assert lease.join(10)
+
+    for _ in range(5):
+        come_and_go()
+    time.sleep(0.5)
+    threads, files, _ = footprint()
+    for _ in range(50):
+        come_and_go()
+    deadline_s = time.monotonic() + 20
+    while True:
+        now = footprint()
+        if now[0] <= threads + 2 and now[1] <= files + 4 and now[2] == 0 and door.leases == 0:
+            return
+        assert time.monotonic() < deadline_s, (now, (threads, files, 0), door.leases)
+        time.sleep(0.05)
+
+
+def test_a_stopped_server_ends_its_leases(host: Counting, door: NixlDoor, make: Make) -> None:
+    server = ExpertServer(host, token=TOKEN, door=door)
+    server.start()
+    transport = make()
+    assert transport.wait_ready(at(server), 10)
+    lease = transport._leases[at(server)]
+    server.stop(0)
+    assert lease.join(10)
+    with pytest.raises(HostUnavailable):
+        transport.submit(at(server), request()).result(10)
+
+
+def test_a_frame_over_the_caps_takes_no_slot(server: ExpertServer, make: Make) -> None:
+    transport = make()
+    assert transport.wait_ready(at(server), 10)
+    wide = ForwardRequest(1, 1, 1, torch.empty(0, 1 << 17), torch.zeros(0).int(), torch.zeros(0).int())
+    for _ in range(2 * SLOTS):
+        with pytest.raises(FrameError, match="over the caps"):
+            transport.submit(at(server), wide)
+    assert transport._leases[at(server)].slots.free == SLOTS

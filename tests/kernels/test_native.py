@@ -1,0 +1,68 @@
+"""Which kernels serve, and that the number of threads changes no bit."""
+
+import pytest
+import torch
+
+from kernels import build
+from kernels.attention import latent_attention
+from kernels.linear import PackedLinear
+from kernels.native import CHOICE, instruction_set, native
+from kernels.swiglu import PackedExperts, PackedSwiglu
+from kernels.threads import set_threads
+
+
+def test_the_environment_chooses(kernels: str) -> None:
+    assert instruction_set() == kernels
+    assert (native() is None) == (kernels == "torch")
+
+
+def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CHOICE, "sse9")
+    with pytest.raises(ValueError, match="SHOAL_KERNELS is 'sse9'; expected one of"):
+        instruction_set()
+
+
+def test_changed_sources_are_another_library(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    before = build.library("portable")
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
+    assert build.library("portable") != before
+
+
+def compute(threads: int) -> list[torch.Tensor]:
+    """Every kernel that shares its work out, on sizes that are worth sharing."""
+    set_threads(threads)
+    generator = torch.Generator().manual_seed(9)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    experts = PackedExperts(200, 72)
+    for expert in range(5):
+        experts.load(expert, draw(72, 200), draw(72, 200), draw(200, 72))
+    x = draw(130, 200)
+    rows = torch.randint(130, (400,), generator=generator).int()
+    chosen = torch.randint(5, (400,), generator=generator).int()
+    positions = torch.cat((torch.arange(100), torch.tensor([40]))).int()
+    owners = torch.cat((torch.zeros(100), torch.ones(1))).int()
+    tables = torch.arange(26).view(2, 13).int()
+    q, cache = draw(101, 4, 48), draw(26, 8, 48)
+    return [
+        PackedLinear(draw(333, 200))(x),
+        experts(x, rows, chosen),
+        PackedSwiglu(draw(72, 200), draw(72, 200), draw(200, 72))(x, x),
+        latent_attention(q, cache, tables, owners, positions, 40, 0.2),
+        latent_attention(q[-1:], cache, tables, owners[-1:], positions[-1:], 40, 0.2),
+    ]
+
+
+def test_the_number_of_threads_changes_no_bit(kernels: str) -> None:
+    if kernels == "torch":
+        pytest.skip("torch's own products may sum differently with another number of threads")
+    threads = torch.get_num_threads()
+    try:
+        alone = compute(1)
+        for count in (2, 3):
+            for got, wanted in zip(compute(count), alone, strict=True):
+                assert torch.equal(got, wanted)
+    finally:
+        set_threads(threads)
