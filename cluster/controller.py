@@ -22,6 +22,7 @@ TICK_S = 0.25
 WORKER_SILENT_S = 5.0  # without a heartbeat after which an attention worker is not offered
 APPLICATION_CHECK_S = 2.0
 APPLICATION_MISSES = 3
+APPLICATION_COMES_S = 120.0  # for the application to be there, where the controller was started first
 
 
 class Controller:
@@ -195,15 +196,17 @@ class Controller:
         save_state(self._spec.name, ControllerState(self._epoch, self._token, generations))
 
     async def _follow_application(self) -> None:
-        """Shut down once the Serve application is gone; it was there before this actor, which it started."""
-        misses = 0
+        """Shut down once the Serve application is gone, or did not come."""
+        misses, seen, started_s = 0, False, time.monotonic()
         while self._spec.follow_application and misses < APPLICATION_MISSES:
             await asyncio.sleep(APPLICATION_CHECK_S)
             try:
                 present = self._spec.name in (await asyncio.to_thread(serve.status)).applications
             except (RayError, RayServeException, TimeoutError, ValueError):
                 continue  # Serve's controller is being restarted
-            misses = 0 if present else misses + 1
+            seen = seen or present
+            if seen or time.monotonic() > started_s + APPLICATION_COMES_S:
+                misses = 0 if present else misses + 1
         if self._spec.follow_application:
             await self.shutdown()
 

@@ -35,8 +35,8 @@ class HostInfo:
 class ExpertActor:
     """Threaded actor: `load` runs while the other methods answer."""
 
-    def __init__(self, spec: ServiceSpec, host_id: str, generation: int, token: str) -> None:
-        set_threads(spec.threads)
+    def __init__(self, spec: ServiceSpec, host_id: str, generation: int, token: str, threads: int) -> None:
+        set_threads(threads)
         prepare_environment()
         self._spec = spec
         self._token = token

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from cluster.expert_actor import ExpertActor, HostInfo
 from cluster.policy import QUICK_DEATH_S, HostView
 from cluster.spec import ServiceSpec, host_actor_name
-from cluster.threads import thread_environment
+from cluster.threads import host_threads, thread_environment
 
 STOP_TIMEOUT_S = 5.0
 
@@ -44,6 +44,8 @@ class Fleet:
 
     def start(self, host_id: str, generation: int, held: list[tuple[int, int]]) -> None:
         """Start a life and load it in the background; `changed` is set when it is ready or dead."""
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        threads = self._spec.threads or host_threads(self._spec.hosts, max(1, nodes))
         actor = (
             ray.remote(ExpertActor)
             .options(
@@ -55,9 +57,9 @@ class Fleet:
                 num_cpus=self._spec.cpus,
                 num_gpus=self._spec.gpus,
                 scheduling_strategy="SPREAD",
-                runtime_env={"env_vars": thread_environment(self._spec.threads)},
+                runtime_env={"env_vars": thread_environment(threads)},
             )
-            .remote(self._spec, host_id, generation, self._token)
+            .remote(self._spec, host_id, generation, self._token, threads)
         )
         previous = self.lives.get(host_id)
         quick_deaths = previous.view.quick_deaths if previous is not None else 0

@@ -14,7 +14,7 @@ class ServiceSpec:
     model: str  # directory of the checkpoint, as every node sees it
     hosts: int = 2
     replicas: int = 1  # hosts that hold each expert
-    threads: int = 1  # of each host
+    threads: int | None = None  # of each host; None: its share of its node's cores
     cpus: float = 0.0  # Ray CPUs that each host reserves
     gpus: float = 0.0  # Ray GPUs that each host reserves
     transport: TransportKind = "auto"  # of rows between attention workers and expert hosts
@@ -26,7 +26,7 @@ class ServiceSpec:
             raise ValueError(f"experts.hosts is {self.hosts}; expected at least 1")
         if not 1 <= self.replicas <= self.hosts:
             raise ValueError(f"experts.replicas is {self.replicas}; expected 1 to experts.hosts ({self.hosts})")
-        if self.threads < 1:
+        if self.threads is not None and self.threads < 1:
             raise ValueError(f"experts.threads is {self.threads}; expected at least 1")
         if self.transport not in TRANSPORT_KINDS:
             raise ValueError(f"experts.transport is {self.transport!r}; expected one of {', '.join(TRANSPORT_KINDS)}")

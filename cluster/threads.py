@@ -11,6 +11,11 @@ def node_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def host_threads(hosts: int, nodes: int) -> int:
+    """Threads of each of `hosts` expert hosts that are spread over `nodes` like this one: they compute together."""
+    return max(1, node_threads() // -(-hosts // nodes))
+
+
 def thread_environment(threads: int) -> dict[str, str]:
     """Environment of an actor that computes with `threads` threads; raises ValueError below 1."""
     if threads < 1:

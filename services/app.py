@@ -23,7 +23,7 @@ class ExpertArgs(BaseModel):
 
     hosts: int = Field(2, ge=1)
     replicas: int = Field(1, ge=1, description="hosts that hold each expert")
-    threads: int | None = Field(None, ge=1, description="of each host; default: the node's cores")
+    threads: int | None = Field(None, ge=1, description="of each host; default: its share of its node's cores")
     cpus: float = Field(0.0, ge=0, description="Ray CPUs that each host reserves")
     gpus: float = Field(0.0, ge=0)
     transport: TransportKind = Field("auto", description="of rows to the hosts: nixl, grpc, or nixl where installed")
@@ -90,8 +90,8 @@ class AppArgs(BaseModel):
         return nested
 
 
-def build(args: AppArgs) -> Application:
-    """One ingress and its attention workers; the expert hosts start with them, as actors of their own.
+def service_spec(args: AppArgs) -> ServiceSpec:
+    """What the service's controller is told.
 
     Raises ValueError (ConfigError, CheckpointError) when the checkpoint or the TLS files cannot be used.
     """
@@ -103,17 +103,25 @@ def build(args: AppArgs) -> Application:
     tls = TlsFiles(**args.tls.model_dump()) if args.tls is not None else None
     if tls is not None:
         tls.read()
-    service = ServiceSpec(
+    return ServiceSpec(
         name=args.name,
         model=str(directory),
         hosts=args.experts.hosts,
         replicas=args.experts.replicas,
-        threads=args.experts.threads or node_threads(),
+        threads=args.experts.threads,
         cpus=args.experts.cpus,
         gpus=args.experts.gpus,
         transport=args.experts.transport,
         tls=tls,
     )
+
+
+def build(args: AppArgs) -> Application:
+    """One ingress and its attention workers; the expert hosts start with them, as actors of their own.
+
+    Raises what `service_spec` raises.
+    """
+    service = service_spec(args)
     worker = WorkerSpec(
         threads=args.attention.threads or node_threads(),
         max_length=args.attention.max_length,
@@ -126,7 +134,7 @@ def build(args: AppArgs) -> Application:
     )
     ingress = IngressSpec(
         service=service,
-        served_name=args.served_name or directory.name,
+        served_name=args.served_name or Path(service.model).name,
         max_length=min(worker.max_length, worker.cache_tokens),
         api_key=args.api_key,
         admin_token=args.admin_token,

@@ -80,7 +80,9 @@ def _add_serve(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
     serve.add_argument("--served-name", metavar="NAME", help="model id for clients (default: the directory's name)")
     serve.add_argument("--max-length", type=int, default=4096, metavar="T", help="tokens of prompt and answer (4096)")
     serve.add_argument("--cache-tokens", type=int, default=32768, metavar="T", help="of each worker's cache (32768)")
-    serve.add_argument("--threads", type=int, metavar="N", help="of each actor (default: the cores)")
+    serve.add_argument(
+        "--threads", type=int, metavar="N", help="of each actor (default: the cores, shared by the hosts)"
+    )
     serve.add_argument(
         "--transport",
         choices=("auto", "nixl", "grpc"),

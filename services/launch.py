@@ -163,10 +163,13 @@ def _run(options: LaunchOptions, admin_token: str, console: Console, stop: threa
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    from services.app import build
+    from cluster.controller import get_or_start_controller
+    from services.app import build, service_spec
     from services.progress import show_progress
 
-    application = build(application_args(options, admin_token))
+    arguments = application_args(options, admin_token)
+    application = build(arguments)
+    get_or_start_controller(service_spec(arguments))  # hosts load while Serve starts
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(http_options=HTTPOptions(host=options.host, port=options.port), logging_config=_quiet())
     target = serve.RunTarget(application, name=f"p{options.port}", route_prefix="/", logging_config=_quiet())

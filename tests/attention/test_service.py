@@ -153,19 +153,18 @@ def test_a_worker_that_stops_is_lost_to_its_clients(thread: EngineThread) -> Non
 
 def test_a_request_that_is_cancelled_leaves_the_others_alone(server: AttentionServer, thread: EngineThread) -> None:
     """As an HTTP server cancels: whatever the request awaits from now on is cancelled, too."""
-    long, short = greedy("long", [3, 4, 5], 60), greedy("cancelled", [7, 8], 2000)
+    stays = greedy("stays", [3, 4, 5], 60)
 
-    async def leave(client: AttentionClient, scope: anyio.CancelScope) -> None:
-        with scope:
-            async with aclosing(client.generate(short)) as updates:
+    async def leave(client: AttentionClient, name: str) -> None:
+        with anyio.CancelScope() as scope:
+            async with aclosing(client.generate(greedy(name, [7, 8], 2000))) as updates:
                 async for _ in updates:
                     scope.cancel()
 
     async def use(client: AttentionClient) -> None:
-        scopes = [anyio.CancelScope() for _ in range(3)]
-        other = asyncio.create_task(collect(client, long))
-        for scope in scopes:
-            await leave(client, scope)
+        other = asyncio.create_task(collect(client, stays))
+        for number in range(3):
+            await leave(client, f"cancelled-{number}")
         tokens, reason, error = await other
         assert (len(tokens), reason, error) == (60, "length", None)
         assert client.alive
