@@ -1,7 +1,7 @@
-"""The dispatch round trip: rows to an expert host in another process and back, through the client as serving uses it.
+"""The dispatch round trip: rows to a host in another process and back, through the client's transport.
 
-The experts are 8 wide, so that hardly anything but the way is measured; the client's own grouping and its weighted sum
-are part of it.
+The host answers with the rows it got: what is measured is the way, with all that both ends do to read, check and write
+a frame.
 """
 
 import contextlib
@@ -20,14 +20,11 @@ from bench.checkpoint import SHAPES, write_checkpoint
 from bench.child import now_s
 from bench.errors import BenchError
 from bench.results import RoundTrip
-from experts.client import ExpertClient
+from experts.messages import ForwardRequest
 from experts.nixl_agent import find_nixl, prepare_environment
 from experts.nixl_transport import NixlTransport
-from experts.static import StaticPlacement
 from experts.transports import TransportKind, open_transport
-from model.config import parse_config
-from router.gate import Routing
-from router.placement import Host, initial_placement
+from router.placement import Host
 
 HIDDEN = 1024  # a row is 4 KiB
 WARM_UP_ROUNDS = 30
@@ -61,24 +58,22 @@ def _measure(
     directory: Path, transport: TransportKind, payload_bytes: Sequence[int], rounds: int
 ) -> Iterator[RoundTrip]:
     token = secrets.token_hex(16)
-    config = parse_config(_CONFIG)
     with _host_process(directory, transport, token) as address:
         host = Host("host-0", 1, address)
-        placement = initial_placement(config, [host])
         way = open_transport(transport, token, None, max(payload_bytes) // (4 * HIDDEN), 1, HIDDEN)
-        client = ExpertClient(way, StaticPlacement(placement))
         try:
             if isinstance(way, NixlTransport) and not way.wait_ready(host, START_TIMEOUT_S):
                 raise BenchError("the host process did not answer by NIXL")
             for size in payload_bytes:
-                rows = max(1, size // (4 * HIDDEN))
-                x_TD = torch.randn(rows, HIDDEN)
-                routing = Routing(torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1))
+                request = _request(max(1, size // (4 * HIDDEN)))
                 times_s: list[float] = []
                 for _ in range(WARM_UP_ROUNDS + rounds):
                     started_s = now_s()
-                    client.start(1, x_TD, routing, placement).finish()
+                    pending = way.submit(host, request)
+                    reply = pending.result(START_TIMEOUT_S)
                     times_s.append(now_s() - started_s)
+                    assert reply.y_PD.shape == request.x_RD.shape
+                    pending.release()
                 ordered = sorted(times_s[WARM_UP_ROUNDS:])
                 p50, p99 = ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
                 yield RoundTrip(
@@ -86,6 +81,14 @@ def _measure(
                 )
         finally:
             way.close()
+
+
+def _request(rows: int) -> ForwardRequest:
+    """Each row to one expert."""
+    indices = torch.arange(rows, dtype=torch.int32)
+    return ForwardRequest(
+        epoch=1, generation=1, layer=1, x_RD=torch.randn(rows, HIDDEN), pair_row_P=indices, pair_expert_P=indices % 2
+    )
 
 
 @contextlib.contextmanager
