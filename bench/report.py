@@ -20,17 +20,18 @@ def write_report(results: Results, readme: Path = README, docs: Path = DOCS) -> 
 
     Raises BenchError, before anything is written, when README lacks the markers.
     """
-    text = _replaced(readme, markdown(results))
+    text = replace_between(readme, BEGIN, END, markdown(results))
     readme.write_text(text, encoding="utf-8")
     return [readme, *draw_plots(results, docs)]
 
 
 def markdown(results: Results) -> str:
     """Every table and note, in GitHub's markdown."""
-    return "\n\n".join([*(_markdown_table(table) for table in tables(results)), *notes(results)])
+    return "\n\n".join([*(markdown_table(table) for table in tables(results)), *notes(results)])
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """A table with its title above it."""
     lines = [
         f"**{table.title}**",
         "",
@@ -41,16 +42,17 @@ def _markdown_table(table: Table) -> str:
     return "\n".join(lines)
 
 
-def _replaced(readme: Path, body: str) -> str:
+def replace_between(document: Path, begin: str, end: str, body: str) -> str:
+    """The document's text with `body` between two markers; raises BenchError when it lacks them."""
     try:
-        text = readme.read_text(encoding="utf-8")
+        text = document.read_text(encoding="utf-8")
     except OSError as error:
-        raise BenchError(f"{readme} cannot be read ({error.strerror}): run from the repository's root") from error
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise BenchError(f"{readme} has no lines {BEGIN} and {END}, in this order: the table goes between them")
-    return f"{head}{BEGIN}\n{body}\n{END}{tail}"
+        raise BenchError(f"{document} cannot be read ({error.strerror}): run from the repository's root") from error
+    head, found_begin, rest = text.partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not found_begin or not found_end:
+        raise BenchError(f"{document} has no lines {begin} and {end}, in this order: the table goes between them")
+    return f"{head}{begin}\n{body}\n{end}{tail}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

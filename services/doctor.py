@@ -20,10 +20,12 @@ class Finding:
 
 
 def examine(model: str | None, port: int) -> list[Finding]:
-    """Look at Python, packages, memory, shared memory, the port, and a checkpoint."""
+    """Look at Python, packages, kernels, transport, shared memory, the port, and a checkpoint."""
     return [
         _python(),
         *(_package(name) for name in ("ray", "torch", "grpcio", "safetensors", "tokenizers")),
+        _kernels(),
+        _transport(),
         _shared_memory(),
         _port(port),
         *([] if model is None else _checkpoint(model)),
@@ -41,6 +43,24 @@ def _package(name: str) -> Finding:
         return Finding(name, True, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, False, "not installed; run `make env`")
+
+
+def _kernels() -> Finding:
+    from kernels.native import instruction_set
+
+    try:
+        serving = instruction_set()
+    except ValueError as error:
+        return Finding("kernels", False, str(error))
+    slow = "torch computes, several times slower; install g++ or clang++ and run `make env`"
+    return Finding("kernels", True, slow if serving == "torch" else serving)
+
+
+def _transport() -> Finding:
+    from experts.nixl_agent import find_nixl
+
+    found = find_nixl() is not None
+    return Finding("transport", True, "NIXL" if found else "gRPC; `make env` installs NIXL, which is quicker, on Linux")
 
 
 def _shared_memory() -> Finding:
