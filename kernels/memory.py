@@ -1,7 +1,7 @@
 """Memory for weights that are read from end to end: in huge pages where the system grants them.
 
 With ordinary pages a stream stops at each 4 KiB to translate the next address; at few rows, where reading weights is
-all there is to do, huge pages are worth a seventh of the time.
+all there is to do, huge pages are worth having.
 """
 
 import contextlib

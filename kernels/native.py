@@ -15,7 +15,6 @@ CHOICE = "SHOAL_KERNELS"  # environment: an instruction set's name, or "torch"
 _KINDS = {"p": c_void_p, "l": c_long, "i": c_int, "f": c_float, "-": None}
 _SIGNATURES = {
     "shoal_set_threads": ("-", "il"),
-    "shoal_threads": ("i", ""),
     "shoal_pack": ("-", "plllpl"),
     "shoal_unpack": ("-", "plllpl"),
     "shoal_linear": ("-", "plllplllpllp"),

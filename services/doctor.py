@@ -52,7 +52,7 @@ def _kernels() -> Finding:
         serving = instruction_set()
     except ValueError as error:
         return Finding("kernels", False, str(error))
-    slow = "torch computes, several times slower; install g++ or clang++ and run `make env`"
+    slow = "torch computes, more slowly; install g++ or clang++ and run `make env`"
     return Finding("kernels", True, slow if serving == "torch" else serving)
 
 

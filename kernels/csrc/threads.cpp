@@ -5,6 +5,4 @@ extern "C" {
 
 void shoal_set_threads(int threads, long spin_ns) { shoal::pool().resize(threads, spin_ns); }
 
-int shoal_threads() { return shoal::pool().threads(); }
-
 }  // extern "C"
