@@ -1,9 +1,11 @@
 """The controller: starts the expert hosts, publishes who holds what, restarts what died, ends with its service."""
 
 import asyncio
+import logging
 import os
 import secrets
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 import ray
@@ -21,8 +23,10 @@ from router.placement import Host, Placement, initial_placement
 TICK_S = 0.25
 WORKER_SILENT_S = 5.0  # without a heartbeat after which an attention worker is not offered
 APPLICATION_CHECK_S = 2.0
+APPLICATION_ANSWER_S = 20.0
 APPLICATION_MISSES = 3
 APPLICATION_COMES_S = 120.0  # for the application to be there, where the controller was started first
+log = logging.getLogger("shoal.controller")
 
 
 class Controller:
@@ -40,8 +44,9 @@ class Controller:
         self._ever_ready = saved is not None and saved.epoch > 0
         self._reason: str | None = None
         self._stopping = False
+        self._application_came = False
         self._fleet = Fleet(spec, self._token)
-        self._task = asyncio.create_task(self._run(saved))
+        self._tasks = [self._supervised(self._run(saved))]
 
     def token(self) -> str:
         """The secret that guards hosts' and workers' doors."""
@@ -64,6 +69,7 @@ class Controller:
         """An attention worker is alive at worker["address"]."""
         known = self._workers.get(worker["id"])
         self._workers[worker["id"]] = {**worker, "seen_s": time.monotonic()}
+        self._application_came = True
         if known is None or known["address"] != worker["address"]:
             await self._workers_changed()
 
@@ -120,6 +126,18 @@ class Controller:
         delete_state(self._spec.name)
         asyncio.get_running_loop().call_later(0.2, self._end)
 
+    def _supervised(self, loop: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a loop of this actor. One that fails takes the process with it: Ray starts the next, which recovers."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and task.exception() is not None:
+                log.critical("the controller failed and restarts", exc_info=task.exception())
+                os._exit(1)
+
+        task = asyncio.create_task(loop)
+        task.add_done_callback(ended)
+        return task
+
     def _end(self) -> None:
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
@@ -145,7 +163,7 @@ class Controller:
             last = generations.get(host.id, 0)
             if not (last and await self._fleet.adopt(host.id, last)):
                 self._fleet.start(host.id, last + 1, list(intended.held_by(host.id)))
-        followed = asyncio.create_task(self._follow_application())
+        self._tasks.append(self._supervised(self._follow_application()))
         while not self._stopping and self._reason is None:
             await self._tick(intended)
             await self._fleet.refresh_progress()
@@ -153,7 +171,6 @@ class Controller:
                 await asyncio.wait_for(self._fleet.changed.wait(), TICK_S)
             except TimeoutError:
                 continue
-        followed.cancel()
 
     async def _tick(self, intended: Placement) -> None:
         self._fleet.changed.clear()
@@ -197,15 +214,18 @@ class Controller:
 
     async def _follow_application(self) -> None:
         """Shut down once the Serve application is gone, or did not come."""
-        misses, seen, started_s = 0, False, time.monotonic()
+        misses, started_s = 0, time.monotonic()
         while self._spec.follow_application and misses < APPLICATION_MISSES:
             await asyncio.sleep(APPLICATION_CHECK_S)
             try:
-                present = self._spec.name in (await asyncio.to_thread(serve.status)).applications
-            except (RayError, RayServeException, TimeoutError, ValueError):
-                continue  # Serve's controller is being restarted
-            seen = seen or present
-            if seen or time.monotonic() > started_s + APPLICATION_COMES_S:
+                async with asyncio.timeout(APPLICATION_ANSWER_S):
+                    present = self._spec.name in (await asyncio.to_thread(serve.status)).applications
+            except (RayError, RayServeException, TimeoutError, ValueError, RuntimeError):
+                log.warning("Serve does not say which applications run; asking again", exc_info=True)
+                continue  # its controller is being restarted
+            # an application may be deleted before it was once seen here: its workers came, so it was there
+            self._application_came = self._application_came or present
+            if self._application_came or time.monotonic() > started_s + APPLICATION_COMES_S:
                 misses = 0 if present else misses + 1
         if self._spec.follow_application:
             await self.shutdown()
