@@ -5,32 +5,43 @@ from collections.abc import Container, Sequence
 import torch
 from torch import Tensor
 
-from router.placement import Host, Placement
+from router.placement import Host, Owners, Placement
 
 NOBODY = -1
 
 
 class OwnerTables:
-    """One placement's hosts by expert, int32, made once a layer; replicas take turns by layer."""
+    """One placement's hosts by expert, int32, made once a layer and turn.
+
+    Replicas take turns, by their rank: experts that the same hosts hold in the same order, such as a routing group, go
+    to one host in a turn, so that replicas do not spread a token's rows over more hosts.
+    """
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
-        self._owner_E: dict[int, Tensor] = {}
+        self._owner_E: dict[tuple[int, int], Tensor] = {}
+        self._turns = {layer: max(map(len, owners), default=1) for layer, owners in placement.owners.items()}
 
-    def owners(self, layer: int, failed: Container[Host] = ()) -> Tensor:
-        """Index of the host for each expert, among holders that have not failed; NOBODY where all have."""
-        if failed:
-            return self._make(layer, failed)
-        if layer not in self._owner_E:
-            self._owner_E[layer] = self._make(layer, ())
-        return self._owner_E[layer]
+    def owners(self, layer: int, turn: int = 0, failed: Container[Host] = (), avoided: Container[Host] = ()) -> Tensor:
+        """Index of the host for each expert, among holders that have not failed; NOBODY where all have.
 
-    def _make(self, layer: int, failed: Container[Host]) -> Tensor:
+        Holders that are `avoided` are asked only where there is no other.
+        """
+        if failed or avoided:
+            return self._make(layer, turn, failed, avoided)
+        key = (layer, turn % self._turns[layer])
+        if key not in self._owner_E:
+            self._owner_E[key] = self._make(*key, (), ())
+        return self._owner_E[key]
+
+    def _make(self, layer: int, turn: int, failed: Container[Host], avoided: Container[Host]) -> Tensor:
         hosts = self.placement.hosts
+        owners: Owners = self.placement.owners[layer]
         chosen: list[int] = []
-        for holders in self.placement.owners[layer]:
+        for holders in owners:
             able = [index for index in holders if hosts[index] not in failed]
-            chosen.append(able[layer % len(able)] if able else NOBODY)
+            able = [index for index in able if hosts[index] not in avoided] or able
+            chosen.append(able[(layer + turn) % len(able)] if able else NOBODY)
         return torch.tensor(chosen, dtype=torch.int32)
 
 

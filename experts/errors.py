@@ -2,6 +2,7 @@
 
 ExpertError
 ├── HostUnavailable      the host did not answer: connection lost, refused or timed out; another may
+│   └── HostSlow         not yet: the same call can be waited for again
 ├── HostRefused          the host answered that it cannot serve this: its code says why
 ├── FrameError           bytes that are not a frame, or lie about themselves (also a ValueError)
 └── ExpertsUnavailable   every holder stayed unreachable for the client's whole deadline
@@ -14,6 +15,10 @@ class ExpertError(Exception):
 
 class HostUnavailable(ExpertError):
     """No answer from a host. The request had no effect, and may be sent again or elsewhere."""
+
+
+class HostSlow(HostUnavailable):
+    """No answer so far. The call is still under way, and can be waited for again or released."""
 
 
 class HostRefused(ExpertError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from experts.errors import ExpertError, FrameError, HostUnavailable
+from experts.errors import ExpertError, FrameError, HostSlow, HostUnavailable
 from experts.frames import decode_header, decode_reply, encode_request
 from experts.grpc_server import METHOD, OPTIONS, TOKEN_KEY, identity
 from experts.messages import ForwardReply, ForwardRequest
@@ -53,7 +53,7 @@ class _Call:
         try:
             return self.future.result(timeout_s)
         except FutureTimeout:
-            raise HostUnavailable(f"{self.host.id} at {self.host.address}: no reply in {timeout_s:.1f} s") from None
+            raise HostSlow(f"{self.host.id} at {self.host.address}: no reply in {timeout_s:.1f} s") from None
 
     def release(self) -> None:
         pass  # the reply owns its memory

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from experts.client_slots import SlotTable
-from experts.errors import HostUnavailable
+from experts.errors import HostSlow, HostUnavailable
 from experts.messages import ForwardReply
 
 
@@ -13,7 +13,7 @@ class Waiter(Protocol):
     slots: SlotTable
 
     def wait(self, slot: int, correlation: int, timeout_s: float) -> ForwardReply:
-        """See `Pending.result`. A slot whose reply was not returned is the waiter's to free."""
+        """See `Pending.result`. After any error but HostSlow the slot is the waiter's to free."""
 
 
 class NixlCall:
@@ -34,7 +34,11 @@ class NixlCall:
             if not self._waiting:
                 raise HostUnavailable("this call is over: it failed, or its reply was released")
             self._waiting = False
-            self._reply = self._waiter.wait(self._slot, self._correlation, timeout_s)
+            try:
+                self._reply = self._waiter.wait(self._slot, self._correlation, timeout_s)
+            except HostSlow:
+                self._waiting = True
+                raise
         return self._reply
 
     def release(self) -> None:

@@ -13,7 +13,7 @@ from experts.arena import SLOTS, Arena
 from experts.arena_frames import get_reply, put_request
 from experts.bell import Bell
 from experts.client_slots import SlotTable
-from experts.errors import ExpertError, FrameError, HostUnavailable
+from experts.errors import ExpertError, FrameError, HostSlow, HostUnavailable
 from experts.frames import HEADER
 from experts.grpc_server import identity
 from experts.grpc_transport import call_metadata, describe, open_channel
@@ -117,6 +117,8 @@ class NixlLease:
         except NixlFailed as error:
             self.slots.abandon(slot)
             raise self._lost(str(error)) from error
+        except HostSlow:
+            raise  # the slot waits on
         except HostUnavailable:
             self.slots.abandon(slot)
             raise
@@ -164,7 +166,7 @@ class NixlLease:
                 continue
             now_s = time.monotonic()
             if now_s >= deadline_s:
-                raise self._lost(f"no reply in {timeout_s:.1f} s")
+                raise HostSlow(f"{self._host.id} at {self._host.address}: no reply in {timeout_s:.1f} s")
             if now_s >= look_until_s:
                 slept = True
                 if self.pairing.near:

@@ -10,10 +10,10 @@ class Pending(Protocol):
     """A request on its way."""
 
     def result(self, timeout_s: float) -> ForwardReply:
-        """The reply; raises HostUnavailable when it did not come in time or the host was lost, or HostRefused."""
+        """The reply. Raises HostSlow while it has not come, HostUnavailable when the host was lost, or HostRefused."""
 
     def release(self) -> None:
-        """The reply's tensor is no longer needed: its memory may be used again."""
+        """The reply's tensor is no longer needed, or nobody waits for it any more: a late one is dropped."""
 
 
 class Transport(Protocol):
