@@ -22,8 +22,10 @@ from experts.nixl_agent import prepare_environment
 from experts.transports import open_transport
 from kernels.threads import set_threads
 from model.checkpoint import Checkpoint
+from router.load import LoadMeter
 
 HEARTBEAT_S = 1.0
+HURRY_S = 0.1  # until a heartbeat was heard, and the engine uses the newest table
 HOSTS_TIMEOUT_S = 600.0  # for the hosts to load, before the worker gives up
 
 
@@ -64,9 +66,10 @@ class AttentionWorker:
         self._transport = open_transport(
             service.transport, token, service.tls, spec.step_tokens, config.num_experts_per_tok, config.hidden_size
         )
-        client = ExpertClient(self._transport, self._placements, spec.expert_deadline_s)
+        self._meter = LoadMeter(config.moe_layers, config.n_routed_experts)
+        self._client = ExpertClient(self._transport, self._placements, spec.expert_deadline_s, meter=self._meter)
         device = "cuda" if spec.gpus > 0 else "cpu"
-        decoder = Decoder(checkpoint, client, self._placements, device)
+        decoder = Decoder(checkpoint, self._client, self._placements, device)
         limits = EngineLimits(
             cache_blocks=-(-spec.cache_tokens // spec.block_size),
             block_size=spec.block_size,
@@ -79,6 +82,8 @@ class AttentionWorker:
         self._server = AttentionServer(self._engine, f"{ray.util.get_node_ip_address()}:0", token, service.tls)
         self._server.start()
         self._leaving = threading.Event()
+        self._beat_now = threading.Event()
+        self._placements.on_newer = self._beat_now.set
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._heart.start()
 
@@ -97,6 +102,7 @@ class AttentionWorker:
     def close(self) -> None:
         """Leave the list of workers, then end what is running."""
         self._leaving.set()
+        self._beat_now.set()
         with contextlib.suppress(ValueError, RayActorError, GetTimeoutError):  # nobody keeps a list any more
             ray.get(find_controller(self._namespace).leave.remote(self._id), timeout=2)
         self._server.stop(0.5)
@@ -122,9 +128,16 @@ class AttentionWorker:
             "node": ray.get_runtime_context().get_node_id(),
             "state": "ready",
         }
-        while not self._leaving.wait(HEARTBEAT_S if self._greet(info | asdict(self.stats())) else 0.2):
-            if not self._engine.alive:
-                return
+        counts: dict[int, list[int]] = {}
+        while not self._leaving.is_set() and self._engine.alive:
+            self._beat_now.clear()
+            epoch, newest = self._placements.epoch_in_use(lambda: self._engine.step_age_s() is None)
+            counts = counts or self._meter.take()
+            stats = asdict(self.stats()) | asdict(self._client.stats())
+            heard = self._greet(info | stats | {"epoch": epoch, "load": counts})
+            if heard:
+                counts = {}
+            self._beat_now.wait(HEARTBEAT_S if heard and newest else HURRY_S)
 
     def _greet(self, info: dict[str, object]) -> bool:
         try:

@@ -1,31 +1,36 @@
-"""The controller: starts the expert hosts, publishes who holds what, restarts what died, ends with its service."""
+"""The controller: the conductor's body. Carries out what it decides, lets everybody know, ends with its service."""
 
 import asyncio
+import json
 import logging
 import os
 import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
-from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
+from cluster.actions import GiveUp, Publish, Save
+from cluster.actor_pool import ActorPool
+from cluster.application import wait_until_gone
+from cluster.balance import Balance
+from cluster.change import ChangeRefused, Wish
+from cluster.conductor import Conductor
+from cluster.describe import describe_events, describe_hosts, describe_service
+from cluster.events import Event, EventLog
 from cluster.fleet import Fleet
-from cluster.policy import GiveUp, decide, table
+from cluster.plan import ModelShape
+from cluster.saved import Committed, SavedState
 from cluster.spec import CONTROLLER_NAME, ServiceSpec
 from cluster.state import ControllerState, delete_state, load_state, save_state
+from cluster.workers import Workers
 from model.checkpoint import Checkpoint
+from router.holding import Holding
 from router.placement import Host, Placement, initial_placement
 
 TICK_S = 0.25
-WORKER_SILENT_S = 5.0  # without a heartbeat after which an attention worker is not offered
-APPLICATION_CHECK_S = 2.0
-APPLICATION_ANSWER_S = 20.0
-APPLICATION_MISSES = 3
-APPLICATION_COMES_S = 120.0  # for the application to be there, where the controller was started first
 log = logging.getLogger("shoal.controller")
 
 
@@ -35,22 +40,23 @@ class Controller:
     async def __init__(self, spec: ServiceSpec) -> None:  # type: ignore[misc]  # Ray awaits it
         self._spec = spec
         saved = load_state(spec.name)
-        self._token = saved.token if saved else secrets.token_hex(16)
-        self._epoch = saved.epoch if saved else 0
+        self._conductor: Conductor | None = None  # until the model is known
+        self._fleet: Fleet | None = None
+        self._pool: ActorPool | None = None  # until it is known which actors there are
+        self._state = saved or ControllerState(secrets.token_hex(16))
+        self._balance: Balance | None = None
         self._placement: Placement | None = None
-        self._published = asyncio.Condition()
-        self._workers: dict[str, dict[str, Any]] = {}
-        self._worker_version = 0
-        self._ever_ready = saved is not None and saved.epoch > 0
+        self._published = asyncio.Condition()  # a table, the workers, or a change
+        self._changed = asyncio.Event()  # something that the conductor should act on
+        self._workers = Workers()
         self._reason: str | None = None
         self._stopping = False
         self._application_came = False
-        self._fleet = Fleet(spec, self._token)
-        self._tasks = [self._supervised(self._run(saved))]
+        self._tasks = [self._supervised(self._run())]
 
     def token(self) -> str:
         """The secret that guards hosts' and workers' doors."""
-        return self._token
+        return self._state.token
 
     async def watch(self, epoch: int, timeout_s: float) -> str | None:
         """The placement as JSON as soon as it is newer than `epoch`; None after `timeout_s` seconds."""
@@ -66,63 +72,97 @@ class Controller:
         return self._placement.to_json() if self._placement else None
 
     async def heartbeat(self, worker: dict[str, Any]) -> None:
-        """An attention worker is alive at worker["address"]."""
-        known = self._workers.get(worker["id"])
-        self._workers[worker["id"]] = {**worker, "seen_s": time.monotonic()}
+        """An attention worker is alive at worker["address"], and uses no table older than worker["epoch"]."""
+        version = self._workers.version
+        self._workers.beat(worker, time.monotonic())
         self._application_came = True
-        if known is None or known["address"] != worker["address"]:
-            await self._workers_changed()
+        if self._conductor is not None and self._balance is not None:
+            self._conductor.worker_at(worker["id"], worker["epoch"])
+            self._balance.add(worker["load"], time.monotonic())
+            if self._conductor.change is not None:
+                self._changed.set()
+        if self._workers.version != version:
+            await self._notify()
 
     async def leave(self, worker_id: str) -> None:
         """An attention worker is going."""
-        if self._workers.pop(worker_id, None) is not None:
-            await self._workers_changed()
+        self._workers.leave(worker_id)
+        if self._conductor is not None:
+            self._conductor.worker_left(worker_id)
+        self._changed.set()
+        await self._notify()
 
     async def watch_workers(self, version: int, timeout_s: float) -> tuple[int, dict[str, str]]:
         """Attention workers, id to address, once they differ from `version`, or after `timeout_s` seconds."""
         try:
             async with asyncio.timeout(timeout_s), self._published:
-                await self._published.wait_for(lambda: self._worker_version != version)
+                await self._published.wait_for(lambda: self._workers.version != version)
         except TimeoutError:
             pass
-        return self._worker_version, {worker_id: worker["address"] for worker_id, worker in self._workers.items()}
+        return self._workers.version, self._workers.addresses()
 
     def report(self, host_id: str, generation: int, reason: str) -> None:
-        """A client could not reach a host: look at once, and do not wait for the next tick."""
-        self._fleet.changed.set()
+        """A client could not reach a host, or got no answer in time."""
+        if self._conductor is not None:
+            self._conductor.suspected(host_id, generation, reason, time.monotonic())
+            self._changed.set()
+
+    def wants(self, name: str) -> bool:
+        """False when an expert actor was declared dead, or forgotten: it ends itself then."""
+        return self._pool is None or name in self._pool.names
+
+    async def begin_change(self, wish: Mapping[str, Any]) -> dict[str, Any]:
+        """Start on a wish, and describe the change; raises ChangeRefused, which says why and what to do."""
+        if self._conductor is None or self._stopping:
+            raise ChangeRefused("the service is not ready: ask again when it is")
+        change = self._conductor.request(
+            Wish(
+                kind=wish["kind"],
+                hosts=wish.get("hosts"),
+                leaving=tuple(wish.get("leaving") or ()),
+                replicas=wish.get("replicas"),
+                extra=wish.get("extra"),
+            ),
+            time.monotonic(),
+        )
+        self._changed.set()
+        return change.describe()
+
+    async def watch_change(self, change_id: str, seen: int, timeout_s: float) -> dict[str, Any] | None:
+        """A change as soon as its version differs from `seen`, or after `timeout_s` seconds; None for an unknown id."""
+        change = self._conductor.find_change(change_id) if self._conductor is not None else None
+        if change is None:
+            return None
+        try:
+            async with asyncio.timeout(timeout_s), self._published:
+                await self._published.wait_for(lambda: change.version != seen)
+        except TimeoutError:
+            pass
+        return change.describe()
+
+    def events(self, after: int, limit: int) -> list[dict[str, Any]]:
+        """What happened after event number `after`, oldest first."""
+        return describe_events(self._conductor, after, limit)
 
     def status(self) -> dict[str, Any]:
         """What `shoal status` prints."""
-        held = self._placement.held_by if self._placement else None
         return {
             "epoch": self._placement.epoch if self._placement else 0,
             "model": self._spec.model,
-            "state": self._state(),
+            "state": self._state_name(),
             "reason": self._reason,
-            "expert_hosts": [
-                {
-                    "id": life.view.id,
-                    "pid": life.info.pid if life.info else None,
-                    "node": life.info.node if life.info else None,
-                    "state": life.view.state,
-                    "generation": life.view.generation,
-                    "experts": len(held(life.view.id)) if held else 0,
-                    "bytes": life.info.nbytes if life.info else 0,
-                    "progress": list(life.progress),
-                }
-                for life in self._fleet.lives.values()
-            ],
-            "attention_workers": [
-                {key: value for key, value in worker.items() if key not in ("address", "seen_s")}
-                for worker in self._workers.values()
-            ],
+            "expert_hosts": describe_hosts(self._conductor, self._fleet, self._balance),
+            "attention_workers": self._workers.describe(),
+            "standby": [{"pid": pid} for pid in self._fleet.standby] if self._fleet is not None else [],
             "controller": {"pid": os.getpid()},
+            **describe_service(self._conductor, self._balance),
         }
 
     async def shutdown(self) -> None:
         """End the hosts, forget the state, and end this actor for good."""
         self._stopping = True
-        await self._fleet.stop()
+        if self._fleet is not None:
+            await self._fleet.stop()
         delete_state(self._spec.name)
         asyncio.get_running_loop().call_later(0.2, self._end)
 
@@ -141,94 +181,88 @@ class Controller:
     def _end(self) -> None:
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
-    def _state(self) -> str:
+    def _state_name(self) -> str:
         if self._stopping:
             return "stopping"
         if self._reason is not None:
             return "failed"
-        if not self._ever_ready:
+        if self._conductor is None or not self._conductor.ever_ready:
             return "starting"
-        return "ready" if all(view.state == "ready" for view in self._fleet.views()) else "degraded"
+        members = self._conductor.committed.members
+        ready = all(self._conductor.roster.views[host_id].state == "ready" for host_id in members)
+        return "ready" if ready and self._placement is not None else "degraded"
 
-    async def _run(self, saved: ControllerState | None) -> None:
+    async def _run(self) -> None:
         try:
-            config = Checkpoint.open(self._spec.model).config
+            checkpoint = Checkpoint.open(self._spec.model)
             blank = [Host(f"host-{index}", 1, "") for index in range(self._spec.hosts)]
-            intended = initial_placement(config, blank, self._spec.replicas)
+            owners = initial_placement(checkpoint.config, blank, self._spec.replicas).owners
         except ValueError as error:
             self._reason = str(error)
             return
-        generations = saved.generations if saved else {}
-        for host in blank:
-            last = generations.get(host.id, 0)
-            if not (last and await self._fleet.adopt(host.id, last)):
-                self._fleet.start(host.id, last + 1, list(intended.held_by(host.id)))
+        config, ids = checkpoint.config, tuple(host.id for host in blank)
+        shape = ModelShape(config.moe_layers, config.n_routed_experts, config.n_group)
+        self._balance = Balance(shape, self._spec.auto_rebalance)
+        self._conductor = conductor = Conductor(
+            shape,
+            Committed(Holding.from_owners(owners, ids), ids, self._spec.replicas, extra=0),
+            self._balance.loads,
+            EventLog(_log_event),
+            self._state.core,
+        )
+        pool = ActorPool(self._spec, self._state.token, self._remember)
+        self._fleet = fleet = Fleet(self._spec, pool, self._state.stamps, conductor, self._changed)
+        await fleet.adopt(self._state.actors)
+        self._pool = pool
         self._tasks.append(self._supervised(self._follow_application()))
         while not self._stopping and self._reason is None:
-            await self._tick(intended)
-            await self._fleet.refresh_progress()
+            self._changed.clear()
+            await self._act(conductor, fleet, self._balance)
+            await fleet.refresh_progress()
             try:
-                await asyncio.wait_for(self._fleet.changed.wait(), TICK_S)
+                await asyncio.wait_for(self._changed.wait(), TICK_S)
             except TimeoutError:
                 continue
 
-    async def _tick(self, intended: Placement) -> None:
-        self._fleet.changed.clear()
-        views = self._fleet.views()
-        newest = table(intended.owners, views, self._epoch + 1)
-        if newest is not None and self._differs(newest):
-            self._epoch, self._placement, self._ever_ready = newest.epoch, newest, True
-            self._save()
-            async with self._published:
-                self._published.notify_all()
-        failures = [life.failure for life in self._fleet.lives.values() if life.failure]
-        if failures and not self._ever_ready:
-            await self._give_up(failures[0])
-            return
-        for decision in decide(views, self._ever_ready, time.monotonic()):
-            if isinstance(decision, GiveUp):
-                await self._give_up(decision.reason)
-                return
-            self._fleet.start(decision.host_id, decision.generation, list(intended.held_by(decision.host_id)))
-            self._save()
-        silent = time.monotonic() - WORKER_SILENT_S
-        for worker_id in [key for key, worker in self._workers.items() if worker["seen_s"] < silent]:
+    async def _act(self, conductor: Conductor, fleet: Fleet, balance: Balance) -> None:
+        now_s = time.monotonic()
+        for worker_id in self._workers.silent(now_s):
             await self.leave(worker_id)
+        balance.consider(conductor, now_s)
+        for action in conductor.act(now_s):
+            if isinstance(action, Save):
+                self._remember(core=action.state)
+            elif isinstance(action, Publish):
+                self._placement = action.placement
+                fleet.share_threads(len(action.placement.hosts))
+            elif isinstance(action, GiveUp):
+                self._reason = action.reason
+                await fleet.stop()
+            else:
+                fleet.carry_out(action)
+        if self._state_name() == "ready":
+            fleet.keep_standby()
+        await self._notify()
 
-    def _differs(self, newest: Placement) -> bool:
-        current = self._placement
-        return current is None or (current.hosts, current.owners) != (newest.hosts, newest.owners)
+    def _remember(self, core: SavedState | None = None) -> None:
+        """Save what the conductor wants saved, the actors that there are, and the files that they read."""
+        if self._pool is not None and self._fleet is not None:
+            self._state = replace(self._state, actors=self._pool.names, stamps=dict(self._fleet.stamps))
+        self._state = replace(self._state, core=core or self._state.core)
+        save_state(self._spec.name, self._state)
 
-    async def _give_up(self, reason: str) -> None:
-        self._reason = reason
-        await self._fleet.stop()
-
-    async def _workers_changed(self) -> None:
+    async def _notify(self) -> None:
         async with self._published:
-            self._worker_version += 1
             self._published.notify_all()
 
-    def _save(self) -> None:
-        generations = {view.id: view.generation for view in self._fleet.views()}
-        save_state(self._spec.name, ControllerState(self._epoch, self._token, generations))
-
     async def _follow_application(self) -> None:
-        """Shut down once the Serve application is gone, or did not come."""
-        misses, started_s = 0, time.monotonic()
-        while self._spec.follow_application and misses < APPLICATION_MISSES:
-            await asyncio.sleep(APPLICATION_CHECK_S)
-            try:
-                async with asyncio.timeout(APPLICATION_ANSWER_S):
-                    present = self._spec.name in (await asyncio.to_thread(serve.status)).applications
-            except (RayError, RayServeException, TimeoutError, ValueError, RuntimeError):
-                log.warning("Serve does not say which applications run; asking again", exc_info=True)
-                continue  # its controller is being restarted
-            # an application may be deleted before it was once seen here: its workers came, so it was there
-            self._application_came = self._application_came or present
-            if self._application_came or time.monotonic() > started_s + APPLICATION_COMES_S:
-                misses = 0 if present else misses + 1
         if self._spec.follow_application:
+            await wait_until_gone(self._spec.name, lambda: self._application_came)
             await self.shutdown()
+
+
+def _log_event(event: Event) -> None:
+    log.info(json.dumps({"event": event.kind, "number": event.number, **event.fields}))
 
 
 def get_or_start_controller(spec: ServiceSpec) -> Any:

@@ -1,137 +1,251 @@
-"""The one place that makes Ray calls about expert actors: start, watch, load, end."""
+"""The one place that makes Ray calls about expert actors. Does what the conductor wants, and tells it how it went."""
 
 import asyncio
 import contextlib
+import logging
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from cluster.actions import Abandon, Load, Probe, Retire, StartHost, StopHost
+from cluster.actor_pool import ActorPool, Process
+from cluster.conductor import Conductor
 from cluster.expert_actor import ExpertActor, HostInfo
-from cluster.policy import QUICK_DEATH_S, HostView
-from cluster.spec import ServiceSpec, host_actor_name
-from cluster.threads import host_threads, thread_environment
+from cluster.processes import end_process
+from cluster.spec import ServiceSpec
+from cluster.threads import host_threads
+from model.checkpoint import Stamps
 
 STOP_TIMEOUT_S = 5.0
+ADOPT_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S = 1.0
+PROGRESS_TIMEOUT_S = 1.0
+log = logging.getLogger("shoal.fleet")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Life:
     """A host's running life: its actor, and what is known of it."""
 
-    view: HostView
-    actor: Any
-    started_s: float
+    host_id: str
+    generation: int
+    process: Process
+    threads: int
     info: HostInfo | None = None
     progress: tuple[int, int] = (0, 1)
-    failure: str | None = None  # why loading failed, when trying again cannot help
+    taking: str | None = None  # the change that it loads for
+
+    @property
+    def actor(self) -> Any:
+        return self.process.actor
 
 
 class Fleet:
-    """Expert actors by host id."""
+    """Expert actors by host id and generation."""
 
-    def __init__(self, spec: ServiceSpec, token: str) -> None:
+    def __init__(
+        self,
+        spec: ServiceSpec,
+        pool: ActorPool,
+        stamps: Mapping[str, Stamps],
+        conductor: Conductor,
+        changed: asyncio.Event,
+    ) -> None:
+        """`changed` is set whenever the conductor was told something."""
         self._spec = spec
-        self._token = token
-        self.lives: dict[str, Life] = {}
+        self._pool = pool
+        self._conductor = conductor
+        self._changed = changed
+        self.lives: dict[tuple[str, int], Life] = {}
+        self.stamps = dict(stamps)  # of the checkpoint's files, by node
         self._tasks: set[asyncio.Task[None]] = set()
-        self.changed = asyncio.Event()
 
-    def views(self) -> list[HostView]:
-        return [life.view for life in self.lives.values()]
+    def find(self, host_id: str, generation: int) -> Life | None:
+        return self.lives.get((host_id, generation))
 
-    def start(self, host_id: str, generation: int, held: list[tuple[int, int]]) -> None:
-        """Start a life and load it in the background; `changed` is set when it is ready or dead."""
-        nodes = sum(node["Alive"] for node in ray.nodes())
-        threads = self._spec.threads or host_threads(self._spec.hosts, max(1, nodes))
-        actor = (
-            ray.remote(ExpertActor)
-            .options(
-                name=host_actor_name(host_id, generation),
-                namespace=self._spec.namespace,
-                lifetime="detached",
-                max_restarts=0,
-                max_concurrency=8,
-                num_cpus=self._spec.cpus,
-                num_gpus=self._spec.gpus,
-                scheduling_strategy="SPREAD",
-                runtime_env={"env_vars": thread_environment(threads)},
-            )
-            .remote(self._spec, host_id, generation, self._token, threads)
-        )
-        previous = self.lives.get(host_id)
-        quick_deaths = previous.view.quick_deaths if previous is not None else 0
-        view = HostView(host_id, generation, "loading", quick_deaths=quick_deaths)
-        self.lives[host_id] = Life(view, actor, time.monotonic())
-        self._spawn(self._live(self.lives[host_id], held))
+    def carry_out(self, action: StartHost | Load | Abandon | Retire | StopHost | Probe) -> None:
+        """Begin an action; its outcome is told later."""
+        if isinstance(action, StartHost):
+            self._start(action)
+            return
+        life = self.find(action.host_id, action.generation)
+        if isinstance(action, StopHost):
+            if life is not None:
+                self._spawn(self._end(life, action.insist))
+        elif life is None:
+            self._conductor.host_died(action.host_id, action.generation, "its actor is not there", time.monotonic())
+        elif isinstance(action, Load):
+            self._spawn(self._load(life, action))
+        elif isinstance(action, Abandon):
+            life.actor.abandon.remote(action.change_id)
+        elif isinstance(action, Retire):
+            self._spawn(self._retire(life, action))
+        else:
+            self._spawn(self._probe(life))
 
-    async def adopt(self, host_id: str, generation: int) -> bool:
-        """Take over a life that an earlier controller started; False when it is gone."""
-        try:
-            actor = ray.get_actor(host_actor_name(host_id, generation), namespace=self._spec.namespace)
-            info = await asyncio.wait_for(actor.info.remote(), STOP_TIMEOUT_S)
-        except (TimeoutError, ValueError, RayActorError, RayTaskError):
-            return False
-        view = HostView(host_id, generation, "ready", address=info.address)
-        self.lives[host_id] = Life(view, actor, time.monotonic(), info)
-        self._spawn(self._watch(self.lives[host_id]))
-        return True
+    async def adopt(self, names: Sequence[str]) -> None:
+        """Take over the lives that an earlier controller left; actors that do not serve are ended."""
+        await asyncio.gather(*(self._adopt(name) for name in names))
 
     async def refresh_progress(self) -> None:
         """Ask hosts that are loading how far they are."""
+        asked = [
+            self._ask_progress(life) for life in self.lives.values() if life.info is None or life.taking is not None
+        ]
+        await asyncio.gather(*asked)
+
+    def share_threads(self, hosts: int) -> None:
+        """Divide the nodes' cores between so many hosts."""
+        threads = self._threads(hosts)
         for life in self.lives.values():
-            if life.view.state == "loading":
-                try:
-                    life.progress = await asyncio.wait_for(life.actor.progress.remote(), 1.0)
-                except (TimeoutError, RayActorError):
-                    continue
+            if life.info is not None and life.threads != threads and self._spec.threads is None:
+                life.threads = threads
+                life.actor.set_threads.remote(threads)
+
+    def keep_standby(self) -> None:
+        """See to it that a process waits for the next life."""
+        self._pool.refill(self._threads(len(self._conductor.roster.views)), time.monotonic())
+
+    @property
+    def standby(self) -> list[int]:
+        """Process ids of the stand-bys."""
+        return self._pool.standby
 
     async def stop(self) -> None:
         """End every actor: ask first, then insist."""
         for task in self._tasks:
             task.cancel()
-        asked = [life.actor.stop.remote() for life in self.lives.values()]
-        await asyncio.gather(*(self._settle(reference) for reference in asked))
-        for life in self.lives.values():
-            ray.kill(life.actor, no_restart=True)
+        lives = list(self.lives.values())
+        await asyncio.gather(*(self._end(life) for life in lives))
+        self._pool.stop()
 
-    async def _live(self, life: Life, held: list[tuple[int, int]]) -> None:
-        try:
-            info = await life.actor.load.remote(held)
-        except RayTaskError as error:  # it said why: the checkpoint is at fault, not the host
-            life.failure = str(error.cause).splitlines()[0] if error.cause else str(error).splitlines()[-1]
-            self._died(life)
+    def _threads(self, hosts: int) -> int:
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        return self._spec.threads or host_threads(max(1, hosts), max(1, nodes))
+
+    def _start(self, action: StartHost) -> None:
+        threads = self._threads(len(self._conductor.roster.views))
+        life = Life(action.host_id, action.generation, self._pool.take(threads), threads)
+        self.lives[action.host_id, action.generation] = life
+        self._spawn(self._live(life, action))
+
+    async def _adopt(self, name: str) -> None:
+        process = self._pool.find(name)
+        if process is None:
             return
-        except RayActorError:
-            self._died(life)
+        try:
+            info = await asyncio.wait_for(process.actor.settle.remote(), ADOPT_TIMEOUT_S)
+        except (TimeoutError, RayActorError, RayTaskError):
+            self._pool.end(process)
+            return
+        report = info.report
+        life = self.lives[report.host_id, report.generation] = Life(
+            report.host_id, report.generation, process, threads=0, info=info
+        )
+        self._conductor.host_ready(report, time.monotonic())
+        self._spawn(self._watch(life))
+
+    async def _live(self, life: Life, action: StartHost) -> None:
+        try:
+            info = await life.actor.begin.remote(life.host_id, life.generation, action.pairs, life.threads, self.stamps)
+        except RayTaskError as error:  # it said why: the checkpoint is at fault, not the host
+            self._conductor.host_failed(life.host_id, life.generation, reason_of(error), time.monotonic())
+            self._gone(life)
+            return
+        except RayActorError as error:
+            self._died(life, reason_of(error))
             return
         life.info = info
-        life.progress = (info.experts, info.experts)
-        life.view = replace(life.view, state="ready", address=info.address)
-        self.changed.set()
+        self.stamps.setdefault(info.node, info.stamps)
+        life.progress = (len(info.report.held), len(info.report.held))
+        self._conductor.host_ready(info.report, time.monotonic())
+        self._changed.set()
         await self._watch(life)
 
     async def _watch(self, life: Life) -> None:
-        with contextlib.suppress(RayActorError):
-            await life.actor.wait_for_end.remote()
-        self._died(life)
-
-    def _died(self, life: Life) -> None:
-        now_s = time.monotonic()
-        quick = now_s - life.started_s < QUICK_DEATH_S
-        deaths = life.view.quick_deaths + 1 if quick else 1
-        life.view = replace(life.view, state="dead", died_at_s=now_s, quick_deaths=deaths)
-        self.changed.set()
-
-    async def _settle(self, reference: Any) -> None:
+        reason = "it was told to stop"
         try:
-            await asyncio.wait_for(reference, STOP_TIMEOUT_S)
-        except (TimeoutError, RayActorError, RayTaskError):
-            return
+            await life.actor.wait_for_end.remote()
+        except RayActorError as error:
+            reason = reason_of(error)
+        self._died(life, reason)
 
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.create_task(coroutine)
+    def _died(self, life: Life, reason: str) -> None:
+        self._conductor.host_died(life.host_id, life.generation, reason, time.monotonic())
+        self._gone(life)
+
+    def _gone(self, life: Life) -> None:
+        self._pool.end(life.process)
+        self.lives.pop((life.host_id, life.generation), None)
+        self._changed.set()
+
+    async def _load(self, life: Life, action: Load) -> None:
+        life.taking = action.change_id
+        try:
+            info, report = await life.actor.take.remote(action.change_id, action.pairs, dict(action.sources))
+        except RayTaskError as error:
+            now_s = time.monotonic()
+            self._conductor.load_failed(action.change_id, life.host_id, life.generation, reason_of(error), now_s)
+        except RayActorError:
+            return  # whoever watches it tells of its death
+        else:
+            life.info = info
+            log.info("%s took %d pairs from hosts, %d from disk", life.host_id, report.from_hosts, report.from_disk)
+            self._conductor.loaded(action.change_id, life.host_id, life.generation, action.pairs)
+        finally:
+            life.taking = None
+            self._changed.set()
+
+    async def _retire(self, life: Life, action: Retire) -> None:
+        try:
+            life.info = await life.actor.drop.remote(action.pairs)
+        except (RayActorError, RayTaskError) as error:
+            log.warning("%s did not drop what it should: %s", life.host_id, reason_of(error))
+            return
+        self._conductor.retired(life.host_id, life.generation, action.pairs)
+        self._changed.set()
+
+    async def _probe(self, life: Life) -> None:
+        alive = True
+        try:
+            await asyncio.wait_for(life.actor.ping.remote(), PROBE_TIMEOUT_S)
+        except (TimeoutError, RayActorError):
+            alive = False
+        except RayTaskError as error:
+            log.warning("%s answers that it cannot answer: %s", life.host_id, reason_of(error))
+        self._conductor.probed(life.host_id, life.generation, alive, time.monotonic())
+        self._changed.set()
+
+    async def _end(self, life: Life, insist: bool = False) -> None:
+        if not insist:
+            with contextlib.suppress(TimeoutError, RayActorError, RayTaskError):
+                await asyncio.wait_for(life.actor.stop.remote(), STOP_TIMEOUT_S)
+        self._pool.end(life.process)
+        if insist and life.info is not None:  # a frozen process does not hear Ray
+            await end_process(life.info.pid, life.info.node, ExpertActor.__name__)
+
+    async def _ask_progress(self, life: Life) -> None:
+        with contextlib.suppress(TimeoutError, RayActorError, RayTaskError):
+            if life.info is None:
+                life.progress = await asyncio.wait_for(life.actor.progress.remote(), PROGRESS_TIMEOUT_S)
+            elif life.taking is not None:
+                change_id = life.taking
+                taken = await asyncio.wait_for(life.actor.taken.remote(change_id), PROGRESS_TIMEOUT_S)
+                self._conductor.load_progress(change_id, life.host_id, taken)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def reason_of(error: RayError) -> str:
+    """One line that says why an actor's method, or the actor, failed."""
+    if isinstance(error, RayTaskError) and error.cause is not None:
+        return str(error.cause).splitlines()[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -20,16 +21,20 @@ class PlacementFollower:
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
         self._placement: Placement | None = None
+        self._taken = 0  # epoch of the last snapshot
         self._changed = threading.Condition()
         self._closing = threading.Event()
+        self.on_newer: Callable[[], None] | None = None  # called in the following thread
         self._thread = threading.Thread(target=self._follow, name="placement", daemon=True)
         self._thread.start()
 
     def snapshot(self) -> Placement:
         """The newest table; raises RuntimeError before the first one came (see `wait_first`)."""
-        if self._placement is None:
+        placement = self._placement
+        if placement is None:
             raise RuntimeError("no placement was published yet: wait for the expert hosts first")
-        return self._placement
+        self._taken = placement.epoch
+        return placement
 
     def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
         with self._changed:
@@ -40,6 +45,15 @@ class PlacementFollower:
         """Wait for the first table; False when none came in `timeout_s` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self._placement is not None, timeout_s)
+
+    def epoch_in_use(self, idle: Callable[[], bool]) -> tuple[int, bool]:
+        """No table older than this is used by the caller's engine, or will be; and whether that is the newest.
+
+        A step keeps the table that it began with; `idle` says that none is under way.
+        """
+        newest = self._placement.epoch if self._placement is not None else 0
+        used = newest if idle() else min(self._taken, newest)
+        return used, used == newest
 
     def report(self, host: Host, reason: str) -> None:
         try:
@@ -63,3 +77,5 @@ class PlacementFollower:
                 with self._changed:
                     self._placement = Placement.from_json(text)
                     self._changed.notify_all()
+                if self.on_newer is not None:
+                    self.on_newer()

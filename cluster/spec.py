@@ -1,6 +1,7 @@
 """What a service is made of, as its controller is told once."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from experts.tls import TlsFiles
 from experts.transports import TRANSPORT_KINDS, TransportKind
@@ -17,6 +18,9 @@ class ServiceSpec:
     threads: int | None = None  # of each host; None: its share of its node's cores
     cpus: float = 0.0  # Ray CPUs that each host reserves
     gpus: float = 0.0  # Ray GPUs that each host reserves
+    resources: Mapping[str, float] = field(default_factory=dict)  # Ray's custom ones that each host reserves
+    standby: int = 1  # processes that wait to become the next life of a host; none where hosts reserve anything
+    auto_rebalance: bool = False  # move experts by themselves when that is worth it
     transport: TransportKind = "auto"  # of rows between attention workers and expert hosts
     tls: TlsFiles | None = None  # between nodes; the same paths on every node
     follow_application: bool = True  # end when the Serve application of this name is gone
@@ -30,8 +34,16 @@ class ServiceSpec:
             raise ValueError(f"experts.threads is {self.threads}; expected at least 1")
         if self.transport not in TRANSPORT_KINDS:
             raise ValueError(f"experts.transport is {self.transport!r}; expected one of {', '.join(TRANSPORT_KINDS)}")
-        if self.cpus < 0 or self.gpus < 0:
-            raise ValueError(f"experts.cpus {self.cpus} and experts.gpus {self.gpus} must not be negative")
+        if self.standby < 0:
+            raise ValueError(f"experts.standby is {self.standby}; expected at least 0")
+        if self.cpus < 0 or self.gpus < 0 or any(amount < 0 for amount in self.resources.values()):
+            amounts = {"cpus": self.cpus, "gpus": self.gpus, **self.resources}
+            raise ValueError(f"experts reserve {amounts}; none may be negative")
+
+    @property
+    def reserves(self) -> bool:
+        """Whether a host's process takes something of Ray's that others may want."""
+        return bool(self.cpus or self.gpus or any(self.resources.values()))
 
     @property
     def namespace(self) -> str:
@@ -39,7 +51,3 @@ class ServiceSpec:
 
 
 CONTROLLER_NAME = "controller"
-
-
-def host_actor_name(host_id: str, generation: int) -> str:
-    return f"expert:{host_id}:{generation}"

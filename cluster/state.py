@@ -1,34 +1,52 @@
-"""The little that a controller must remember across its own death, in Ray's key-value store."""
+"""What a controller remembers across its own death, in Ray's key-value store."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+
+from cluster.saved import SavedState
+from model.checkpoint import Stamps
 
 KV_NAMESPACE = b"shoal"
 
 
 @dataclass(frozen=True, slots=True)
 class ControllerState:
-    """Epoch last published, the secret of the data plane, and each host's last generation."""
+    """The secret of the data plane, the conductor's state, the actors, and the checkpoint's files as first seen."""
 
-    epoch: int
     token: str
-    generations: dict[str, int]
+    core: SavedState | None = None  # None before the first host was started
+    stamps: Mapping[str, Stamps] = field(default_factory=dict)  # by node, each of which may have files of its own
+    actors: tuple[str, ...] = ()  # names of all that were started and are not known to have ended
 
 
 def save_state(service: str, state: ControllerState) -> None:
-    raw = {"epoch": state.epoch, "token": state.token, "generations": state.generations}
+    raw = {
+        "token": state.token,
+        "stamps": {node: dict(stamps) for node, stamps in state.stamps.items()},
+        "core": state.core.to_json() if state.core is not None else None,
+        "actors": list(state.actors),
+    }
     _internal_kv_put(service.encode(), json.dumps(raw).encode(), overwrite=True, namespace=KV_NAMESPACE)
 
 
 def load_state(service: str) -> ControllerState | None:
     """What the last life saved; None when there was none."""
-    raw = _internal_kv_get(service.encode(), namespace=KV_NAMESPACE)
-    if raw is None:
+    text = _internal_kv_get(service.encode(), namespace=KV_NAMESPACE)
+    if text is None:
         return None
-    fields = json.loads(raw)
-    return ControllerState(int(fields["epoch"]), str(fields["token"]), dict(fields["generations"]))
+    raw = json.loads(text)
+    return ControllerState(
+        token=str(raw["token"]),
+        core=SavedState.from_json(raw["core"]) if raw["core"] is not None else None,
+        stamps={
+            node: {name: (int(size), int(changed)) for name, (size, changed) in stamps.items()}
+            for node, stamps in raw["stamps"].items()
+        },
+        actors=tuple(map(str, raw["actors"])),
+    )
 
 
 def delete_state(service: str) -> None:

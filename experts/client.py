@@ -18,6 +18,7 @@ from experts.messages import ForwardReply, ForwardRequest
 from experts.transport import Transport
 from kernels.combine import OwnedSlots
 from router.gate import Routing
+from router.load import LoadMeter
 from router.placement import Host, Placement
 
 WAIT_FOR_NEWER_S = 0.25  # between looks at the placement while no holder is left
@@ -63,13 +64,18 @@ class ExpertClient:
         reply_timeout_s: float = 10.0,
         hedge_s: float = 0.4,
         clock: Callable[[], float] = time.monotonic,
+        meter: LoadMeter | None = None,
     ) -> None:
-        """A reply is late after `hedge_s` seconds, or later where replies are slow; lost after `reply_timeout_s`."""
+        """A reply is late after `hedge_s` seconds, or later where replies are slow; lost after `reply_timeout_s`.
+
+        `meter` counts the rows of each expert.
+        """
         self._transport = transport
         self._source = source
         self._deadline_s = deadline_s
         self._hedge_s = hedge_s
         self._clock = clock
+        self._meter = meter
         self.reply_timeout_s = reply_timeout_s
         self._tables: OwnerTables | None = None
         self._slowest_s = 0.0
@@ -80,6 +86,8 @@ class ExpertClient:
     def start(self, layer: int, x_TD: Tensor, routing: Routing, placement: Placement) -> Dispatch:
         """Send every row to the holders of its experts; `Dispatch.finish` waits for the weighted sum."""
         self._dispatches += 1
+        if self._meter is not None:
+            self._meter.count(layer, routing.experts_TK)
         return Dispatch(self, layer, x_TD, routing, self.tables(placement), self._dispatches)
 
     def stats(self) -> ClientStats:

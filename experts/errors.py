@@ -5,6 +5,7 @@ ExpertError
 │   └── HostSlow         not yet: the same call can be waited for again
 ├── HostRefused          the host answered that it cannot serve this: its code says why
 ├── FrameError           bytes that are not a frame, or lie about themselves (also a ValueError)
+├── TransferFailed       a host did not hand over an expert's weights, or they cannot be trusted; the disk has them too
 └── ExpertsUnavailable   every holder stayed unreachable for the client's whole deadline
 """
 
@@ -44,6 +45,10 @@ class HostRefused(ExpertError):
 
 class FrameError(ExpertError, ValueError):
     """A message that cannot be decoded; says what was found and what was expected."""
+
+
+class TransferFailed(ExpertError):
+    """An expert's weights did not come from a host as they should; says what came instead."""
 
 
 class ExpertsUnavailable(ExpertError):

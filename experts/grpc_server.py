@@ -1,15 +1,16 @@
 """An expert host's door on gRPC: one stream a client, many requests in flight on it, replies as they are ready.
 
-The same door pairs clients for NIXL, whose requests then go past it to the same loop.
+The same door pairs clients for NIXL, whose requests then go past it to the same loop, and hands weights to other hosts.
 """
 
 import hmac
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from experts.errors import FrameError, HostRefused
+from experts.errors import FrameError, HostRefused, TransferFailed
 from experts.frames import decode_header, decode_request, encode_refusal, encode_reply
 from experts.host import ExpertHost
 from experts.host_loop import HostLoop
@@ -17,6 +18,9 @@ from experts.lease import METHOD as LEASE_METHOD
 from experts.lease_server import serve_lease
 from experts.nixl_door import NixlDoor
 from experts.tls import TlsFiles, server_credentials
+from experts.transfer import METHOD as FETCH_METHOD
+from experts.transfer import decode_request as decode_fetch
+from experts.transfer import encode_expert
 
 METHOD = "/shoal.Experts/Forward"
 TOKEN_KEY = "shoal-token"
@@ -45,8 +49,10 @@ class ExpertServer(grpc.GenericRpcHandler):
         tls: TlsFiles | None = None,
         door: NixlDoor | None = None,
     ) -> None:
+        self._host = host
         self._token = token
         self._door = door
+        self._packing = threading.Lock()  # weights are made ready for one receiver at a time, beside the computing
         self._loop = HostLoop(host, door)
         # a client may hold two streams: its calls, and its lease
         self._server = grpc.server(ThreadPoolExecutor(2 * MAX_CLIENTS, "expert-stream"), options=OPTIONS)
@@ -73,6 +79,8 @@ class ExpertServer(grpc.GenericRpcHandler):
             return grpc.stream_stream_rpc_method_handler(self._forward, identity, identity)
         if handler_call_details.method == LEASE_METHOD and self._door is not None:
             return grpc.stream_stream_rpc_method_handler(self._lease, identity, identity)
+        if handler_call_details.method == FETCH_METHOD:
+            return grpc.unary_stream_rpc_method_handler(self._fetch, identity, identity)
         return None
 
     def _check_token(self, context: grpc.ServicerContext) -> None:
@@ -89,6 +97,29 @@ class ExpertServer(grpc.GenericRpcHandler):
         self._check_token(context)
         for frame in frames:
             yield self._answer(frame)
+
+    def _fetch(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """The weights of each pair that the request names, one message each, as they are sent."""
+        self._check_token(context)
+        host = self._host
+        try:
+            request = decode_fetch(message)
+        except TransferFailed as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        if request.generation != host.generation:
+            reason = f"{host.host_id} is in generation {host.generation}; the request was for {request.generation}"
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
+        missing = sorted(set(request.pairs) - set(host.held))
+        if missing:
+            reason = f"{host.host_id} does not hold {len(missing)} of the (layer, expert) pairs, {missing[0]} first"
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
+        for layer, expert in request.pairs:
+            try:
+                with self._packing:
+                    packed = encode_expert((layer, expert), host.weights(layer, expert))
+            except KeyError as error:  # unloaded meanwhile
+                context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.args[0])
+            yield packed
 
     def _answer(self, frame: bytes) -> bytes:
         """A reply frame, or a refusal: a bad frame costs its sender one call and nobody else anything."""

@@ -13,8 +13,9 @@ from torch import Tensor
 from experts.errors import HostRefused
 from experts.messages import ForwardReply, ForwardRequest
 from kernels.swiglu import PackedExperts
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, ExpertWeights
 from model.config import ModelConfig
+from router.holding import Pair
 
 Progress = Callable[[int, int], None]
 
@@ -31,42 +32,88 @@ class HostStats:
 
 
 class ExpertHost:
-    """One life (generation) of a host. `forward` and `forward_batch` may be called from several threads."""
+    """One life (generation) of a host. Its methods may be called from several threads, beside one another."""
 
     def __init__(self, config: ModelConfig, host_id: str, generation: int, device: str = "cpu") -> None:
         self.host_id = host_id
         self.generation = generation
+        self.device = device
         self._config = config
-        self._device = device
         self._layers: dict[int, PackedExperts] = {}
         self._held_E: dict[int, npt.NDArray[np.bool_]] = {}  # of each layer, the experts that can be computed
+        self._held: dict[Pair, int] = {}  # the same, with the bytes that each takes
+        self._changes = threading.Lock()  # one thread at a time loads or unloads; taken before the others
         self._compute = threading.Lock()  # kernels use the host's whole thread budget
+        self._counts = threading.Lock()  # guards `_held`, and is never held for long
         self._requests = self._rows = self._pairs = 0
 
-    def load(self, checkpoint: Checkpoint, held: Iterable[tuple[int, int]], progress: Progress | None = None) -> None:
-        """Read the named (layer, expert) pairs from disk, one expert at a time."""
-        wanted = list(held)
+    def load(self, checkpoint: Checkpoint, held: Iterable[Pair], progress: Progress | None = None) -> None:
+        """Read those of the named (layer, expert) pairs that are not held yet from disk, one expert at a time."""
+        present = set(self.held)
+        wanted = [pair for pair in held if pair not in present]
+        for layer, expert in wanted:
+            self._check_pair(layer, expert)
         done = 0
         for layer, pairs in itertools.groupby(wanted, key=lambda pair: pair[0]):
-            target = self._layer(layer)
             experts = [expert for _, expert in pairs]
             for expert, weights in zip(experts, checkpoint.experts(layer, experts), strict=True):
-                target.load(expert, weights.gate_proj, weights.up_proj, weights.down_proj)
-                self._held_E[layer][expert] = True
+                self.take(layer, expert, weights)
                 done += 1
                 if progress is not None:
                     progress(done, len(wanted))
 
-    def unload(self, held: Iterable[tuple[int, int]]) -> None:
-        """Drop the named pairs; raises KeyError for one that is not held."""
-        with self._compute:
-            for layer, expert in held:
+    def take(self, layer: int, expert: int, weights: ExpertWeights) -> bool:
+        """Hold one expert; requests see it once it is complete. False when it is held already, and stays as it is.
+
+        Raises ValueError when the model has no such expert, or one of other shapes.
+        """
+        self._check_pair(layer, expert)
+        with self._changes:
+            if (layer, expert) in self._held:
+                return False  # a request may be reading it
+            target = self._layer(layer)
+            before = target.nbytes
+            target.load(expert, weights.gate_proj, weights.up_proj, weights.down_proj)
+            with self._counts:
+                self._held[layer, expert] = target.nbytes - before
+            self._held_E[layer][expert] = True
+        return True
+
+    def weights(self, layer: int, expert: int) -> ExpertWeights:
+        """What this host computes with, on the CPU, to be read only: fp32 on a CPU host, else as it was given.
+
+        Raises KeyError for an expert that is not held. One that is unloaded meanwhile is still returned whole.
+        """
+        experts = self._layers.get(layer)
+        try:
+            if experts is None or (layer, expert) not in self._held:
+                raise KeyError(expert)
+            return ExpertWeights(*(weight.cpu() for weight in experts.unpack(expert)))
+        except KeyError:
+            raise KeyError(f"{self.host_id} does not hold expert {expert} of layer {layer}") from None
+
+    def unload(self, held: Iterable[Pair]) -> None:
+        """Drop the named pairs and free their memory; raises KeyError, and drops none, when one is not held."""
+        pairs = list(dict.fromkeys(held))
+        with self._changes:
+            for pair in pairs:
+                if pair not in self._held:
+                    raise KeyError(pair)
+            with self._compute:  # what is being computed may have begun with them; nothing begins with them after this
+                for layer, expert in pairs:
+                    self._held_E[layer][expert] = False
+            with self._counts:
+                for pair in pairs:
+                    del self._held[pair]
+            for layer, expert in pairs:
                 self._layers[layer].unload(expert)
-                self._held_E[layer][expert] = False
 
     @property
-    def held(self) -> tuple[tuple[int, int], ...]:
-        return tuple((layer, expert) for layer, experts in self._layers.items() for expert in experts.experts)
+    def held(self) -> tuple[Pair, ...]:
+        """(layer, expert) pairs, in that order."""
+        with self._counts:
+            pairs = tuple(self._held)
+        return tuple(sorted(pairs))
 
     def forward(self, request: ForwardRequest) -> ForwardReply:
         """Each pair's expert applied to its row; raises HostRefused when this life cannot serve the request."""
@@ -104,9 +151,11 @@ class ExpertHost:
         return [answer for answer in answers if answer is not None]
 
     def stats(self) -> HostStats:
+        with self._counts:
+            experts, nbytes = len(self._held), sum(self._held.values())
         return HostStats(
-            experts=len(self.held),
-            nbytes=sum(experts.nbytes for experts in self._layers.values()),
+            experts=experts,
+            nbytes=nbytes,
             requests=self._requests,
             rows=self._rows,
             pairs=self._pairs,
@@ -132,20 +181,24 @@ class ExpertHost:
         self, layer: int, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor | None
     ) -> Tensor:
         experts = self._layers[layer]
-        if self._device == "cpu":
+        if self.device == "cpu":
             return experts(x_RD, pair_row_P, pair_expert_P, out_PD)
-        y_PD = experts(x_RD.to(self._device), pair_row_P.to(self._device), pair_expert_P.to(self._device))
+        y_PD = experts(x_RD.to(self.device), pair_row_P.to(self.device), pair_expert_P.to(self.device))
         return y_PD.cpu() if out_PD is None else out_PD.copy_(y_PD)
 
     def _layer(self, layer: int) -> PackedExperts:
         if layer not in self._layers:
-            if layer not in self._config.moe_layers:
-                raise ValueError(f"layer {layer} has no routed experts; MoE layers are {self._config.moe_layers}")
             self._layers[layer] = PackedExperts(
-                self._config.hidden_size, self._config.moe_intermediate_size, self._device
+                self._config.hidden_size, self._config.moe_intermediate_size, self.device
             )
             self._held_E[layer] = np.zeros(self._config.n_routed_experts, np.bool_)
         return self._layers[layer]
+
+    def _check_pair(self, layer: int, expert: int) -> None:
+        if layer not in self._config.moe_layers:
+            raise ValueError(f"layer {layer} has no routed experts; MoE layers are {self._config.moe_layers}")
+        if not 0 <= expert < self._config.n_routed_experts:
+            raise ValueError(f"layer {layer} has no expert {expert}; it has {self._config.n_routed_experts}")
 
     def _check(self, request: ForwardRequest) -> None:
         if request.generation != self.generation:

@@ -98,6 +98,10 @@ class NixlDoor:
         self._notes: collections.deque[tuple[HostLease, bytes]] = collections.deque()
         self._connecting_until_s = 0.0
 
+    def become(self, host_id: str, generation: int) -> None:
+        """Be the door of this life, where that was not known before; not after the first offer."""
+        self._host_id, self._generation = host_id, generation
+
     def offer(self, hello: Hello) -> tuple[HostLease, Offer]:
         """Memory for a client; raises LeaseRefused when it asks for too much."""
         if hello.version != VERSION:

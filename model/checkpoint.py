@@ -15,10 +15,14 @@ from model.config import ModelConfig, parse_config, read_raw_config
 from model.safetensors_header import CheckpointError, TensorEntry, read_header
 from model.tensors import expected_tensors, expert_names
 
-__all__ = ["Checkpoint", "CheckpointError", "ExpertWeights"]
+__all__ = ["Checkpoint", "CheckpointError", "ExpertWeights", "Stamps"]
 
 NAMED = 5  # tensors named in full in one error
 TOLERATED = (".rotary_emb.inv_freq",)  # buffers that old exports carry and nobody needs
+
+
+Stamps = Mapping[str, tuple[int, int]]
+"""Size in bytes and time of the last change in ns, by file name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,30 @@ class Checkpoint:
             entry = self.entries[name]
             digest.update(f"{name} {entry.shape} {entry.dtype}\n".encode())
         return digest.hexdigest()[:16]
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """What tells whether config.json and the files of weights are still those that they were.
+
+        Raises CheckpointError naming one that cannot be looked at.
+        """
+        found: dict[str, tuple[int, int]] = {}
+        for file in sorted({self.directory / "config.json", *(entry.file for entry in self.entries.values())}):
+            try:
+                status = file.stat()
+            except OSError as error:
+                raise CheckpointError(f"{file} cannot be read any more: {error.strerror}") from error
+            found[file.name] = (status.st_size, status.st_mtime_ns)
+        return found
+
+    def check_stamps(self, stamps: Stamps) -> None:
+        """Raises CheckpointError naming a file that is not as it was when the stamps were taken."""
+        found = self.stamps()
+        for name in sorted(found.keys() | stamps.keys()):
+            if name not in found or name not in stamps or tuple(stamps[name]) != found[name]:
+                raise CheckpointError(
+                    f"{self.directory / name} changed since this service started: "
+                    "restart the service to serve the new weights"
+                )
 
 
 def _read_entries(directory: Path) -> dict[str, TensorEntry]:

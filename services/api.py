@@ -9,7 +9,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.admin import add_admin_routes
 from services.backend import Backend
+from services.metrics import METRICS_PATH, add_metrics_route
 from services.openai import errors
 from services.openai.chat import complete_chat, plan_chat, stream_chat
 from services.openai.completions import complete, plan_completion, stream_completion
@@ -61,13 +63,21 @@ def create_app(backend: Backend, api_key: str | None = None, admin_token: str | 
     app = FastAPI(title="Shoal", description="OpenAI-compatible serving of DeepSeek-V2-family models.")
     errors.install(app)
 
+    def keys(path: str) -> tuple[str, ...]:
+        """Secrets that open a path, each alone; none for a path that is open."""
+        if path.startswith(ADMIN_PREFIX):
+            return (admin_token,) if admin_token is not None else ()
+        if path in OPEN_PATHS or api_key is None:
+            return ()
+        return (api_key, admin_token) if path == METRICS_PATH and admin_token is not None else (api_key,)
+
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        path = request.url.path
-        secret = admin_token if path.startswith(ADMIN_PREFIX) else api_key
-        if path.startswith(ADMIN_PREFIX) and admin_token is None:
+        path = _route_path(request)
+        secrets = keys(path)
+        if path.startswith(ADMIN_PREFIX) and not secrets:
             return error_response(ApiError("admin routes are closed: no admin token is set", 403))
-        if secret is not None and path not in OPEN_PATHS and not _authorised(request, secret):
+        if secrets and not any(_authorised(request, secret) for secret in secrets):
             return error_response(
                 ApiError("send 'Authorization: Bearer KEY' with this service's key", 401, code="invalid_api_key")
             )
@@ -94,6 +104,8 @@ def create_app(backend: Backend, api_key: str | None = None, admin_token: str | 
         return Response(status_code=499)  # nobody reads it
 
     _add_small_routes(app, backend)
+    add_admin_routes(app, backend)
+    add_metrics_route(app, backend)
     return app
 
 
@@ -150,6 +162,12 @@ def _add_small_routes(app: FastAPI, backend: Backend) -> None:
     @app.get("/admin/status")
     async def status() -> dict[str, Any]:
         return await backend.status()
+
+
+def _route_path(request: Request) -> str:
+    """The path that routes are matched with: without the prefix under which the application is mounted."""
+    path, root = str(request.scope["path"]), str(request.scope.get("root_path", "")).rstrip("/")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def _authorised(request: Request, secret: str) -> bool:

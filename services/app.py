@@ -26,7 +26,10 @@ class ExpertArgs(BaseModel):
     threads: int | None = Field(None, ge=1, description="of each host; default: its share of its node's cores")
     cpus: float = Field(0.0, ge=0, description="Ray CPUs that each host reserves")
     gpus: float = Field(0.0, ge=0)
+    resources: dict[str, float] = Field({}, description="custom Ray resources that each host reserves")
     transport: TransportKind = Field("auto", description="of rows to the hosts: nixl, grpc, or nixl where installed")
+    standby: int = Field(1, ge=0, description="that wait to replace a lost host; none where hosts reserve anything")
+    auto_rebalance: bool = Field(False, description="move experts between hosts by themselves when the load is uneven")
 
 
 class AttentionArgs(BaseModel):
@@ -111,8 +114,11 @@ def service_spec(args: AppArgs) -> ServiceSpec:
         threads=args.experts.threads,
         cpus=args.experts.cpus,
         gpus=args.experts.gpus,
+        resources=args.experts.resources,
         transport=args.experts.transport,
         tls=tls,
+        standby=args.experts.standby,
+        auto_rebalance=args.experts.auto_rebalance,
     )
 
 

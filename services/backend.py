@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from attention.requests import GenerateRequest, Update
+from cluster.change import Wish
 from model.generation import GenerationDefaults
 from model.tokenizer import Tokenizer
 
@@ -34,6 +35,15 @@ class ServedModel:
     defaults: GenerationDefaults
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A moment's counts: this ingress's own, and what the controller knows."""
+
+    in_flight: int  # requests
+    replays: int  # answers that went on with another worker, since the ingress started
+    status: dict[str, Any] | None  # None while the controller is away
+
+
 class Backend(Protocol):
     """Generates tokens; knows nothing of text or HTTP."""
 
@@ -52,3 +62,21 @@ class Backend(Protocol):
 
     async def status(self) -> dict[str, Any]:
         """Hosts, workers and epoch, as the controller tells them."""
+
+    async def begin_change(self, wish: Wish) -> dict[str, Any]:
+        """Change the expert hosts; the document of the change that has begun.
+
+        Raises ChangeRefused when the wish cannot be had, and GenerationFailed while the controller is away.
+        """
+
+    async def watch_change(self, change_id: str, seen: int, timeout_s: float) -> dict[str, Any] | None:
+        """A change's document once its version is another than `seen`, or after `timeout_s`; None: no such change.
+
+        Raises GenerationFailed while the controller is away.
+        """
+
+    async def events(self, after: int, limit: int) -> list[dict[str, Any]]:
+        """Events numbered above `after`, the newest last; raises GenerationFailed while the controller is away."""
+
+    async def metrics(self) -> Reading:
+        """What can be counted now, whether the controller is there or not."""

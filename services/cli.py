@@ -1,11 +1,12 @@
 """The `shoal` command."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-from services import bench_command, commands
+from services import bench_command, commands, experts_command
 from services.commands import CommandError
 
 DESCRIPTION = "Serve DeepSeek-V2-family models with their experts in separate Ray actors."
@@ -15,6 +16,10 @@ examples:
   shoal serve DIR --expert-hosts 4 --detach       the same in the background
   shoal chat                                      talk to it
   shoal status --json                             hosts, workers and epoch, for scripts
+  shoal experts scale 4 --wait                    go on with 4 expert hosts; no request notices
+  shoal experts drain host-1 --wait               empty a host and end it
+  shoal experts replicas 2 --extra 4              two holders of each expert, more of the busiest
+  shoal experts events --follow                   faults and changes as they happen
   shoal stop                                      end it, and everything it started
   shoal doctor DIR                                what is missing or misconfigured
   shoal bench --quick                             measure it beside transformers
@@ -39,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
 
     status = _add(commands_, "status", commands.status, "Show the hosts, workers and epoch of a running service.")
     status.add_argument("--json", action="store_true", help="for scripts")
+
+    _add_experts(commands_)
 
     stop = _add(commands_, "stop", commands.stop, "End a running service and everything that it started.")
     stop.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait (default 60)")
@@ -91,6 +98,48 @@ def _add_serve(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     serve.add_argument("--detach", action="store_true", help="return when it is ready; `shoal stop` ends it")
     _add_key(serve)
+
+
+def _add_experts(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "See and change the expert hosts of a running service; requests go on meanwhile."
+    actions = commands_.add_parser("experts", help=text, description=text).add_subparsers(
+        required=True, metavar="ACTION"
+    )
+
+    status = _add(actions, "status", experts_command.status, "Show the hosts, their load, and the last changes.")
+    status.add_argument("--json", action="store_true", help="for scripts")
+
+    scale = _add(actions, "scale", experts_command.scale, "Go on with another number of hosts.")
+    scale.add_argument("hosts", type=int, metavar="N", help="how many hosts there shall be")
+    scale.add_argument("--leaving", nargs="+", default=[], metavar="HOST", help="who leaves first (the youngest)")
+
+    rebalance = _add(actions, "rebalance", experts_command.rebalance, "Spread the experts by the load that was seen.")
+
+    drain = _add(actions, "drain", experts_command.drain, "Empty hosts and end them.")
+    drain.add_argument("hosts", nargs="+", metavar="HOST", help="id of a host, such as host-1")
+
+    replicas = _add(actions, "replicas", experts_command.replicas, "Change how many hosts hold each expert.")
+    replicas.add_argument("replicas", type=int, metavar="R", help="hosts that hold each expert")
+    replicas.add_argument("--extra", type=int, metavar="E", help="further copies a layer, of its busiest experts")
+
+    for change in (scale, rebalance, drain, replicas):
+        change.add_argument("--wait", action="store_true", help="until it is done; 1 when it is not")
+        change.add_argument(
+            "--timeout", type=seconds, default=900.0, metavar="S", help="seconds that --wait takes at most (900)"
+        )
+        change.add_argument("--json", action="store_true", help="the change as a document, for scripts")
+
+    events = _add(actions, "events", experts_command.events, "Show what happened to the hosts, and why.")
+    events.add_argument("--follow", action="store_true", help="and what happens from now on, until Ctrl-C")
+    events.add_argument("--json", action="store_true", help="one object a line, for scripts")
+
+
+def seconds(text: str) -> float:
+    """A command line's number of seconds; argparse shows this name for what is no number."""
+    given = float(text)
+    if not 0 < given < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} given; expected a number of seconds above 0")
+    return given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -90,13 +90,13 @@ def chat(options: argparse.Namespace) -> int:
     """One question, or a conversation until end of input."""
     from services.chat import converse
 
-    url = _find(options.port).url
+    url = find_service(options.port).url
     return converse(options, url, Console(highlight=False))
 
 
 def status(options: argparse.Namespace) -> int:
     """Print what the service says of itself."""
-    record = _find(options.port)
+    record = find_service(options.port)
     report = fetch_status(record)
     if options.json:
         print(json.dumps(report, indent=2))
@@ -128,7 +128,7 @@ def fetch_status(record: ServiceRecord) -> dict[str, Any]:
 
 def stop(options: argparse.Namespace) -> int:
     """SIGTERM the service's process and wait until it is gone."""
-    record = _find(options.port)
+    record = find_service(options.port)
     os.kill(record.pid, signal.SIGTERM)
     deadline = time.monotonic() + options.timeout
     while is_running(record.pid):
@@ -152,7 +152,8 @@ def doctor(options: argparse.Namespace) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
-def _find(port: int) -> ServiceRecord:
+def find_service(port: int) -> ServiceRecord:
+    """The running service on a port; raises CommandError, with what else runs, when there is none."""
     record = read_record(port)
     if record is None:
         others = ", ".join(str(other.port) for other in running_services())

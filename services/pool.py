@@ -3,24 +3,27 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import asdict
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
+from attention.replay import Replay
 from attention.requests import GenerateRequest, SamplingParams, Update
 from attention.service_client import AttentionClient, WorkerLost
+from cluster.change import ChangeRefused, Wish
 from cluster.controller import find_controller
 from experts.tls import TlsFiles
-from services.backend import GenerationFailed, Overloaded, ServedModel
+from services.backend import GenerationFailed, Overloaded, Reading, ServedModel
 
 POLL_S = 10.0
 RETRY_S = 0.2
 REPLAY_S = 60.0  # for a worker to be there again, before a request fails
 FRESH_S = 10.0  # a token generated so recently shows that the service works
 PROBE_S = 10.0
+METRICS_S = 5.0  # for the controller to answer, before a scrape goes without it
 PREFIX_TOKENS = 32  # prompts that agree on so many tokens prefer one worker, whose cache may hold them
 PREFERENCE = 4  # requests that a preferred worker may have more than the least busy
 
@@ -34,6 +37,7 @@ class WorkerPool:
         self._max_in_flight = max_in_flight
         self._tls = tls
         self._in_flight = 0
+        self.replays = 0  # answers that went on with another worker
         self._token_s = -FRESH_S  # when a token was last generated
         self._probing = asyncio.Lock()
         self._clients: dict[str, AttentionClient] = {}
@@ -78,24 +82,20 @@ class WorkerPool:
             return None
 
     async def _replayed(self, request: GenerateRequest) -> AsyncGenerator[Update, None]:
-        sent: list[int] = list(request.resumed_ids)
-        scored = 0
+        replay = Replay(request)
         while True:
             client = await self._choose(request)
             try:
-                async with aclosing(client.generate(replace(request, resumed_ids=tuple(sent)))) as updates:
-                    skip = scored
+                async with aclosing(client.generate(replay.begin())) as updates:
                     async for update in updates:
-                        update, skip = _without_known_scores(update, skip)
-                        scored += len(update.prompt_logprobs or ())
-                        sent.extend(update.token_ids)
+                        update = replay.take(update)
                         if update.token_ids:
                             self._token_s = time.monotonic()
                         yield update
                         if update.finish_reason is not None:
                             return
             except WorkerLost:
-                continue
+                self.replays += 1
 
     async def status(self) -> dict[str, Any]:
         try:
@@ -151,10 +151,38 @@ class WorkerPool:
         async with self._arrived:
             self._arrived.notify_all()
 
+    async def begin_change(self, wish: Wish) -> dict[str, Any]:
+        with _answering():
+            asked = asdict(wish) | {"leaving": list(wish.leaving)}
+            change: dict[str, Any] = await find_controller(self._namespace).begin_change.remote(asked)
+        return change
 
-def _without_known_scores(update: Update, skip: int) -> tuple[Update, int]:
-    """Leave out the prompt scores that an earlier worker sent already; what is still to skip."""
-    if not skip or not update.prompt_logprobs:
-        return update, skip
-    kept = update.prompt_logprobs[skip:]
-    return replace(update, prompt_logprobs=kept or None), max(0, skip - len(update.prompt_logprobs))
+    async def watch_change(self, change_id: str, seen: int, timeout_s: float) -> dict[str, Any] | None:
+        with _answering():
+            controller = find_controller(self._namespace)
+            change: dict[str, Any] | None = await controller.watch_change.remote(change_id, seen, timeout_s)
+        return change
+
+    async def events(self, after: int, limit: int) -> list[dict[str, Any]]:
+        with _answering():
+            events: list[dict[str, Any]] = await find_controller(self._namespace).events.remote(after, limit)
+        return events
+
+    async def metrics(self) -> Reading:
+        status = None
+        with suppress(GenerationFailed, TimeoutError):
+            async with asyncio.timeout(METRICS_S):
+                status = await self.status()
+        return Reading(self._in_flight, self.replays, status)
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Raises what the controller refused, and GenerationFailed while it is away."""
+    try:
+        yield
+    except ChangeRefused as refused:
+        # Ray raises a class derived from the refusal's own, whose text is the actor's whole traceback
+        raise (refused.cause if isinstance(refused, RayTaskError) else refused) from None
+    except (ValueError, RayError):
+        raise GenerationFailed("the controller is being restarted; ask again") from None

@@ -123,6 +123,53 @@ def test_fingerprint_tells_shapes_and_settings_apart(copy: Path, small: Path) ->
     assert Checkpoint.open(copy).fingerprint() != Checkpoint.open(small).fingerprint()
 
 
+def test_stamps_name_every_file_that_decides_what_is_served(small_sharded: Path, small: Path) -> None:
+    stamps = Checkpoint.open(small_sharded).stamps()
+    shards = {path.name for path in small_sharded.glob("*.safetensors")}
+    assert stamps.keys() == shards | {"config.json"}
+    assert Checkpoint.open(small).stamps().keys() == {"config.json", "model.safetensors"}
+    assert all(stamps[name][0] == (small_sharded / name).stat().st_size for name in stamps)
+
+
+def test_an_untouched_checkpoint_passes_though_opened_again(sharded_copy: Path) -> None:
+    stamps = Checkpoint.open(sharded_copy).stamps()
+    (sharded_copy / "tokenizer_config.json").write_text("{}")
+    Checkpoint.open(sharded_copy).check_stamps(json.loads(json.dumps(stamps)))
+
+
+@pytest.mark.parametrize("change", ["time", "size", "replaced"])
+@pytest.mark.parametrize("which", ["config.json", "shard"])
+def test_a_file_that_changed_since_is_named(sharded_copy: Path, change: str, which: str) -> None:
+    opened = Checkpoint.open(sharded_copy)
+    stamps = opened.stamps()
+    path = sorted(sharded_copy.glob("*.safetensors"))[2] if which == "shard" else sharded_copy / which
+    status = path.stat()
+    if change == "time":
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    elif change == "size":
+        path.write_bytes(path.read_bytes() + b" ")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    else:
+        new = sharded_copy / "new"
+        new.write_bytes(path.read_bytes())
+        os.utime(new, ns=(0, 12345))
+        new.rename(path)
+    said = rf"{re.escape(path.name)} changed since this service started: restart the service to serve the new weights"
+    with pytest.raises(CheckpointError, match=said):
+        opened.check_stamps(stamps)
+
+
+def test_a_shard_that_is_gone_or_new_is_named(sharded_copy: Path, small: Path) -> None:
+    opened = Checkpoint.open(sharded_copy)
+    stamps = opened.stamps()
+    with pytest.raises(CheckpointError, match=r"model-0.* changed since"):
+        opened.check_stamps({name: stamp for name, stamp in stamps.items() if "model-00001" not in name})
+    shard = sorted(sharded_copy.glob("*.safetensors"))[0]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=rf"{re.escape(shard.name)} cannot be read any more"):
+        opened.check_stamps(stamps)
+
+
 def test_unknown_tensor_is_named(small: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no tensor model\.layers\.9\.mlp\.experts\.0\.gate_proj\.weight"):
         Checkpoint.open(small).expert(9, 0)

@@ -10,10 +10,11 @@ import openai
 from fastapi import FastAPI
 
 from attention.requests import GenerateRequest, TokenLogprob, Update
+from cluster.change import Wish
 from model.generation import GenerationDefaults
 from model.tokenizer import Tokenizer
 from services.api import create_app
-from services.backend import GenerationFailed, Overloaded, ServedModel
+from services.backend import GenerationFailed, Overloaded, Reading, ServedModel
 
 MAX_LENGTH = 200
 MODEL = "scripted"
@@ -32,6 +33,15 @@ class Script:
         self.pause_s = 0.0
         self.sick: str | None = None
         self.cached = 0
+        self.report: dict[str, Any] = {"epoch": 4}  # of the controller
+        self.away = False  # the controller
+        self.wishes: list[Wish] = []
+        self.refusal: Exception | None = None  # of every wish
+        self.watched: list[tuple[str, int, float]] = []
+        # What a change shows, first to whoever begins it, then to whoever watches; the last stays. None: not known
+        self.story: list[dict[str, Any] | Exception | None] = [change_document()]
+        self.log: list[dict[str, Any]] = []
+        self.replays = 0
 
     @property
     def model(self) -> ServedModel:
@@ -70,7 +80,101 @@ class Script:
         return self.sick
 
     async def status(self) -> dict[str, Any]:
-        return {"epoch": 4}
+        if self.away:
+            raise GenerationFailed("the controller is being restarted; ask again")
+        return self.report
+
+    async def begin_change(self, wish: Wish) -> dict[str, Any]:
+        self.wishes.append(wish)
+        if self.refusal is not None:
+            raise self.refusal
+        begun = self._next()
+        assert begun is not None
+        return begun
+
+    async def watch_change(self, change_id: str, seen: int, timeout_s: float) -> dict[str, Any] | None:
+        self.watched.append((change_id, seen, timeout_s))
+        return self._next()
+
+    async def events(self, after: int, limit: int) -> list[dict[str, Any]]:
+        if self.away:
+            raise GenerationFailed("the controller is being restarted; ask again")
+        return [event for event in self.log if event["number"] > after][:limit]
+
+    async def metrics(self) -> Reading:
+        return Reading(len(self.asked), self.replays, None if self.away else self.report)
+
+    def _next(self) -> dict[str, Any] | None:
+        told = self.story.pop(0) if len(self.story) > 1 else self.story[0]
+        if isinstance(told, Exception):
+            raise told
+        return told
+
+
+def change_document(version: int = 1, phase: str = "plan", **fields: Any) -> dict[str, Any]:
+    """What the controller says of a change: one host joins, another leaves, and four copies are loaded."""
+    return {
+        "id": "change-3",
+        "kind": "scale",
+        "phase": phase,
+        "over": phase in ("done", "rolled_back"),
+        "reason": None,
+        "joining": ["host-2"],
+        "leaving": ["host-0"],
+        "replicas": 1,
+        "extra": 0,
+        "pairs": 4,
+        "pairs_loaded": 0,
+        "epoch": None,
+        "seconds": {},
+        "version": version,
+    } | fields
+
+
+def service_report(**fields: Any) -> dict[str, Any]:
+    """The status of a service with one ready host, one dead one and one attention worker."""
+    host = {"pid": 11, "node": "n1", "progress": [8, 8]}
+    return {
+        "epoch": 7,
+        "model": "/m",
+        "model_id": MODEL,
+        "state": "degraded",
+        "reason": None,
+        "replicas": 2,
+        "extra": 1,
+        "members": ["host-0", "host-1"],
+        "expert_hosts": [
+            {"id": "host-0", "state": "ready", "generation": 1, "experts": 8, "bytes": 640, "load_share": 0.75} | host,
+            {"id": "host-1", "state": "dead", "generation": 5, "experts": 0, "bytes": 0, "load_share": None} | host,
+        ],
+        "attention_workers": [
+            {
+                "id": "attention-a",
+                "running": 3,
+                "waiting": 2,
+                "blocks_owned": 5,
+                "blocks_total": 20,
+                "preemptions": 4,
+                "steps": 100,
+                "prompt_tokens": 300,
+                "generated_tokens": 90,
+                "reused_tokens": 32,
+                "epoch": 7,
+                "dispatches": 50,
+                "rows_sent": 800,
+                "bytes_sent": 4000,
+                "bytes_received": 9000,
+                "resends": 6,
+                "hedges": 2,
+                "rows_resent": 17,
+            }
+        ],
+        "load": {"total": 1000.0, "imbalance": 1.5},
+        "change": None,
+        "changes": [change_document(9, "done", epoch=7, seconds={"plan": 1.0, "prepare": 2.5, "retire": 0.5})],
+        "events_total": {"host_died": 4, "epoch": 7},
+        "controller": {"pid": 10},
+    } | fields
 
 
 def score(token: int, alternatives: int) -> TokenLogprob:

@@ -1,0 +1,34 @@
+"""What an ingress keeps of an answer, so that another worker can go on where a lost one stopped."""
+
+from dataclasses import replace
+
+from attention.requests import GenerateRequest, Update
+
+
+class Replay:
+    """One request and what its client got so far. Draws depend on seed and position alone, so the rest is the same."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self._request = request
+        self._sent = list(request.resumed_ids)
+        self._scored = 0  # scores of the prompt that the client has
+        self._skip = 0  # scores that this worker will send again
+        self.tries = 0
+
+    def begin(self) -> GenerateRequest:
+        """What the next worker is asked for: the prompt, and after it the tokens that the client has."""
+        self.tries += 1
+        self._skip = self._scored
+        return replace(self._request, resumed_ids=tuple(self._sent))
+
+    def take(self, update: Update) -> Update:
+        """What of a worker's update is news to the client."""
+        scores = update.prompt_logprobs
+        if scores:
+            known = min(self._skip, len(scores))
+            self._skip -= known
+            self._scored += len(scores) - known
+            if known:
+                update = replace(update, prompt_logprobs=scores[known:] or None)
+        self._sent.extend(update.token_ids)
+        return update

@@ -1,0 +1,35 @@
+"""The Serve application that a service belongs to: as long as it is there, its controller and hosts are."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+CHECK_S = 2.0
+ANSWER_S = 20.0
+MISSES = 3
+COMES_S = 120.0  # for the application to be there, where the controller was started first
+log = logging.getLogger("shoal.controller")
+
+
+async def wait_until_gone(name: str, came: Callable[[], bool]) -> None:
+    """Return when the application is gone, or did not come.
+
+    `came` knows better than Serve that it was there: an application may be deleted before it was once seen here.
+    """
+    misses, started_s, seen = 0, time.monotonic(), False
+    while misses < MISSES:
+        await asyncio.sleep(CHECK_S)
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                present = name in (await asyncio.to_thread(serve.status)).applications
+        except (RayError, RayServeException, TimeoutError, ValueError, RuntimeError):
+            log.warning("Serve does not say which applications run; asking again", exc_info=True)
+            continue  # its controller is being restarted
+        seen = seen or present
+        if seen or came() or time.monotonic() > started_s + COMES_S:
+            misses = 0 if present else misses + 1

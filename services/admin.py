@@ -1,0 +1,136 @@
+"""Admin routes: the expert hosts, the changes that an operator asks for, and what happened."""
+
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from cluster.change import ChangeRefused, Wish
+from services.backend import Backend
+from services.openai.errors import ApiError
+from services.openai.schema import Strict
+
+MAX_HOSTS = 4096
+MAX_EXTRA = 1 << 20
+MAX_NUMBER = 1 << 53  # JSON numbers are exact up to here
+MAX_EVENTS = 500
+MAX_WATCH_S = 30.0
+EXPERT_FIELDS = (
+    "epoch",
+    "state",
+    "reason",
+    "replicas",
+    "extra",
+    "members",
+    "expert_hosts",
+    "load",
+    "change",
+    "changes",
+)
+
+
+def _distinct(ids: list[str]) -> list[str]:
+    twice = next((host_id for host_id in ids if ids.count(host_id) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} is named more than once; name each host once")
+    return ids
+
+
+HostId = Annotated[str, Field(min_length=1, max_length=128)]
+HostIds = Annotated[list[HostId], Field(max_length=MAX_HOSTS), AfterValidator(_distinct)]
+
+
+class Scale(Strict):
+    """So many hosts; those named leave first, then the youngest."""
+
+    hosts: Annotated[int, Field(ge=1, le=MAX_HOSTS)]
+    leaving: HostIds = Field(default_factory=list)
+
+
+class Rebalance(Strict):
+    """Spread the experts by their load."""
+
+
+class Drain(Strict):
+    """Empty hosts and end them: `host`, or several `hosts`."""
+
+    host: HostId | None = None
+    hosts: Annotated[HostIds, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Drain":
+        if (self.host is None) == (self.hosts is None):
+            raise ValueError("give 'host', the id of one expert host, or 'hosts', a list of ids")
+        return self
+
+
+class Replicas(Strict):
+    """So many hosts hold each expert, and `extra` further copies a layer go to the busiest; null: as many as now."""
+
+    replicas: Annotated[int, Field(ge=1, le=MAX_HOSTS)]
+    extra: Annotated[int, Field(ge=0, le=MAX_EXTRA)] | None = None
+
+
+class WatchQuery(BaseModel):
+    """Which version the caller knows, and how long to wait for another."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    seen: int = Field(-1, ge=-1, le=MAX_NUMBER)
+    timeout_s: float = Field(20.0, ge=0, description=f"at most {MAX_WATCH_S:.0f} are waited")
+
+
+class EventsQuery(BaseModel):
+    """The oldest `limit` events that are remembered and numbered above `after`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    after: int = Field(0, ge=0, le=MAX_NUMBER)
+    limit: int = Field(200, ge=1, le=MAX_EVENTS)
+
+
+def add_admin_routes(app: FastAPI, backend: Backend) -> None:
+    """Routes under /admin, which the application guards."""
+
+    async def begin(request: Request, wish: Wish) -> Response:
+        try:
+            change = await backend.begin_change(wish)
+        except ChangeRefused as refused:
+            status, code = (409, "change_under_way") if refused.busy else (400, "change_refused")
+            raise ApiError(str(refused), status, code=code) from None
+        root = str(request.scope.get("root_path", "")).rstrip("/")
+        return JSONResponse(change, 202, {"Location": f"{root}/admin/changes/{change['id']}"})
+
+    @app.get("/admin/experts")
+    async def experts() -> dict[str, Any]:
+        status = await backend.status()
+        return {name: status[name] for name in EXPERT_FIELDS}
+
+    @app.post("/admin/experts/scale", status_code=202)
+    async def scale(body: Scale, request: Request) -> Response:
+        return await begin(request, Wish("scale", hosts=body.hosts, leaving=tuple(body.leaving)))
+
+    @app.post("/admin/experts/rebalance", status_code=202)
+    async def rebalance(request: Request, body: Rebalance | None = None) -> Response:
+        return await begin(request, Wish("rebalance"))
+
+    @app.post("/admin/experts/drain", status_code=202)
+    async def drain(body: Drain, request: Request) -> Response:
+        leaving = tuple(body.hosts or ()) if body.host is None else (body.host,)
+        return await begin(request, Wish("drain", leaving=leaving))
+
+    @app.post("/admin/experts/replicas", status_code=202)
+    async def replicas(body: Replicas, request: Request) -> Response:
+        return await begin(request, Wish("replicas", replicas=body.replicas, extra=body.extra))
+
+    @app.get("/admin/changes/{change_id}")
+    async def change(change_id: str, query: Annotated[WatchQuery, Query()]) -> dict[str, Any]:
+        found = await backend.watch_change(change_id, query.seen, min(query.timeout_s, MAX_WATCH_S))
+        if found is None:
+            raise ApiError(f"there is no change {change_id!r}; GET /admin/experts shows the last ones", 404)
+        return found
+
+    @app.get("/admin/events")
+    async def events(query: Annotated[EventsQuery, Query()]) -> dict[str, Any]:
+        return {"events": await backend.events(query.after, query.limit)}

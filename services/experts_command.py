@@ -1,0 +1,148 @@
+"""`shoal experts`: see and change the expert hosts of a running service."""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from services.admin_client import AdminClient, NotAnswered
+from services.commands import CommandError, find_service
+from services.follow_change import follow, shown, summary, to_type
+
+EVENTS = 500  # that are asked for at once: as many as the service remembers
+FOLLOW_S = 1.0
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print the hosts, what each holds and computes, and the last changes."""
+    report = AdminClient(find_service(options.port)).get("/admin/experts")
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    console = Console(highlight=False)
+    imbalance = report["load"]["imbalance"]
+    counts = {name: report[name] for name in ("epoch", "replicas", "extra")}
+    counts["imbalance"] = None if imbalance is None else f"{imbalance:.2f}"
+    words = [f"{name} {'-' if value is None else value}" for name, value in counts.items()]
+    console.print("  ".join((report["state"], *words)), soft_wrap=True)
+    if report["reason"]:
+        console.print(report["reason"], markup=False, soft_wrap=True)
+    table = Table()
+    for name in ("id", "state", "generation", "experts", "load", "MiB", "pid", "node"):
+        table.add_column(name)
+    for host in report["expert_hosts"]:
+        load = "-" if host["load_share"] is None else f"{host['load_share']:.1%}"
+        size = f"{host['bytes'] / 2**20:.0f}"
+        cells = (host["id"], host["state"], host["generation"], host["experts"], load, size, host["pid"], host["node"])
+        table.add_row(*(str(cell)[:24] for cell in cells))
+    console.print(table)
+    for change in report["changes"]:
+        console.print(summary(change), markup=False, soft_wrap=True)
+    return 0
+
+
+def scale(options: argparse.Namespace) -> int:
+    """Another number of hosts."""
+    return _change(options, "scale", {"hosts": options.hosts, "leaving": options.leaving})
+
+
+def rebalance(options: argparse.Namespace) -> int:
+    """The same hosts, the experts spread by their load."""
+    return _change(options, "rebalance", {})
+
+
+def drain(options: argparse.Namespace) -> int:
+    """Without some hosts."""
+    return _change(options, "drain", {"hosts": options.hosts})
+
+
+def replicas(options: argparse.Namespace) -> int:
+    """Another number of copies."""
+    extra = {} if options.extra is None else {"extra": options.extra}
+    return _change(options, "replicas", {"replicas": options.replicas} | extra)
+
+
+def events(options: argparse.Namespace) -> int:
+    """Print what the service remembers, and with --follow what comes, a line each."""
+    client = AdminClient(find_service(options.port))
+    happened = _follow_events(client) if options.follow else client.get("/admin/events", {"limit": EVENTS})["events"]
+    for event in happened:
+        print(json.dumps(event) if options.json else _event_line(event), flush=True)
+    return 0
+
+
+def _change(options: argparse.Namespace, action: str, body: dict[str, Any]) -> int:
+    """Begin a change, and with --wait see it through; raises CommandError when it is refused, undone or late."""
+    client = AdminClient(find_service(options.port))
+    try:
+        change = client.post(f"/admin/experts/{action}", body)
+    except NotAnswered as error:
+        check = to_type("status", options.port)
+        raise CommandError(f"{error}; if the change has begun nevertheless, `{check}` shows it") from error
+    if not options.wait:
+        print(json.dumps(change, indent=2) if options.json else _begun(change, options.port))
+        return 0
+    console = Console(stderr=options.json, highlight=False)
+    with shown(console, lines=not options.json) as show:
+        outcome = follow(client, change, options.timeout, show)
+    if options.json:
+        print(json.dumps(outcome.change, indent=2))
+    if outcome.failure is not None:
+        raise CommandError(outcome.failure)
+    if not options.json:
+        console.print(summary(outcome.change), markup=False, soft_wrap=True)
+    return 0
+
+
+def _begun(change: dict[str, Any], port: int) -> str:
+    return (
+        f"{change['id']} ({change['kind']}) has begun: `{to_type('status', port)}` shows it, "
+        f"`{to_type('events --follow', port)}` what happens"
+    )
+
+
+def _follow_events(client: AdminClient) -> Iterator[dict[str, Any]]:
+    """Every event once. The last one is asked for again: a controller that was restarted numbers anew."""
+    last: dict[str, Any] | None = None
+    events = client.get("/admin/events", {"limit": EVENTS})["events"]
+    while True:
+        known = [event for event in events if last is not None and _same(event, last)]
+        if last is not None and not known and (not events or events[0]["number"] <= last["number"]):
+            last, events = None, _more(client, 0)
+            continue
+        for event in events:
+            if event not in known:
+                yield event
+                last = event
+        if len(events) < EVENTS:
+            time.sleep(FOLLOW_S)
+        events = _more(client, 0 if last is None else last["number"] - 1)
+
+
+def _more(client: AdminClient, after: int) -> list[dict[str, Any]]:
+    """Asked for until the service answers."""
+    while True:
+        try:
+            events: list[dict[str, Any]] = client.get("/admin/events", {"after": after, "limit": EVENTS})["events"]
+        except NotAnswered:
+            time.sleep(FOLLOW_S)
+            continue
+        return events
+
+
+def _same(event: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(event[name] == other[name] for name in ("number", "kind", "fields"))
+
+
+def _event_line(event: dict[str, Any]) -> str:
+    fields = (f"{name}={_value(value)}" for name, value in event["fields"].items())
+    return "  ".join((event["at"], event["kind"], " ".join(fields))).rstrip()
+
+
+def _value(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text) if not text or any(letter.isspace() for letter in text) else text
