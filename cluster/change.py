@@ -72,7 +72,8 @@ class Change:
     reason: str | None = None  # of a roll-back
     target: Holding | None = None
     epoch: int | None = None  # of the commit
-    loading: dict[str, frozenset[Pair]] = field(default_factory=dict)  # what each host still loads
+    takers: frozenset[str] = frozenset()  # hosts that were asked to load
+    loading: dict[str, frozenset[Pair]] = field(default_factory=dict)  # what each of them still loads
     progress: dict[str, int] = field(default_factory=dict)  # pairs loaded so far, by host
     pairs: int = 0  # copies that were to be loaded
     phase_since_s: float = 0.0
@@ -86,7 +87,7 @@ class Change:
 
     def involves(self, host_id: str, generation: int) -> bool:
         """Whether the change cannot be committed without this very life."""
-        return self.joining.get(host_id) == generation or host_id in self.loading
+        return self.joining.get(host_id) == generation or host_id in self.takers
 
     def describe(self) -> dict[str, Any]:
         """What people and scripts are shown."""

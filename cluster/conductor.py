@@ -43,7 +43,6 @@ class Conductor:
         self.ever_ready = self.epoch > 0
         self.reason: str | None = None  # why the service cannot start
         self._workers: dict[str, int] = {}
-        self._retiring: dict[tuple[str, int], frozenset[Pair]] = {}
         self._suspects: dict[str, tuple[int, bool]] = {}  # generation, and whether it was asked already
         self._stops: list[StopHost] = []
         self._leftovers: set[tuple[str, int]] = set()  # lives to stop once no worker uses an earlier controller's table
@@ -91,7 +90,6 @@ class Conductor:
         if self.roster.died(host_id, generation, reason, now_s):
             self.events.record("host_died", now_s, host=host_id, generation=generation, reason=reason)
             self._suspects.pop(host_id, None)
-            self._retiring.pop((host_id, generation), None)
             self._transaction.lost(host_id, generation, reason, now_s)
 
     def host_failed(self, host_id: str, generation: int, reason: str, now_s: float) -> None:
@@ -107,7 +105,7 @@ class Conductor:
 
     def loaded(self, change_id: str, host_id: str, generation: int, pairs: frozenset[Pair]) -> None:
         """A living host took pairs; those that nobody wants any more will be retired."""
-        self.roster.holds(host_id, generation, pairs, frozenset())
+        self.roster.took(host_id, generation, pairs)
         self._transaction.loaded(change_id, host_id, generation)
 
     def load_failed(self, change_id: str, host_id: str, generation: int, reason: str, now_s: float) -> None:
@@ -116,8 +114,7 @@ class Conductor:
 
     def retired(self, host_id: str, generation: int, pairs: frozenset[Pair]) -> None:
         """A living host dropped pairs."""
-        self.roster.holds(host_id, generation, frozenset(), pairs)
-        self._retiring.pop((host_id, generation), None)
+        self.roster.dropped(host_id, generation, pairs)
 
     def suspected(self, host_id: str, generation: int, reason: str, now_s: float) -> None:
         """A worker could not reach a life, or got no answer in time."""
@@ -214,10 +211,9 @@ class Conductor:
         self._leftovers.clear()
         for view in self.roster:
             surplus = view.held - self.committed.holding.held_by(view.id)
-            life = (view.id, view.generation)
-            if surplus and view.id in self.committed.members and life not in self._retiring:
-                self._retiring[life] = surplus
-                actions.append(Retire(*life, surplus))
+            if surplus and view.id in self.committed.members and not view.dropping:
+                self.roster.drops(view.id, view.generation, surplus)
+                actions.append(Retire(view.id, view.generation, surplus))
         return actions
 
     def _workers_moved(self, now_s: float) -> bool:

@@ -142,7 +142,7 @@ class Fleet:
         except (TimeoutError, RayActorError, RayTaskError):
             self._pool.end(process)
             return
-        report = info.report
+        report, process.node = info.report, info.node
         life = self.lives[report.host_id, report.generation] = Life(
             report.host_id, report.generation, process, threads=0, info=info
         )

@@ -38,6 +38,7 @@ class HostView:
     state: str
     address: str = ""
     held: frozenset[Pair] = frozenset()
+    dropping: frozenset[Pair] = frozenset()  # of these, what it was told to drop
     compute: float = 1.0
     max_pairs: int | None = None
     started_s: float = -math.inf
@@ -116,6 +117,7 @@ class Roster:
                 view,
                 state="dead",
                 held=frozenset(),
+                dropping=frozenset(),
                 address="",
                 died_at_s=now_s,
                 quick_deaths=deaths,
@@ -124,11 +126,23 @@ class Roster:
         )
         return True
 
-    def holds(self, host_id: str, generation: int, more: frozenset[Pair], less: frozenset[Pair]) -> None:
-        """A life took pairs, or dropped them."""
+    def took(self, host_id: str, generation: int, pairs: frozenset[Pair]) -> None:
+        """A life holds more."""
         view = self.find(host_id, generation)
         if view is not None and view.state == "ready":
-            self._set(replace(view, held=(view.held | more) - less))
+            self._set(replace(view, held=view.held | pairs))
+
+    def drops(self, host_id: str, generation: int, pairs: frozenset[Pair]) -> None:
+        """A life was told to drop pairs, and may do so at any time."""
+        view = self.find(host_id, generation)
+        if view is not None and view.state == "ready":
+            self._set(replace(view, dropping=pairs))
+
+    def dropped(self, host_id: str, generation: int, pairs: frozenset[Pair]) -> None:
+        """It has dropped them."""
+        view = self.find(host_id, generation)
+        if view is not None and view.state == "ready":
+            self._set(replace(view, held=view.held - pairs, dropping=frozenset()))
 
     def remove(self, host_id: str) -> None:
         """The host left for good; its id may come back, in a later generation."""

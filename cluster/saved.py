@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from router.holding import Holding
 
@@ -30,9 +30,20 @@ class SavedState:
     changes: int  # asked for so far
 
     def to_json(self) -> str:
-        raw = asdict(self)
-        raw["committed"]["holding"] = self.committed.holding.to_json_dict()
-        return json.dumps(raw)
+        committed = self.committed
+        return json.dumps(
+            {
+                "epoch": self.epoch,
+                "generations": dict(self.generations),
+                "committed": {
+                    "holding": committed.holding.to_json_dict(),
+                    "members": committed.members,
+                    "replicas": committed.replicas,
+                    "extra": committed.extra,
+                },
+                "changes": self.changes,
+            }
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "SavedState":

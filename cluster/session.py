@@ -18,18 +18,23 @@ LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Ray carries control messages only
 
 
+def keep_private() -> None:
+    """Set what a Ray of our own needs in the environment, before it starts."""
+    # The driver must not join a Ray that happens to run here, and its log lines belong to it alone.
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray runs its actors at the lowest priority but four: on a machine that does anything else, they would starve.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tokens are on, as they should be
+
+
 class LocalCluster:
     """Owns one Ray: own temporary directory, own ports, no dashboard. A context manager."""
 
     def __init__(self, namespace: str, cpus: int | None = None) -> None:
         self._temp_dir = Path(tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp"))  # short: it holds Unix sockets
-        # The driver must not join a Ray that happens to run here, and its log lines belong to it alone.
-        os.environ.pop("RAY_ADDRESS", None)
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray runs its actors at the lowest priority but four: on a machine that does anything else, they would starve.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tokens are on, as they should be
+        keep_private()
         try:
             context = ray.init(
                 address="local",

@@ -119,8 +119,8 @@ class Transaction:
                 self._asked.add(host_id)
                 self._actions.append(StartHost(host_id, generation, frozenset()))
         staying = self._staying(change)
-        if any(view.state != "ready" for view in staying):
-            return
+        if any(view.state != "ready" or view.dropping for view in staying):
+            return  # what a host still drops can be neither counted on nor loaded again
         before, loads = self.committed.holding, self._loads(now_s)
         try:
             change.target = target(self._shape, staying, before, loads, change.replicas, change.extra)
@@ -128,6 +128,7 @@ class Transaction:
             self._roll_back(change, str(error), now_s)
             return
         change.loading = pairs_to_load(change.target, {view.id: view.held for view in staying})
+        change.takers = frozenset(change.loading)
         change.pairs = sum(map(len, change.loading.values()))
         change.enter(Phase.PREPARE, now_s, now_s + self._deadlines.prepare_s)
         for host_id, pairs in change.loading.items():

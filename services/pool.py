@@ -21,8 +21,8 @@ from services.backend import GenerationFailed, Overloaded, Reading, ServedModel
 POLL_S = 10.0
 RETRY_S = 0.2
 REPLAY_S = 60.0  # for a worker to be there again, before a request fails
-FRESH_S = 10.0  # a token generated so recently shows that the service works
-PROBE_S = 10.0
+FRESH_S = 5.0  # a token generated so recently shows that the service works
+PROBE_S = 5.0
 METRICS_S = 5.0  # for the controller to answer, before a scrape goes without it
 PREFIX_TOKENS = 32  # prompts that agree on so many tokens prefer one worker, whose cache may hold them
 PREFERENCE = 4  # requests that a preferred worker may have more than the least busy

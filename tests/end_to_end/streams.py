@@ -1,0 +1,100 @@
+"""Many streams of a running service at once: every token and log-probability of each, and when it came."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+TIMEOUT_S = 240.0
+
+
+@dataclass(slots=True)
+class Stream:
+    """What one client saw."""
+
+    tokens: dict[int, list[tuple[str, str]]] = field(default_factory=dict)  # by choice: text and log-probability
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+    times_s: list[float] = field(default_factory=list)  # of each event
+    error: str | None = None
+
+    @property
+    def answer(self) -> tuple[object, ...]:
+        """All that must not differ between two runs."""
+        return (self.tokens, self.finish_reasons, self.error)
+
+    def stall_s(self, since_s: float) -> float:
+        """The longest wait for the next event that ended after `since_s`, a time of the monotonic clock."""
+        pairs = zip(self.times_s, self.times_s[1:], strict=False)
+        return max((later - sooner for sooner, later in pairs if later > since_s), default=0.0)
+
+
+Body = dict[str, Any]
+
+
+def run_streams(
+    url: str, bodies: Sequence[Body], midway: Callable[[], None] | None = None, after: float = 0.25
+) -> tuple[list[Stream], float]:
+    """POST every body to /v1/completions at once, streamed; `midway` runs in a thread of its own when the share
+    `after` of all events has come. Also when it began, by the monotonic clock."""
+    return asyncio.run(_run(url, bodies, midway, after))
+
+
+async def _run(
+    url: str, bodies: Sequence[Body], midway: Callable[[], None] | None, after: float
+) -> tuple[list[Stream], float]:
+    streams = [Stream() for _ in bodies]
+    at = int(after * sum(body["max_tokens"] * body.get("n", 1) for body in bodies))
+    seen, began_s = 0, float("inf")
+    thread: threading.Thread | None = None
+
+    def on_event() -> None:
+        nonlocal seen, began_s, thread
+        seen += 1
+        if seen == at and midway is not None:
+            began_s = time.monotonic()
+            thread = threading.Thread(target=midway)
+            thread.start()
+
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(TIMEOUT_S)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        await asyncio.gather(
+            *(_follow(session, url, body, stream, on_event) for body, stream in zip(bodies, streams, strict=True))
+        )
+    if thread is not None:
+        await asyncio.to_thread(thread.join)
+    return streams, began_s
+
+
+async def _follow(
+    session: aiohttp.ClientSession, url: str, body: Body, stream: Stream, on_event: Callable[[], None]
+) -> None:
+    try:
+        async with session.post(f"{url}/v1/completions", json=body | {"stream": True, "logprobs": 1}) as response:
+            if response.status != 200:
+                stream.error = f"{response.status}: {(await response.text())[:300]}"
+                return
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    _take(stream, json.loads(line[len(b"data: ") :]))
+                    on_event()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        stream.error = f"{type(error).__name__}: {error}"
+
+
+def _take(stream: Stream, event: dict[str, Any]) -> None:
+    stream.times_s.append(time.monotonic())
+    if "error" in event:
+        stream.error = str(event["error"])
+        return
+    for choice in event["choices"]:
+        scores = choice["logprobs"] or {"tokens": [], "token_logprobs": []}
+        told = [(text, repr(value)) for text, value in zip(scores["tokens"], scores["token_logprobs"], strict=True)]
+        stream.tokens.setdefault(choice["index"], []).extend(told)
+        if choice["finish_reason"]:
+            stream.finish_reasons[choice["index"]] = choice["finish_reason"]
