@@ -4,10 +4,12 @@ TORCH  ?= torch==2.13.0
 MODEL  ?= models/bundled
 HOSTS  ?= 2
 PORT   ?= 8000
+SEEDS  ?= 100000
+MINUTES ?= 60
 BIN    := .venv/bin
 STAMP  := .venv/.installed
 
-.PHONY: env serve test check format bench clean
+.PHONY: env serve test check format bench soak clean
 
 env: $(STAMP)
 
@@ -31,6 +33,11 @@ check: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
+
+# hours of seeded faults: first in the simulator, then on real processes
+soak: env
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
+	$(BIN)/python -m tests.end_to_end.soak --minutes $(MINUTES)
 
 # BENCH holds options of `shoal bench`; a quick run leaves README and the plots alone
 bench: env

@@ -13,11 +13,9 @@ class Replay:
         self._sent = list(request.resumed_ids)
         self._scored = 0  # scores of the prompt that the client has
         self._skip = 0  # scores that this worker will send again
-        self.tries = 0
 
     def begin(self) -> GenerateRequest:
         """What the next worker is asked for: the prompt, and after it the tokens that the client has."""
-        self.tries += 1
         self._skip = self._scored
         return replace(self._request, resumed_ids=tuple(self._sent))
 

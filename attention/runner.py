@@ -16,8 +16,8 @@ class EngineThread:
     """Steps the engine while it has work, and sleeps when it has none.
 
     A request the engine refuses ends with one update whose finish_reason is "error"; nobody else notices.
-    An exception out of a step is a defect: it is kept in `failure`, every request ends with an error, and
-    `alive` turns false so that a supervisor replaces the worker.
+    An exception out of a step is a defect, of this code or of its device: it is kept in `failure`, every request ends
+    as "lost", so that it can be replayed elsewhere, and `alive` turns false so that a supervisor replaces the worker.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -54,7 +54,7 @@ class EngineThread:
         """Queue a request; `on_update` is called in the engine's thread and must not block."""
         with self._wake:
             if self._closing or self.failure is not None:
-                on_update(Update(id=request.id, finish_reason="error", error="this worker is shutting down"))
+                on_update(Update(id=request.id, finish_reason="lost", error="this worker is shutting down"))
                 return
             self._submitted.append((request, on_update))
             self._wake.notify()
@@ -75,7 +75,7 @@ class EngineThread:
             self._flush = self._flush - {on_step_end}
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """End every request with an error and stop the thread."""
+        """End every request as "lost" and stop the thread."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -141,5 +141,5 @@ class EngineThread:
             self._submitted.clear()
             self._listeners.clear()
         for request_id, on_update in pending.items():
-            on_update(Update(id=request_id, finish_reason="error", error=reason))
+            on_update(Update(id=request_id, finish_reason="lost", error=reason))
         self._end_step()

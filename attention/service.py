@@ -118,6 +118,8 @@ class AttentionServer(grpc.GenericRpcHandler):
         given = dict(context.invocation_metadata()).get("shoal-token", "")
         if self._token is not None and not hmac.compare_digest(str(given), self._token):
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "the shoal-token of this service is required")
+        if not self._engine.alive:
+            context.abort(grpc.StatusCode.UNAVAILABLE, f"the engine of this worker has ended: {self._engine.failure!r}")
         stream = _Stream(self._engine)
         self._engine.add_step_listener(stream.on_step_end)
         reader = threading.Thread(target=stream.read, args=(messages,), name="attention-read", daemon=True)

@@ -15,7 +15,14 @@ CHANNEL_OPTIONS = (*OPTIONS, ("grpc.enable_http_proxy", 0), ("grpc.use_local_sub
 
 
 class WorkerLost(Exception):
-    """The stream to an attention worker broke; its requests can be replayed on another."""
+    """An attention worker is gone, or its stream broke; its requests can be replayed on another.
+
+    `failed`: its engine failed, for which a request may be the cause.
+    """
+
+    def __init__(self, message: str, failed: bool = False) -> None:
+        super().__init__(message)
+        self.failed = failed
 
 
 class AttentionClient:
@@ -69,6 +76,9 @@ class AttentionClient:
                 if update is None:
                     raise WorkerLost(f"attention worker {self.address}: {self._lost}")
                 finished = update.finish_reason is not None
+                if update.finish_reason == "lost":
+                    self._lose(update.error or "it gave up")
+                    raise WorkerLost(f"attention worker {self.address}: {update.error}", failed=True)
                 yield update
         finally:
             del self._queues[request.id]

@@ -48,7 +48,8 @@ class Controller:
         self._placement: Placement | None = None
         self._published = asyncio.Condition()  # a table, the workers, or a change
         self._changed = asyncio.Event()  # something that the conductor should act on
-        self._workers = Workers()
+        self._events = EventLog(_log_event)
+        self._workers = Workers(self._events)
         self._reason: str | None = None
         self._stopping = False
         self._application_came = False
@@ -84,9 +85,9 @@ class Controller:
         if self._workers.version != version:
             await self._notify()
 
-    async def leave(self, worker_id: str) -> None:
-        """An attention worker is going."""
-        self._workers.leave(worker_id)
+    async def leave(self, worker_id: str, reason: str = "it said so") -> None:
+        """An attention worker is going, or gone."""
+        self._workers.leave(worker_id, reason, time.monotonic())
         if self._conductor is not None:
             self._conductor.worker_left(worker_id)
         self._changed.set()
@@ -207,7 +208,7 @@ class Controller:
             shape,
             Committed(Holding.from_owners(owners, ids), ids, self._spec.replicas, extra=0),
             self._balance.loads,
-            EventLog(_log_event),
+            self._events,
             self._state.core,
         )
         pool = ActorPool(self._spec, self._state.token, self._remember)
@@ -227,7 +228,7 @@ class Controller:
     async def _act(self, conductor: Conductor, fleet: Fleet, balance: Balance) -> None:
         now_s = time.monotonic()
         for worker_id in self._workers.silent(now_s):
-            await self.leave(worker_id)
+            await self.leave(worker_id, "it is silent")
         balance.consider(conductor, now_s)
         for action in conductor.act(now_s):
             if isinstance(action, Save):

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.events import EventLog
+
 SILENT_S = 5.0  # without a heartbeat after which a worker is not offered any more
 PRIVATE = ("address", "load", "seen_s")  # of a heartbeat, not for people
 
@@ -10,20 +12,27 @@ PRIVATE = ("address", "load", "seen_s")  # of a heartbeat, not for people
 class Workers:
     """Newest heartbeat by worker id. Times are of a monotonic clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, events: EventLog) -> None:
         self._known: dict[str, dict[str, Any]] = {}
+        self._events = events
         self.version = 0  # rises when workers or their addresses differ
 
     def beat(self, worker: Mapping[str, Any], now_s: float) -> None:
         """A worker lives at worker["address"]."""
-        before = self._known.get(worker["id"])
-        self._known[worker["id"]] = {**worker, "seen_s": now_s}
+        worker_id = worker["id"]
+        before = self._known.get(worker_id)
+        self._known[worker_id] = {**worker, "seen_s": now_s}
         if before is None or before["address"] != worker["address"]:
             self.version += 1
+            self._events.record("worker_ready", now_s, worker=worker_id, node=worker["node"])
+        resent = {name: worker[name] - (before or {}).get(name, 0) for name in ("rows_resent", "resends", "hedges")}
+        if resent["rows_resent"] > 0 and before is not None:
+            self._events.record("rows_resent", now_s, worker=worker_id, rows=resent.pop("rows_resent"), **resent)
 
-    def leave(self, worker_id: str) -> None:
+    def leave(self, worker_id: str, reason: str, now_s: float) -> None:
         if self._known.pop(worker_id, None) is not None:
             self.version += 1
+            self._events.record("worker_left", now_s, worker=worker_id, reason=reason)
 
     def silent(self, now_s: float) -> list[str]:
         """Ids of workers that were not heard of for too long."""

@@ -20,6 +20,7 @@ from services.backend import GenerationFailed, Overloaded, Reading, ServedModel
 
 POLL_S = 10.0
 RETRY_S = 0.2
+MAX_FAILURES = 3  # engines that may fail with a request, before it is thought to be the cause
 REPLAY_S = 60.0  # for a worker to be there again, before a request fails
 FRESH_S = 5.0  # a token generated so recently shows that the service works
 PROBE_S = 5.0
@@ -82,7 +83,7 @@ class WorkerPool:
             return None
 
     async def _replayed(self, request: GenerateRequest) -> AsyncGenerator[Update, None]:
-        replay = Replay(request)
+        replay, failures = Replay(request), 0
         while True:
             client = await self._choose(request)
             try:
@@ -94,8 +95,11 @@ class WorkerPool:
                         yield update
                         if update.finish_reason is not None:
                             return
-            except WorkerLost:
+            except WorkerLost as lost:
                 self.replays += 1
+                failures += lost.failed
+                if failures >= MAX_FAILURES:
+                    raise GenerationFailed(f"{failures} workers failed with this request: {lost}") from lost
 
     async def status(self) -> dict[str, Any]:
         try:

@@ -10,7 +10,8 @@ import anyio
 import grpc
 import pytest
 
-from attention.requests import GenerateRequest, SamplingParams
+from attention.replay import Replay
+from attention.requests import GenerateRequest, SamplingParams, TokenLogprob, Update
 from attention.runner import EngineThread
 from attention.service import METHOD, AttentionServer, identity
 from attention.service_client import AttentionClient, WorkerLost
@@ -186,3 +187,50 @@ def test_a_lost_worker_is_told_once(server: AttentionServer) -> None:
 
     asyncio.run(asyncio.wait_for(session(), 60))
     assert lost == ["lost"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_requests_of_an_engine_that_fails_are_lost_and_not_wrong(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(checkpoint("tiny"), 1)
+    thread = EngineThread(engine)
+    server = AttentionServer(thread, "127.0.0.1:0", TOKEN)
+    server.start()
+
+    def fail() -> None:
+        raise RuntimeError("the device has fallen off the bus")
+
+    async def use(client: AttentionClient) -> None:
+        updates = client.generate(greedy("long", [9, 8, 7], 3000))
+        await anext(updates)
+        monkeypatch.setattr(engine, "step", fail)
+        with pytest.raises(WorkerLost, match="fallen off the bus") as lost:
+            async for _ in updates:
+                pass
+        assert lost.value.failed
+        assert not client.alive
+
+    async def ask(client: AttentionClient) -> None:
+        with pytest.raises(WorkerLost, match="has ended") as lost:
+            await collect(client, greedy("later", [5], 1))
+        assert not lost.value.failed
+
+    talk(server.address, use)
+    talk(server.address, ask)
+    server.stop(0)
+
+
+def test_a_replay_asks_for_the_rest_and_hides_what_is_known() -> None:
+    score = TokenLogprob(5, -1.0)
+    request = GenerateRequest("a", (1, 2, 3), SamplingParams(max_tokens=9, prompt_logprobs=0))
+    replay = Replay(request)
+    assert replay.begin() == request
+    assert replay.take(Update("a", prompt_logprobs=(None, score))).prompt_logprobs == (None, score)
+    assert replay.begin().resumed_ids == ()
+    assert replay.take(Update("a", prompt_logprobs=(None,))).prompt_logprobs is None  # the client has it
+    again = replay.take(Update("a", token_ids=(7,), prompt_logprobs=(score, score)))
+    assert (again.prompt_logprobs, again.token_ids) == ((score,), (7,))
+    assert replay.begin().resumed_ids == (7,)
+    assert replay.take(Update("a", prompt_logprobs=(None, score, score))).prompt_logprobs is None
+    assert replay.take(Update("a", token_ids=(8, 9), finish_reason="stop")).token_ids == (8, 9)

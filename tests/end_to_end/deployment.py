@@ -7,7 +7,6 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +129,15 @@ class Deployment:
     def kill_controller(self) -> None:
         os.kill(self.status()["controller"]["pid"], signal.SIGKILL)
 
+    def ray_process(self, title: str) -> int:
+        """The process of this very Ray whose title contains `title`, such as ServeController."""
+        for directory in Path("/proc").glob("[0-9]*"):
+            if f"ray::{title}" in _text(directory / "cmdline"):
+                parent = _text(directory / "stat").rsplit(")", 1)[-1].split()[1]
+                if str(self._temp_dir) in _text(Path("/proc") / parent / "cmdline"):
+                    return int(directory.name)
+        raise AssertionError(f"no process {title} in {self._temp_dir}")
+
     def freeze(self, pid: int, seconds: float) -> None:
         """SIGSTOP now, SIGCONT later, if the process is still there."""
 
@@ -143,9 +151,6 @@ class Deployment:
         timer.start()
 
 
-Harm = Callable[[Deployment], None]
-
-
 def _node() -> dict[str, Any]:
     return {"node_ip_address": LOOPBACK, "object_store_memory": OBJECT_STORE_BYTES}
 
@@ -154,6 +159,13 @@ def process_ids(report: dict[str, Any]) -> list[int]:
     """Every process of ours that a status document names."""
     members = [*report["expert_hosts"], *report["attention_workers"], *report["standby"], report["controller"]]
     return [member["pid"] for member in members if member["pid"] is not None]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except OSError:  # it ended meanwhile
+        return ""
 
 
 def alive(pid: int) -> bool:

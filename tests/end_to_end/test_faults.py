@@ -1,6 +1,7 @@
 """Whatever dies, freezes, joins, leaves or moves: every stream ends with the tokens it would have had."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -81,6 +82,20 @@ def test_a_killed_attention_worker_loses_no_stream(service: Deployment, harmed: 
     victim = service.status()["attention_workers"][0]["pid"]
     harmed(service.kill_worker)
     wait_until(lambda: victim not in [worker["pid"] for worker in service.status()["attention_workers"]])
+
+
+def test_a_frozen_attention_worker_loses_no_stream(service: Deployment, harmed: Callable[..., None]) -> None:
+    harmed(lambda: service.freeze(service.status()["attention_workers"][0]["pid"], seconds=7))
+
+
+def test_serves_own_controller_may_die(service: Deployment, harmed: Callable[..., None]) -> None:
+    harmed(lambda: os.kill(service.ray_process("ServeController"), signal.SIGKILL))
+
+
+def test_a_killed_proxy_comes_back(service: Deployment, bodies: list[Body], expected: Answers) -> None:
+    os.kill(service.ray_process("ProxyActor"), signal.SIGKILL)
+    wait_until(lambda: run_streams(service.url, bodies[:1])[0][0].error is None)
+    assert [stream.answer for stream in run_streams(service.url, bodies)[0]] == expected
 
 
 def test_a_killed_controller_comes_back_and_keeps_the_hosts(service: Deployment, harmed: Callable[..., None]) -> None:
