@@ -19,7 +19,7 @@ class Stream:
 
     tokens: dict[int, list[tuple[str, str]]] = field(default_factory=dict)  # by choice: text and log-probability
     finish_reasons: dict[int, str] = field(default_factory=dict)
-    times_s: list[float] = field(default_factory=list)  # of each event
+    events: list[tuple[float, int]] = field(default_factory=list)  # when each came, and its tokens
     error: str | None = None
 
     @property
@@ -28,9 +28,16 @@ class Stream:
         return (self.tokens, self.finish_reasons, self.error)
 
     def stall_s(self, since_s: float) -> float:
-        """The longest wait for the next event that ended after `since_s`, a time of the monotonic clock."""
-        pairs = zip(self.times_s, self.times_s[1:], strict=False)
-        return max((later - sooner for sooner, later in pairs if later > since_s), default=0.0)
+        """The longest that the stream stood still after `since_s`, a time of the monotonic clock.
+
+        A service holds tokens back until their bytes are characters; an event of several tokens is late by that.
+        """
+        if len(self.events) < 2:
+            return 0.0
+        usual_s = (self.events[-1][0] - self.events[0][0]) / sum(tokens for _, tokens in self.events[1:])
+        pairs = zip(self.events, self.events[1:], strict=False)
+        waits = (later - sooner - (tokens - 1) * usual_s for (sooner, _), (later, tokens) in pairs if later > since_s)
+        return max(0.0, max(waits, default=0.0))
 
 
 Body = dict[str, Any]
@@ -88,13 +95,15 @@ async def _follow(
 
 
 def _take(stream: Stream, event: dict[str, Any]) -> None:
-    stream.times_s.append(time.monotonic())
     if "error" in event:
         stream.error = str(event["error"])
         return
+    tokens = 0
     for choice in event["choices"]:
         scores = choice["logprobs"] or {"tokens": [], "token_logprobs": []}
         told = [(text, repr(value)) for text, value in zip(scores["tokens"], scores["token_logprobs"], strict=True)]
         stream.tokens.setdefault(choice["index"], []).extend(told)
+        tokens += len(told)
         if choice["finish_reason"]:
             stream.finish_reasons[choice["index"]] = choice["finish_reason"]
+    stream.events.append((time.monotonic(), max(1, tokens)))
