@@ -13,11 +13,17 @@ class Replay:
         self._sent = list(request.resumed_ids)
         self._scored = 0  # scores of the prompt that the client has
         self._skip = 0  # scores that this worker will send again
+        self._tries = 0
 
     def begin(self) -> GenerateRequest:
-        """What the next worker is asked for: the prompt, and after it the tokens that the client has."""
+        """What the next worker is asked for: the prompt, and after it the tokens that the client has.
+
+        Under an id of its own: the next worker may be the last one, where the lost stream is just being cleaned up.
+        """
         self._skip = self._scored
-        return replace(self._request, resumed_ids=tuple(self._sent))
+        self._tries += 1
+        request_id = self._request.id if self._tries == 1 else f"{self._request.id}~{self._tries}"
+        return replace(self._request, id=request_id, resumed_ids=tuple(self._sent))
 
     def take(self, update: Update) -> Update:
         """What of a worker's update is news to the client."""
@@ -29,4 +35,4 @@ class Replay:
             if known:
                 update = replace(update, prompt_logprobs=scores[known:] or None)
         self._sent.extend(update.token_ids)
-        return update
+        return update if self._tries == 1 else replace(update, id=self._request.id)

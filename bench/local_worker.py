@@ -46,6 +46,9 @@ class SwitchedPlacement:
     def snapshot(self) -> Placement:
         return self.placement
 
+    def names(self, host: Host) -> bool:
+        return host in self.placement.hosts
+
     def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
         time.sleep(timeout_s)
         return self.placement

@@ -48,12 +48,11 @@ class Conductor:
         self._leftovers: set[tuple[str, int]] = set()  # lives to stop once no worker uses an earlier controller's table
         self._heard_s: float | None = None if saved is not None else -math.inf  # when all workers are known
         self._saved = saved
+        self._deadlines = deadlines or Deadlines()
         self._seen: tuple[int, Committed] | None = None  # what the table was last made of
         committed = saved.committed if saved is not None else initial
         numbered = saved.changes if saved is not None else 0
-        self._transaction = Transaction(
-            shape, self.roster, committed, loads, events, deadlines or Deadlines(), numbered
-        )
+        self._transaction = Transaction(shape, self.roster, committed, loads, events, self._deadlines, numbered)
         for host_id in committed.members:
             self.roster.expect(host_id)
         for host_id, generation in self.roster.generations.items():
@@ -81,7 +80,9 @@ class Conductor:
     def host_ready(self, report: HostReport, now_s: float) -> None:
         """A life serves: one that was started here, or before an earlier controller died."""
         if self.roster.ready(report):
-            self.events.record("host_ready", now_s, host=report.host_id, generation=report.generation)
+            began_s = self.roster.views[report.host_id].started_s
+            took = {"seconds": round(now_s - began_s, 3)} if began_s > -math.inf else {}
+            self.events.record("host_ready", now_s, host=report.host_id, generation=report.generation, **took)
         elif (report.host_id, report.generation) not in self._leftovers:
             self._stops.append(StopHost(report.host_id, report.generation))
 
@@ -157,6 +158,7 @@ class Conductor:
             actions = self._start_hosts(now_s)
         if self.reason is not None:
             return [GiveUp(self.reason)]
+        self._give_up_loading(now_s)
         actions += self._transaction.advance(self.epoch, self._workers_moved(now_s), now_s)
         actions += self._publish(now_s)
         actions += self._retire(now_s)
@@ -185,6 +187,13 @@ class Conductor:
             self.events.record("host_started", now_s, host=host_id, generation=view.generation)
             actions.append(StartHost(host_id, view.generation, self.committed.holding.held_by(host_id)))
         return actions
+
+    def _give_up_loading(self, now_s: float) -> None:
+        """A life that hangs before it serves would never be missed."""
+        for view in self.roster:
+            if view.state == "loading" and now_s >= view.started_s + self._deadlines.prepare_s:
+                self.host_died(view.id, view.generation, "it was not ready by its deadline", now_s)
+                self._stops.append(StopHost(view.id, view.generation, insist=True))
 
     def _publish(self, now_s: float) -> list[Action]:
         if self._seen is not None and self._seen[0] == self.roster.version and self._seen[1] is self.committed:

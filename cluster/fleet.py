@@ -205,7 +205,8 @@ class Fleet:
             life.info = await life.actor.drop.remote(action.pairs)
         except (RayActorError, RayTaskError) as error:
             log.warning("%s did not drop what it should: %s", life.host_id, reason_of(error))
-            return
+            self._conductor.retired(life.host_id, life.generation, frozenset())
+            return  # it is asked again with the next tick
         self._conductor.retired(life.host_id, life.generation, action.pairs)
         self._changed.set()
 

@@ -36,6 +36,9 @@ class PlacementFollower:
         self._taken = placement.epoch
         return placement
 
+    def names(self, host: Host) -> bool:
+        return self._placement is not None and host in self._placement.hosts
+
     def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
         with self._changed:
             self._changed.wait_for(lambda: self._placement is not None and self._placement.epoch > epoch, timeout_s)

@@ -31,7 +31,10 @@ class PlacementSource(Protocol):
     """Where the newest placement table comes from."""
 
     def snapshot(self) -> Placement:
-        """The newest table known here."""
+        """The newest table known here, which the caller uses from now on."""
+
+    def names(self, host: Host) -> bool:
+        """Whether the newest table known here names this life."""
 
     def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
         """A table newer than `epoch` as soon as there is one; the newest known after `timeout_s` seconds."""
@@ -169,7 +172,7 @@ class ExpertClient:
 
     def replaced(self, host: Host) -> bool:
         """Whether the newest table no longer names this life."""
-        return host not in self._source.snapshot().hosts
+        return not self._source.names(host)
 
     def lost(self, host: Host, rows: int, reason: str) -> None:
         """A host failed: tell its supervisor, and open a new stream should it be asked again."""

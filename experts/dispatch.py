@@ -84,6 +84,7 @@ class Dispatch:
             return combine_slots(outputs, self._weights_TK, shared_TD, residual_TD)
         finally:
             _release(part for part, _ in answers)
+            _release(self._sent)  # where an error left some
 
     def _collect(self, part: Part) -> list[Answer]:
         """What answers a part's slots: its own reply, or those of replicas when it is late and they are first."""

@@ -15,6 +15,9 @@ class StaticPlacement:
     def snapshot(self) -> Placement:
         return self.placement
 
+    def names(self, host: Host) -> bool:
+        return host in self.placement.hosts
+
     def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
         time.sleep(timeout_s)  # nothing newer will come
         return self.placement

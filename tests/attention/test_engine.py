@@ -114,6 +114,9 @@ class _Gone:
     def result(self, timeout_s: float) -> None:
         raise HostUnavailable("gone")
 
+    def release(self) -> None:
+        pass  # it was never open
+
 
 def test_unreachable_experts_fail_the_step_and_not_the_engine(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch

@@ -227,10 +227,11 @@ def test_a_replay_asks_for_the_rest_and_hides_what_is_known() -> None:
     replay = Replay(request)
     assert replay.begin() == request
     assert replay.take(Update("a", prompt_logprobs=(None, score))).prompt_logprobs == (None, score)
-    assert replay.begin().resumed_ids == ()
+    second = replay.begin()
+    assert (second.resumed_ids, second.id != "a") == ((), True)
     assert replay.take(Update("a", prompt_logprobs=(None,))).prompt_logprobs is None  # the client has it
-    again = replay.take(Update("a", token_ids=(7,), prompt_logprobs=(score, score)))
-    assert (again.prompt_logprobs, again.token_ids) == ((score,), (7,))
+    again = replay.take(Update(second.id, token_ids=(7,), prompt_logprobs=(score, score)))
+    assert (again.id, again.prompt_logprobs, again.token_ids) == ("a", (score,), (7,))
     assert replay.begin().resumed_ids == (7,)
     assert replay.take(Update("a", prompt_logprobs=(None, score, score))).prompt_logprobs is None
     assert replay.take(Update("a", token_ids=(8, 9), finish_reason="stop")).token_ids == (8, 9)

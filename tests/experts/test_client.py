@@ -138,6 +138,9 @@ class Supervised:
     def snapshot(self) -> Placement:
         return self._placement
 
+    def names(self, host: Host) -> bool:
+        return host in self._placement.hosts
+
     def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
         self.looks += 1
         if self.looks == 3:

@@ -53,6 +53,9 @@ class Slow:
             self.placement = self.next_lives
         return self.placement
 
+    def names(self, host: Host) -> bool:
+        return host in self.snapshot().hosts
+
     def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
         if self.snapshot().epoch <= epoch:
             self.now_s += timeout_s
