@@ -39,7 +39,7 @@ def shoal(environment: dict[str, str]) -> Shoal:
 
 
 def members(report: dict[str, Any]) -> list[int]:
-    rows = [*report["expert_hosts"], *report["attention_workers"], report["controller"], report]
+    rows = [*report["expert_hosts"], *report["attention_workers"], *report["standby"], report["controller"], report]
     return [row["pid"] for row in rows]
 
 
@@ -80,6 +80,17 @@ def test_two_services_run_side_by_side_and_leave_nothing(
     asked = shoal("chat", "hello", "--port", first, "--max-tokens", 8, "--temperature", 0)
     assert asked.returncode == 0
     assert asked.stdout.strip()
+    scaled = shoal("experts", "scale", 2, "--leaving", "host-1", "--wait", "--port", first)
+    assert scaled.returncode == 0, scaled.stderr
+    assert "retire" in scaled.stdout
+    changed = json.loads(shoal("experts", "status", "--json", "--port", first).stdout)
+    assert [host["id"] for host in changed["expert_hosts"]] == ["host-0", "host-2"]
+    assert sum(host["experts"] for host in changed["expert_hosts"]) == 3 * 16
+    refused = shoal("experts", "drain", "host-9", "--wait", "--port", first)
+    assert (refused.returncode, "host-0, host-2" in refused.stderr) == (1, True)
+    assert complete(client(f"http://127.0.0.1:{first}"), [5, 6, 7], 16) == texts[0]
+    reports[0] = json.loads(shoal("status", "--port", first, "--json").stdout)
+
     taken = shoal("serve", path, "--port", first)
     assert (taken.returncode, "stop" in taken.stderr) == (1, True)
     missing = shoal("status", "--port", free_port())
@@ -90,7 +101,7 @@ def test_two_services_run_side_by_side_and_leave_nothing(
     assert complete(client(f"http://127.0.0.1:{first}"), [5, 6, 7], 16) == texts[0]  # the other one lives on
     assert shoal("stop", "--port", first).returncode == 0
 
-    pids = members(reports[0]) + members(reports[1])
+    pids = [pid for report in reports for pid in members(report)]
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 20)
     assert can_bind(first)
     assert can_bind(second)
