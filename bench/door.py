@@ -5,12 +5,14 @@ Joins the service's Ray for a moment, as one more driver, and asks the controlle
 
 import json
 import sys
+import time
 
 import cluster.session
 
 from cluster.controller import find_controller  # isort: skip
 
 WATCH_S = 10.0
+STANDBY_S = 20.0
 
 
 def main() -> None:
@@ -26,6 +28,9 @@ def main() -> None:
     )
     controller = find_controller(sys.argv[2])
     token = ray.get(controller.token.remote())
+    give_up_s = time.monotonic() + STANDBY_S  # a process that is just starting would be measured, too
+    while not ray.get(controller.status.remote())["standby"] and time.monotonic() < give_up_s:
+        time.sleep(0.2)
     _, workers = ray.get(controller.watch_workers.remote(-1, WATCH_S))
     print(json.dumps({"address": next(iter(workers.values())), "token": token}))
     ray.shutdown()

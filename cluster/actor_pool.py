@@ -77,15 +77,18 @@ class ActorPool:
         ray.kill(process.actor, no_restart=True)
         self._known.pop(process.name, None)
 
-    def refill(self, threads: int, now_s: float) -> None:
-        """Begin to warm a stand-by where one is missing, once things are quiet."""
+    def short(self, now_s: float) -> bool:
+        """Whether a stand-by is missing, and things are quiet."""
         full = self._spec.reserves or len(self._waiting) >= self._spec.standby
-        if not full and now_s >= self._rest_until_s and all(process.pid is not None for process in self._waiting):
-            process = self._make(threads)
-            self._waiting.append(process)
-            task = asyncio.create_task(self._warm(process))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        return not full and now_s >= self._rest_until_s and all(process.pid is not None for process in self._waiting)
+
+    def refill(self, threads: int) -> None:
+        """Begin to warm a stand-by, made for so many threads."""
+        process = self._make(threads)
+        self._waiting.append(process)
+        task = asyncio.create_task(self._warm(process))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def stop(self) -> None:
         """End all that are left."""

@@ -108,7 +108,8 @@ class Fleet:
 
     def keep_standby(self) -> None:
         """See to it that a process waits for the next life."""
-        self._pool.refill(self._threads(len(self._conductor.roster.views)), time.monotonic())
+        if self._pool.short(time.monotonic()):
+            self._pool.refill(self._threads(len(self._conductor.roster.views)))
 
     @property
     def standby(self) -> list[int]:
