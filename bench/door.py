@@ -9,7 +9,7 @@ import time
 
 import cluster.session
 
-from cluster.controller import find_controller  # isort: skip
+from cluster.discovery import find_controller  # isort: skip
 
 WATCH_S = 10.0
 STANDBY_S = 20.0

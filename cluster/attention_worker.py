@@ -14,7 +14,7 @@ from attention.engine import Engine, EngineLimits, EngineStats
 from attention.runner import EngineThread
 from attention.scheduler import SchedulerLimits
 from attention.service import AttentionServer
-from cluster.controller import find_controller, get_or_start_controller
+from cluster.discovery import find_controller, get_or_start_controller
 from cluster.membership import PlacementFollower
 from cluster.spec import ServiceSpec
 from experts.client import ExpertClient

@@ -23,7 +23,7 @@ from cluster.events import Event, EventLog
 from cluster.fleet import Fleet
 from cluster.plan import ModelShape
 from cluster.saved import Committed, SavedState
-from cluster.spec import CONTROLLER_NAME, ServiceSpec
+from cluster.spec import ServiceSpec
 from cluster.state import ControllerState, delete_state, load_state, save_state
 from cluster.workers import Workers
 from model.checkpoint import Checkpoint
@@ -216,10 +216,10 @@ class Controller:
         await fleet.adopt(self._state.actors)
         self._pool = pool
         self._tasks.append(self._supervised(self._follow_application()))
+        self._tasks.append(self._supervised(self._follow_progress(fleet)))
         while not self._stopping and self._reason is None:
             self._changed.clear()
             await self._act(conductor, fleet, self._balance)
-            await fleet.refresh_progress()
             try:
                 await asyncio.wait_for(self._changed.wait(), TICK_S)
             except TimeoutError:
@@ -256,6 +256,12 @@ class Controller:
         async with self._published:
             self._published.notify_all()
 
+    async def _follow_progress(self, fleet: Fleet) -> None:
+        """Beside the conductor's loop, which waits for nobody: a process that is only starting answers late."""
+        while not self._stopping:
+            await fleet.refresh_progress()
+            await asyncio.sleep(TICK_S)
+
     async def _follow_application(self) -> None:
         if self._spec.follow_application:
             await wait_until_gone(self._spec.name, lambda: self._application_came)
@@ -264,25 +270,3 @@ class Controller:
 
 def _log_event(event: Event) -> None:
     log.info(json.dumps({"event": event.kind, "number": event.number, **event.fields}))
-
-
-def get_or_start_controller(spec: ServiceSpec) -> Any:
-    """The service's controller, started if it does not run yet; safe to call from several actors at once."""
-    return (
-        ray.remote(Controller)
-        .options(
-            name=CONTROLLER_NAME,
-            namespace=spec.namespace,
-            lifetime="detached",
-            get_if_exists=True,
-            max_restarts=-1,
-            max_concurrency=1000,
-            num_cpus=0,
-        )
-        .remote(spec)
-    )
-
-
-def find_controller(namespace: str) -> Any:
-    """The running controller of a namespace; raises ValueError when there is none."""
-    return ray.get_actor(CONTROLLER_NAME, namespace=namespace)

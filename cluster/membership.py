@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from cluster.controller import find_controller
+from cluster.discovery import find_controller
 from router.placement import Host, Placement
 
 POLL_S = 10.0

@@ -163,7 +163,7 @@ def _run(options: LaunchOptions, admin_token: str, console: Console, stop: threa
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    from cluster.controller import get_or_start_controller
+    from cluster.discovery import get_or_start_controller
     from services.app import build, service_spec
     from services.progress import show_progress
 
@@ -205,7 +205,7 @@ def _shut_down(cluster: LocalCluster, name: str) -> None:
     from ray import serve
     from ray.exceptions import RayError
 
-    from cluster.controller import find_controller
+    from cluster.discovery import find_controller
 
     with contextlib.suppress(RayError, ValueError, ConnectionError, TimeoutError, RuntimeError):
         serve.delete(name)

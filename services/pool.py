@@ -14,7 +14,7 @@ from attention.replay import Replay
 from attention.requests import GenerateRequest, SamplingParams, Update
 from attention.service_client import AttentionClient, WorkerLost
 from cluster.change import ChangeRefused, Wish
-from cluster.controller import find_controller
+from cluster.discovery import find_controller
 from experts.tls import TlsFiles
 from services.backend import GenerationFailed, Overloaded, Reading, ServedModel
 

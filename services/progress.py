@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.controller import find_controller
+from cluster.discovery import find_controller
 from services.launch import LaunchError
 
 POLL_S = 0.2
