@@ -1,8 +1,4 @@
-"""The door of an attention worker: one gRPC stream per ingress carries all of its requests and their tokens.
-
-Messages are UTF-8 JSON. To the worker: {"submit": request} or {"cancel": id}. From it: {"updates": [...]}, all
-updates of one step together, so that the cost of a message is paid once a step and not once a token.
-"""
+"""The door of an attention worker: one gRPC stream per ingress carries all of its requests and their tokens."""
 
 import hmac
 import json
@@ -15,20 +11,10 @@ import grpc
 
 from attention.requests import GenerateRequest, Update
 from attention.runner import EngineThread
+from attention.wire import METHOD, OPTIONS, identity
 from experts.tls import TlsFiles, server_credentials
 
-METHOD = "/shoal.Attention/Generate"
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_STREAMS = 64  # ingress replicas connected at once
-OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),
-)
-
-
-def identity(message: bytes) -> bytes:
-    return message
 
 
 class _Stream:

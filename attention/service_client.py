@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 
 from attention.requests import GenerateRequest, Update
-from attention.service import METHOD, OPTIONS, identity
+from attention.wire import METHOD, OPTIONS, identity
 from experts.tls import TlsFiles, channel_credentials, channel_options
 
 CHANNEL_OPTIONS = (*OPTIONS, ("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))

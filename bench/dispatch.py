@@ -21,9 +21,10 @@ from bench.child import now_s
 from bench.errors import BenchError
 from bench.results import RoundTrip
 from experts.messages import ForwardRequest
-from experts.nixl_agent import find_nixl, prepare_environment
+from experts.nixl import find_nixl, prepare_environment
 from experts.nixl_transport import NixlTransport
-from experts.transports import TransportKind, open_transport
+from experts.transport_kinds import TransportKind
+from experts.transports import open_transport
 from router.placement import Host
 
 HIDDEN = 1024  # a row is 4 KiB

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from experts.grpc_server import ExpertServer
 from experts.host import ExpertHost
-from experts.nixl_agent import prepare_environment
-from experts.transports import TransportKind, open_door
+from experts.nixl import prepare_environment
+from experts.transport_kinds import TransportKind
+from experts.transports import open_door
 from kernels.threads import set_threads
 from model.checkpoint import Checkpoint
 

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
@@ -16,9 +16,9 @@ from attention.scheduler import SchedulerLimits
 from attention.service import AttentionServer
 from cluster.discovery import find_controller, get_or_start_controller
 from cluster.membership import PlacementFollower
-from cluster.spec import ServiceSpec
+from cluster.spec import ServiceSpec, WorkerSpec
 from experts.client import ExpertClient
-from experts.nixl_agent import prepare_environment
+from experts.nixl import prepare_environment
 from experts.transports import open_transport
 from kernels.threads import set_threads
 from model.checkpoint import Checkpoint
@@ -27,27 +27,6 @@ from router.load import LoadMeter
 HEARTBEAT_S = 1.0
 HURRY_S = 0.1  # until a heartbeat was heard, and the engine uses the newest table
 HOSTS_TIMEOUT_S = 600.0  # for the hosts to load, before the worker gives up
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSpec:
-    """What one attention worker holds; raises ValueError naming the field that is out of range."""
-
-    threads: int = 1
-    max_length: int = 4096  # tokens of prompt and answer
-    cache_tokens: int = 32768
-    block_size: int = 16
-    step_tokens: int = 512
-    running: int = 64
-    expert_deadline_s: float = 30.0
-    gpus: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("threads", "max_length", "cache_tokens", "block_size", "step_tokens", "running"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"attention.{name} is {getattr(self, name)}; expected at least 1")
-        if self.expert_deadline_s <= 0:
-            raise ValueError(f"attention.expert_deadline_s is {self.expert_deadline_s}; expected above 0")
 
 
 class AttentionWorker:

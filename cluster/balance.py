@@ -8,7 +8,7 @@ from cluster.conductor import Conductor
 from cluster.plan import ModelShape, capacities, target
 from router.balance_quality import moves, owners_of, quality, worth_moving
 from router.balancer import HostCapacity
-from router.load import LoadBook
+from router.load_book import LoadBook
 from router.placement import Placement
 
 LOOK_S = 15.0  # between two thoughts of moving experts

@@ -187,7 +187,9 @@ class Fleet:
     async def _load(self, life: Life, action: Load) -> None:
         life.taking = action.change_id
         try:
-            info, report = await life.actor.take.remote(action.change_id, action.pairs, dict(action.sources))
+            info, from_hosts, from_disk = await life.actor.take.remote(
+                action.change_id, action.pairs, dict(action.sources)
+            )
         except RayTaskError as error:
             now_s = time.monotonic()
             self._conductor.load_failed(action.change_id, life.host_id, life.generation, reason_of(error), now_s)
@@ -195,7 +197,7 @@ class Fleet:
             return  # whoever watches it tells of its death
         else:
             life.info = info
-            log.info("%s took %d pairs from hosts, %d from disk", life.host_id, report.from_hosts, report.from_disk)
+            log.info("%s took %d pairs from hosts, %d from disk", life.host_id, from_hosts, from_disk)
             self._conductor.loaded(action.change_id, life.host_id, life.generation, action.pairs)
         finally:
             life.taking = None

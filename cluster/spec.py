@@ -1,10 +1,10 @@
-"""What a service is made of, as its controller is told once."""
+"""What a service is made of, as its controller and its attention workers are told once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from experts.tls import TlsFiles
-from experts.transports import TRANSPORT_KINDS, TransportKind
+from experts.transport_kinds import TRANSPORT_KINDS, TransportKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,27 @@ class ServiceSpec:
     @property
     def namespace(self) -> str:
         return f"shoal-{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What one attention worker holds; raises ValueError naming the field that is out of range."""
+
+    threads: int = 1
+    max_length: int = 4096  # tokens of prompt and answer
+    cache_tokens: int = 32768
+    block_size: int = 16
+    step_tokens: int = 512
+    running: int = 64
+    expert_deadline_s: float = 30.0
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "max_length", "cache_tokens", "block_size", "step_tokens", "running"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"attention.{name} is {getattr(self, name)}; expected at least 1")
+        if self.expert_deadline_s <= 0:
+            raise ValueError(f"attention.expert_deadline_s is {self.expert_deadline_s}; expected above 0")
 
 
 CONTROLLER_NAME = "controller"

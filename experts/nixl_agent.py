@@ -4,66 +4,19 @@ NIXL is optional. Its agents are not thread-safe, so every call into one is made
 thread, which on few cores adds milliseconds, so messages move when `poll` is called.
 """
 
-import importlib
-import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from experts.arena import PAGE_BYTES, Arena, Slot
+from experts.nixl import need_nixl
 
-MODULES = ("nixl_cu13", "nixl_cu12", "nixl")
 KEPT_BYTES = 1 << 20  # transfers up to this size are kept, to be posted again
 OnMessage = Callable[[bytes], None]
 
 
-class NixlMissing(ValueError):
-    """NIXL was asked for by name and cannot be imported here."""
-
-
 class NixlFailed(Exception):
     """NIXL refused an operation; a peer that is gone is the usual reason."""
-
-
-def prepare_environment() -> None:
-    """Keep NIXL and UCX quiet about peers that went away, which is this package's to report.
-
-    For the entry of a process: both read the environment when they are loaded. What is set already stays.
-    """
-    os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
-    os.environ.setdefault("UCX_LOG_LEVEL", "FATAL")
-
-
-def find_nixl() -> Any | None:
-    """The bindings of the NIXL that is installed, or None."""
-    for name in MODULES:
-        try:
-            return importlib.import_module(f"{name}._bindings")
-        except ImportError:
-            continue
-    return None
-
-
-def need_nixl() -> Any:
-    """The bindings of NIXL; raises NixlMissing saying how to get it."""
-    found = find_nixl()
-    if found is None:
-        raise NixlMissing(
-            "transport nixl: none of " + ", ".join(f"{name}._bindings" for name in MODULES) + " can be imported; "
-            "install shoal[nixl] (Linux x86-64 or arm64), or use transport grpc or auto"
-        )
-    return found
-
-
-def machine_identity() -> str:
-    """Equal for two processes that can write each other's memory and hear each other's bell.
-
-    That takes one kernel, one user, and the same process and network namespaces.
-    """
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    spaces = [os.stat(f"/proc/self/ns/{name}").st_ino for name in ("pid", "net", "ipc")]
-    return "/".join(map(str, (boot, os.getuid(), *spaces)))
 
 
 class NixlAgent:

@@ -17,7 +17,8 @@ from experts.errors import FrameError, HostRefused
 from experts.host_loop import MAX_SLEEP_S, Answer
 from experts.lease import NOTE, PING, VERSION, Accept, Hello, LeaseRefused, Offer
 from experts.messages import ForwardRequest
-from experts.nixl_agent import NixlAgent, NixlFailed, machine_identity
+from experts.nixl import machine_identity
+from experts.nixl_agent import NixlAgent, NixlFailed
 from experts.nixl_pairing import Pairing
 
 MAX_LEASES = 64

@@ -7,7 +7,8 @@ import time
 from experts.bell import Bell
 from experts.grpc_transport import GrpcTransport
 from experts.messages import ForwardRequest
-from experts.nixl_agent import NixlAgent, machine_identity
+from experts.nixl import machine_identity
+from experts.nixl_agent import NixlAgent
 from experts.nixl_lease import LeaseSettings, NixlLease
 from experts.tls import TlsFiles
 from experts.transport import Pending

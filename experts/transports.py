@@ -1,25 +1,13 @@
 """Which way rows travel: NIXL where it is installed on both sides, gRPC where not, or one of them by name."""
 
-from typing import Literal
-
 from experts.arena import slot_bytes
 from experts.arena_frames import largest_frames
 from experts.grpc_transport import GrpcTransport
-from experts.nixl_agent import find_nixl, need_nixl
+from experts.nixl import find_nixl
 from experts.nixl_door import NixlDoor
 from experts.nixl_transport import NixlTransport
 from experts.tls import TlsFiles
-
-TransportKind = Literal["auto", "nixl", "grpc"]
-TRANSPORT_KINDS: tuple[TransportKind, ...] = ("auto", "nixl", "grpc")
-
-
-def check_transport(kind: str) -> None:
-    """Raises ValueError for a kind that does not exist, and NixlMissing for nixl where it is not installed."""
-    if kind not in TRANSPORT_KINDS:
-        raise ValueError(f"transport is {kind!r}; expected one of {', '.join(TRANSPORT_KINDS)}")
-    if kind == "nixl":
-        need_nixl()
+from experts.transport_kinds import TransportKind, check_transport
 
 
 def open_transport(

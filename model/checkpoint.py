@@ -1,19 +1,23 @@
 """A checkpoint in Hugging Face's layout, opened without reading its weights; tensors are read one at a time."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from torch import Tensor
 
 from model.config import ModelConfig, parse_config, read_raw_config
 from model.safetensors_header import CheckpointError, TensorEntry, read_header
 from model.tensors import expected_tensors, expert_names
+
+if TYPE_CHECKING:  # whoever reads no weights needs no torch
+    from torch import Tensor
 
 __all__ = ["Checkpoint", "CheckpointError", "ExpertWeights", "Stamps"]
 
@@ -43,7 +47,7 @@ class Checkpoint:
     entries: Mapping[str, TensorEntry]
 
     @classmethod
-    def open(cls, directory: Path | str) -> "Checkpoint":
+    def open(cls, directory: Path | str) -> Checkpoint:
         """Read config.json and every safetensors header.
 
         Raises ConfigError or CheckpointError, both ValueErrors, naming each missing, unexpected, misshaped or

@@ -7,11 +7,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve import Application
 
-from cluster.attention_worker import WorkerSpec
-from cluster.spec import ServiceSpec
+from cluster.spec import ServiceSpec, WorkerSpec
 from cluster.threads import node_threads, thread_environment
 from experts.tls import TlsFiles
-from experts.transports import TransportKind
+from experts.transport_kinds import TransportKind
 from model.checkpoint import Checkpoint
 from services.replicas import AttentionReplica, Ingress, IngressSpec
 

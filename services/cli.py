@@ -96,6 +96,9 @@ def _add_serve(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
         default="auto",
         help="of rows to the hosts (auto: nixl if installed)",
     )
+    serve.add_argument(
+        "--auto-rebalance", action="store_true", help="move experts between hosts when the load is uneven"
+    )
     serve.add_argument("--detach", action="store_true", help="return when it is ready; `shoal stop` ends it")
     _add_key(serve)
 

@@ -44,6 +44,7 @@ def serve(options: argparse.Namespace) -> int:
         cache_tokens=options.cache_tokens,
         threads=options.threads,
         transport=options.transport,
+        auto_rebalance=options.auto_rebalance,
         log=os.environ.get("SHOAL_LOG"),
     )
     try:

@@ -57,7 +57,7 @@ def _kernels() -> Finding:
 
 
 def _transport() -> Finding:
-    from experts.nixl_agent import find_nixl
+    from experts.nixl import find_nixl
 
     found = find_nixl() is not None
     return Finding("transport", True, "NIXL" if found else "gRPC; `make env` installs NIXL, which is quicker, on Linux")

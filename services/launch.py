@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from cluster.session import LocalCluster  # before anything that imports ray
-from experts.transports import check_transport
+from experts.transport_kinds import check_transport
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from services.state import ServiceRecord, remove_record, write_record
@@ -49,6 +49,7 @@ class LaunchOptions:
     cache_tokens: int = 32768
     threads: int | None = None
     transport: str = "auto"
+    auto_rebalance: bool = False
     log: str | None = None
 
 
@@ -98,6 +99,7 @@ def application_args(options: LaunchOptions, admin_token: str) -> "AppArgs":
                 "replicas": options.expert_replicas,
                 "threads": options.threads,
                 "transport": options.transport,
+                "auto_rebalance": options.auto_rebalance,
             },
             "attention": {
                 "replicas": options.attention_replicas,

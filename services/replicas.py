@@ -7,8 +7,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster.attention_worker import AttentionWorker, WorkerSpec
-from cluster.spec import ServiceSpec
+from cluster.spec import ServiceSpec, WorkerSpec
 from model.checkpoint import Checkpoint
 from model.generation import read_generation_defaults
 from model.tokenizer import Tokenizer
@@ -21,6 +20,8 @@ class AttentionReplica:
     """Serve starts, counts and replaces it; requests reach its worker by the worker's own door."""
 
     def __init__(self, service: ServiceSpec, spec: WorkerSpec) -> None:
+        from cluster.attention_worker import AttentionWorker  # the ingress, which is here too, needs nothing of it
+
         replica = serve.get_replica_context().replica_id.unique_id
         self._worker = AttentionWorker(service, spec, f"attention-{replica}")
 

@@ -1,6 +1,8 @@
 """The import direction and who may import ray, read from the source itself."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,3 +42,12 @@ def test_a_wrong_import_is_seen() -> None:
     assert violations("cluster", "import ray\nfrom attention import engine") == []
     assert violations("router", "import services.app") == ["services"]
     assert violations("services", "from bench.options import parse") == ["bench"]
+
+
+@pytest.mark.parametrize(
+    "module", ["services.cli", "services.app", "services.pool", "services.launch", "cluster.controller"]
+)
+def test_what_computes_nothing_loads_no_torch(module: str) -> None:
+    """It takes seconds of a start, and a quarter of a gigabyte in each of these processes."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -13,8 +13,9 @@ import pytest
 from attention.replay import Replay
 from attention.requests import GenerateRequest, SamplingParams, TokenLogprob, Update
 from attention.runner import EngineThread
-from attention.service import METHOD, AttentionServer, identity
+from attention.service import AttentionServer
 from attention.service_client import AttentionClient, WorkerLost
+from attention.wire import METHOD, identity
 from tests.serving import greedy, make_engine, run
 
 TOKEN = "the-token-of-this-service"

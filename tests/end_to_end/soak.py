@@ -60,24 +60,26 @@ class Soak:
             raise SystemExit(f"the undisturbed run failed: {self._expected}")
         self.tallies: dict[str, Tally] = {}
 
-    def wave(self, kind: str, harm: Harm | None = None) -> None:
-        """All streams once, with or without a fault midway."""
+    def wave(self, kind: str, harm: Harm | None = None) -> float:
+        """All streams once, with or without a fault midway; the longest that one stood still, seconds."""
         streams, began_s = run_streams(self._service.url, self._bodies, harm, after=0.2)
         tally = self.tallies.setdefault(kind, Tally())
         tally.waves += 1
         for stream, expected in zip(streams, self._expected, strict=True):
             tally.failed += stream.error is not None
             tally.different += stream.error is None and stream.answer != expected
-            tally.stalls_s.append(stream.stall_s(began_s if harm is not None else 0.0))
+        stalls_s = [stream.stall_s(began_s if harm is not None else 0.0) for stream in streams]
+        tally.stalls_s += stalls_s
+        return max(stalls_s)
 
     def fault(self) -> str:
-        """A random fault, and the time until all is well again."""
+        """A random fault, and the time until all is well again; a line about it."""
         replicas = self._service.status()["replicas"]
         name, harm = self._random.choice(self._faults())
         kind = f"{name}, {'replicas' if replicas > 1 else 'no replica'}"
-        self.wave(kind, harm)
+        longest_s = self.wave(kind, harm)
         self.settle()
-        return kind
+        return f"{kind}: {longest_s:.2f} s"
 
     def settle(self) -> None:
         """Until hosts, workers and a stand-by are there again, and no block is owned."""

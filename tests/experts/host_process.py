@@ -13,7 +13,7 @@ import torch
 
 from experts.grpc_server import ExpertServer
 from experts.host import ExpertHost
-from experts.nixl_agent import prepare_environment
+from experts.nixl import prepare_environment
 from experts.transports import open_door
 from model.checkpoint import Checkpoint
 from router.placement import Host

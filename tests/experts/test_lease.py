@@ -3,7 +3,8 @@
 import pytest
 
 from experts.lease import Accept, Hello, LeaseRefused, Offer, decode, encode
-from experts.transports import check_transport, open_door, open_transport
+from experts.transport_kinds import check_transport
+from experts.transports import open_door, open_transport
 
 OFFER = Offer(agent="a", metadata=b"\x00\xff", bell=None, address=2**64 - 1, host="host-0", generation=1, near=True)
 
@@ -46,7 +47,7 @@ def test_an_unknown_transport_is_named() -> None:
 
 
 def test_nixl_that_is_not_installed_is_said_so_and_auto_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experts.nixl_agent.MODULES", ("no_such_module",))
+    monkeypatch.setattr("experts.nixl.MODULES", ("no_such_module",))
     with pytest.raises(ValueError, match=r"install shoal\[nixl\]"):
         open_door("nixl", "host-0", 1)
     assert open_door("auto", "host-0", 1) is None

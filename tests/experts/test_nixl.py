@@ -18,7 +18,7 @@ from experts.grpc_server import ExpertServer
 from experts.host import ExpertHost
 from experts.lease import NOTE
 from experts.messages import ForwardReply, ForwardRequest
-from experts.nixl_agent import find_nixl, prepare_environment
+from experts.nixl import find_nixl, prepare_environment
 from experts.nixl_call import NixlCall
 from experts.nixl_door import NixlDoor
 from experts.nixl_transport import NixlTransport

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.load import LoadBook, LoadMeter
+from router.load import LoadMeter
+from router.load_book import LoadBook
 
 
 def test_rows_are_counted_by_layer_and_expert_and_taken_once() -> None:

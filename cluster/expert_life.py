@@ -1,0 +1,131 @@
+"""What one life of an expert host is made of, without Ray: its experts, its door, and what it takes on."""
+
+import threading
+from collections.abc import Collection, Mapping
+
+from cluster.roster import HostReport
+from cluster.spec import ServiceSpec
+from cluster.threads import node_threads
+from experts.grpc_server import ExpertServer
+from experts.host import ExpertHost
+from experts.loader import Loader, LoadReport
+from experts.nixl import prepare_environment
+from experts.nixl_door import NixlDoor
+from experts.transports import open_door
+from kernels.native import native
+from kernels.threads import set_threads
+from model.checkpoint import Checkpoint, Stamps
+from router.holding import Pair
+from router.placement import Host
+
+
+class ExpertLife:
+    """Nobody until `begin`. Its methods may be called from several threads."""
+
+    def __init__(self, spec: ServiceSpec, name: str, token: str, threads: int) -> None:
+        set_threads(threads)
+        prepare_environment()
+        self._spec = spec
+        self._name = name
+        self._token = token
+        self.stamps: Stamps = {}
+        self.progress = (0, 1)  # experts loaded, and to load, at the start of this life
+        self._door: NixlDoor | None = None
+        self._checkpoint: Checkpoint | None = None
+        self._server: ExpertServer | None = None
+        self._host: ExpertHost | None = None
+        self._loader: Loader | None = None
+        self._taking = threading.Lock()  # around one change's load
+        self._abandoned: set[str] = set()
+        self._taken = ("", 0)  # change, and pairs loaded for it so far
+
+    def warm(self) -> Checkpoint:
+        """Do what can be done before it is known who this will be.
+
+        Raises CheckpointError when the checkpoint cannot be read, and NixlMissing when NIXL is wanted and not
+        installed.
+        """
+        if self._checkpoint is None:
+            self._door = open_door(self._spec.transport, self._name, 0)
+            self._checkpoint = Checkpoint.open(self._spec.model)
+        return self._checkpoint
+
+    def begin(
+        self, host_id: str, generation: int, pairs: Collection[Pair], threads: int, stamps: Stamps | None, address: str
+    ) -> None:
+        """Be this life from now on: read the named experts and open the door at `address`.
+
+        Raises what `warm` raises, and CheckpointError when the files are not those of `stamps`.
+        """
+        set_threads(threads)
+        checkpoint = self.warm()
+        self.stamps = stamps or checkpoint.stamps()
+        checkpoint.check_stamps(self.stamps)
+        if self._door is not None:
+            self._door.become(host_id, generation)
+        device = "cuda" if self._spec.gpus > 0 else "cpu"
+        host = ExpertHost(checkpoint.config, host_id, generation, device)
+        host.load(checkpoint, sorted(pairs), self._on_progress)
+        server = ExpertServer(host, address, self._token, self._spec.tls, self._door)
+        server.start()
+        self._host, self._server = host, server
+        self._loader = Loader(host, checkpoint, self._token, self._spec.tls, stamps=self.stamps)
+
+    def report(self) -> HostReport:
+        """Where this host is and what it holds; raises RuntimeError before `begin` is done."""
+        host, server = self._host, self._server
+        if host is None or server is None:
+            raise RuntimeError(f"{self._name} is still loading")
+        held = frozenset(host.held)
+        return HostReport(host.host_id, host.generation, server.address, held, compute=float(node_threads()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the experts that are held."""
+        return self._host.stats().nbytes if self._host is not None else 0
+
+    def settle(self) -> None:
+        """End what an earlier controller began."""
+        self._abandoned.add(self._taken[0])
+        with self._taking:
+            return
+
+    def take(self, change_id: str, pairs: Collection[Pair], sources: Mapping[Pair, Host]) -> LoadReport:
+        """Hold further pairs, all of them or none; raises what `Loader.load` raises."""
+        if self._loader is None:
+            raise RuntimeError(f"{self._name} is still loading")
+        with self._taking:
+            self._taken = (change_id, 0)
+
+            def on_progress(done: int) -> None:
+                self._taken = (change_id, done)
+
+            return self._loader.load(pairs, sources, lambda: change_id in self._abandoned, on_progress)
+
+    def taken(self, change_id: str) -> int:
+        """Pairs loaded for a change so far."""
+        return self._taken[1] if self._taken[0] == change_id else 0
+
+    def abandon(self, change_id: str) -> None:
+        """`take` of this change shall end, and leave nothing behind."""
+        self._abandoned.add(change_id)
+
+    def drop(self, pairs: Collection[Pair]) -> None:
+        """Hold these pairs no longer; those that are not held are fine."""
+        if self._host is None:
+            raise RuntimeError(f"{self._name} is still loading")
+        held = set(self._host.held)
+        self._host.unload(sorted(pair for pair in pairs if pair in held))
+
+    def set_threads(self, threads: int) -> None:
+        """Compute with so many threads from now on, where the bits do not depend on it."""
+        if native() is not None:
+            set_threads(threads)
+
+    def stop(self) -> None:
+        """Close the door, letting requests in flight finish."""
+        if self._server is not None:
+            self._server.stop()
+
+    def _on_progress(self, done: int, total: int) -> None:
+        self.progress = (done, total)
