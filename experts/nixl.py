@@ -1,7 +1,11 @@
 """Whether NIXL is here, and what must be known before its first agent. It is optional, and light to ask about."""
 
 import importlib
+import logging
+import logging.config
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,25 @@ def find_nixl() -> Any | None:
     """The bindings of the NIXL that is installed, or None."""
     for name in MODULES:
         try:
-            return importlib.import_module(f"{name}._bindings")
+            with _logging_left_alone():
+                return importlib.import_module(f"{name}._bindings")
         except ImportError:
             continue
     return None
+
+
+@contextmanager
+def _logging_left_alone() -> Iterator[None]:
+    """NIXL configures all logging of a process when it is imported, and so closes the handlers of everybody else.
+
+    Ray Serve, for one, asks its handlers for their file when its controller comes back, and ends a replica without.
+    """
+    configure, raises = logging.config.dictConfig, logging.raiseExceptions
+    logging.config.dictConfig = lambda config: None
+    try:
+        yield
+    finally:
+        logging.config.dictConfig, logging.raiseExceptions = configure, raises
 
 
 def need_nixl() -> Any:

@@ -89,7 +89,13 @@ def test_a_frozen_attention_worker_loses_no_stream(service: Deployment, harmed: 
 
 
 def test_serves_own_controller_may_die(service: Deployment, harmed: Callable[..., None]) -> None:
+    from ray import serve
+
+    before = [worker["pid"] for worker in service.status()["attention_workers"]]
     harmed(lambda: os.kill(service.ray_process("ServeController"), signal.SIGKILL))
+    wait_until(lambda: bool(serve.status().applications))  # the next one has looked at every replica, and kept it
+    harmed(lambda: True)
+    assert [worker["pid"] for worker in service.status()["attention_workers"]] == before
 
 
 def test_a_killed_proxy_comes_back(service: Deployment, bodies: list[Body], expected: Answers) -> None:

@@ -1,5 +1,8 @@
 """Lease messages: what was said is what is heard, and nothing else passes."""
 
+import subprocess
+import sys
+
 import pytest
 
 from experts.lease import Accept, Hello, LeaseRefused, Offer, decode, encode
@@ -44,6 +47,18 @@ def test_metadata_must_be_base64() -> None:
 def test_an_unknown_transport_is_named() -> None:
     with pytest.raises(ValueError, match="transport is 'pigeon'; expected one of auto, nixl, grpc"):
         check_transport("pigeon")
+
+
+def test_nixl_leaves_the_logging_of_others_alone() -> None:
+    code = """
+import logging, logging.handlers, sys
+from experts.nixl import find_nixl
+handler = logging.handlers.MemoryHandler(9, target=logging.StreamHandler())
+logging.getLogger("another").addHandler(handler)
+find_nixl()
+sys.exit(handler.target is None or not logging.raiseExceptions)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_nixl_that_is_not_installed_is_said_so_and_auto_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
