@@ -22,7 +22,7 @@ from model.checkpoint import Stamps
 
 STOP_TIMEOUT_S = 5.0
 ADOPT_TIMEOUT_S = 5.0
-PROBE_TIMEOUT_S = 1.0
+PROBE_TIMEOUT_S = 0.9
 PROGRESS_TIMEOUT_S = 1.0
 log = logging.getLogger("shoal.fleet")
 
