@@ -106,6 +106,7 @@ class AttentionServer(grpc.GenericRpcHandler):
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "the shoal-token of this service is required")
         if not self._engine.alive:
             context.abort(grpc.StatusCode.UNAVAILABLE, f"the engine of this worker has ended: {self._engine.failure!r}")
+        context.send_initial_metadata(())  # accepted: only now does the client write, see AttentionClient
         stream = _Stream(self._engine)
         self._engine.add_step_listener(stream.on_step_end)
         reader = threading.Thread(target=stream.read, args=(messages,), name="attention-read", daemon=True)

@@ -99,7 +99,10 @@ class AttentionClient:
         self._outbox.put_nowait(json.dumps(message, separators=(",", ":")).encode())
 
     async def _write(self) -> None:
-        while True:
+        # gRPC forgets the status of a refused stream when a write meets the refusal: the worker says first that it
+        # accepts. This ends when the stream does, too.
+        await self._stream.initial_metadata()
+        while not self._stream.done():
             message = await self._outbox.get()
             try:
                 await self._stream.write(message)
