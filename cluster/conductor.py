@@ -214,6 +214,8 @@ class Conductor:
         """Drop what no table in use names: not while a change prepares it, nor before every worker has moved."""
         change = self.change
         overdue = change is not None and change.phase is Phase.RETIRE and now_s >= change.deadline_s
+        if self.placement is None:  # the last table is an earlier controller's, and may name what is committed no more
+            return []
         if self._transaction.preparing or not (self._workers_moved(now_s) or overdue):
             return []
         actions: list[Action] = [StopHost(*life) for life in sorted(self._leftovers)]

@@ -226,8 +226,12 @@ class Fleet:
 
     async def _end(self, life: Life, insist: bool = False) -> None:
         if not insist:
-            with contextlib.suppress(TimeoutError, RayActorError, RayTaskError):
+            try:
                 await asyncio.wait_for(life.actor.stop.remote(), STOP_TIMEOUT_S)
+            except TimeoutError:
+                insist = True
+            except (RayActorError, RayTaskError):
+                pass  # it has ended, or ends now
         self._pool.end(life.process)
         if insist and life.info is not None:  # a frozen process does not hear Ray
             await end_process(life.info.pid, life.info.node, ExpertActor.__name__)

@@ -82,6 +82,7 @@ class ExpertClient:
         self.reply_timeout_s = reply_timeout_s
         self._tables: OwnerTables | None = None
         self._slowest_s = 0.0
+        self._turns: dict[int, int] = {}  # dispatches of each layer
         self._avoided: dict[Host, float] = {}  # until when
         self._dispatches = self._rows = self._sent = self._received = 0
         self._resends = self._hedges = self._rows_resent = 0
@@ -89,9 +90,10 @@ class ExpertClient:
     def start(self, layer: int, x_TD: Tensor, routing: Routing, placement: Placement) -> Dispatch:
         """Send every row to the holders of its experts; `Dispatch.finish` waits for the weighted sum."""
         self._dispatches += 1
+        turn = self._turns[layer] = self._turns.get(layer, 0) + 1
         if self._meter is not None:
             self._meter.count(layer, routing.experts_TK)
-        return Dispatch(self, layer, x_TD, routing, self.tables(placement), self._dispatches)
+        return Dispatch(self, layer, x_TD, routing, self.tables(placement), turn)
 
     def stats(self) -> ClientStats:
         return ClientStats(

@@ -330,6 +330,19 @@ def test_a_controller_that_comes_back_ends_what_a_change_had_begun() -> None:
     assert after.conductor.request(Wish("scale", hosts=3), after.now_s).joining == {"host-2": 2}
 
 
+def test_a_controller_that_comes_back_retires_nothing_that_only_an_unpublished_table_drops() -> None:
+    before = ready(2)
+    held = {"host-0": pairs(0, 1), "host-1": pairs(1, 2, 3)}  # its committed table was saved and never published
+    after = Service(2, before.saved)
+    after.report("host-1", 1, held["host-1"])
+    assert of(StartHost, after.act())
+    assert of(Retire, after.act(2 * WORKERS_HEARD_S)) == []  # workers use the older table, in which host-1 holds 1
+    after.report("host-0", 2, held["host-0"])
+    actions = after.act()
+    assert of(Publish, actions)
+    assert of(Retire, actions) == [Retire("host-1", 1, pairs(1))]
+
+
 def test_a_suspect_is_asked_once_and_ended_only_when_it_does_not_answer() -> None:
     service = ready(2)
     for _ in range(2):

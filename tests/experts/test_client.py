@@ -1,5 +1,6 @@
 """Dispatch and combine against a slow oracle, and what the client does when hosts fail."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +126,23 @@ def test_a_lost_host_with_a_replica_costs_a_resend_and_no_bit(
         transport.down = {victim}
         assert torch.equal(compute(client, placement, rows, routing), reference)
     assert client.stats().resends >= 3
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_replicas_take_turns_however_many_layers_a_step_has(
+    opened: Checkpoint, rows: torch.Tensor, routing: Routing, layers: int
+) -> None:
+    hosts, placement = make_hosts(opened, 2, replicas=2)
+    transport = Recorded(hosts)
+    client = ExpertClient(transport, StaticPlacement(placement))
+    for _ in range(4):
+        for layer in opened.config.moe_layers[:layers]:
+            client.start(layer, rows, routing, placement).finish()
+    pairs: Counter[tuple[int, str]] = Counter()
+    for host, request in transport.sent:
+        pairs[request.layer, host.id] += len(request.pair_row_P)
+    assert set(pairs.values()) == {2 * routing.experts_TK.numel()}
+    assert len(pairs) == 2 * layers
 
 
 class Supervised:

@@ -313,7 +313,7 @@ class Shell:
 
     def _insist(self, session: int, process: HostProcess) -> None:
         if session == self._session:
-            self._command(process, process.end, held_up=False)
+            self._command(process, process.kill, held_up=False)
 
     def _watch(self, process: HostProcess) -> None:
         self._lives[process.id, process.generation] = process
