@@ -25,8 +25,8 @@ class HostSlow(HostUnavailable):
 class HostRefused(ExpertError):
     """A host's own word that it cannot serve a request.
 
-    Codes: `wrong_generation` (it is a later life), `not_held` (the expert is elsewhere), `failed` (it tried, and ran
-    out of memory for example), `bad_request`.
+    Codes: `wrong_generation` (it is a later life), `not_held` (the expert is elsewhere), `not_ready` (it is not where
+    the training is), `failed` (it tried, and ran out of memory for example), `bad_request`.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -37,7 +37,7 @@ class HostRefused(ExpertError):
     @property
     def may_pass(self) -> bool:
         """True when another host, or a newer placement, can lead to one that accepts."""
-        return self.code in ("wrong_generation", "not_held", "failed")
+        return self.code in ("wrong_generation", "not_held", "not_ready", "failed")
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"

@@ -3,7 +3,9 @@
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,28 @@ from router.holding import Pair
 Progress = Callable[[int, int], None]
 
 
+class ExpertStore(Protocol):
+    """One layer's experts in memory; see `kernels.swiglu.PackedExperts`."""
+
+    merges: bool  # whether a row's bits are the same whatever rows are computed with it
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def load(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None: ...
+
+    def unload(self, expert: int) -> None: ...
+
+    def unpack(self, expert: int) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def __call__(
+        self, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor | None = None
+    ) -> Tensor: ...
+
+
+MakeStore = Callable[[int, int, str], ExpertStore]  # hidden size, intermediate size, device
+
+
 @dataclass(frozen=True, slots=True)
 class HostStats:
     """What one life of a host has held and computed."""
@@ -34,12 +58,21 @@ class HostStats:
 class ExpertHost:
     """One life (generation) of a host. Its methods may be called from several threads, beside one another."""
 
-    def __init__(self, config: ModelConfig, host_id: str, generation: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        host_id: str,
+        generation: int,
+        device: str = "cpu",
+        make_store: MakeStore = PackedExperts,
+    ) -> None:
         self.host_id = host_id
         self.generation = generation
         self.device = device
+        self.closed: str | None = None  # why rows are refused for now
         self._config = config
-        self._layers: dict[int, PackedExperts] = {}
+        self._make_store = make_store
+        self._layers: dict[int, ExpertStore] = {}
         self._held_E: dict[int, npt.NDArray[np.bool_]] = {}  # of each layer, the experts that can be computed
         self._held: dict[Pair, int] = {}  # the same, with the bytes that each takes
         self._changes = threading.Lock()  # one thread at a time loads or unloads; taken before the others
@@ -150,6 +183,18 @@ class ExpertHost:
                     self._pairs += len(y_PD)
         return [answer for answer in answers if answer is not None]
 
+    @property
+    def hidden_size(self) -> int:
+        return self._config.hidden_size
+
+    def store(self, layer: int) -> ExpertStore:
+        """What holds a layer's experts; raises KeyError where none is held."""
+        return self._layers[layer]
+
+    def computing(self) -> AbstractContextManager[object]:
+        """Nothing else is computed, and nothing unloaded, meanwhile."""
+        return self._compute
+
     def stats(self) -> HostStats:
         with self._counts:
             experts, nbytes = len(self._held), sum(self._held.values())
@@ -164,8 +209,11 @@ class ExpertHost:
     def _compute_layer(
         self, layer: int, requests: Sequence[ForwardRequest], outs: Sequence[Tensor | None]
     ) -> list[Tensor]:
-        if len(requests) == 1:
-            return [self._apply(layer, requests[0].x_RD, requests[0].pair_row_P, requests[0].pair_expert_P, outs[0])]
+        if len(requests) == 1 or not self._layers[layer].merges:
+            return [
+                self._apply(layer, one.x_RD, one.pair_row_P, one.pair_expert_P, out)
+                for one, out in zip(requests, outs, strict=True)
+            ]
         first_rows = np.cumsum([0, *(len(request.x_RD) for request in requests[:-1])]).tolist()
         y_PD = self._apply(
             layer,
@@ -186,9 +234,9 @@ class ExpertHost:
         y_PD = experts(x_RD.to(self.device), pair_row_P.to(self.device), pair_expert_P.to(self.device))
         return y_PD.cpu() if out_PD is None else out_PD.copy_(y_PD)
 
-    def _layer(self, layer: int) -> PackedExperts:
+    def _layer(self, layer: int) -> ExpertStore:
         if layer not in self._layers:
-            self._layers[layer] = PackedExperts(
+            self._layers[layer] = self._make_store(
                 self._config.hidden_size, self._config.moe_intermediate_size, self.device
             )
             self._held_E[layer] = np.zeros(self._config.n_routed_experts, np.bool_)
@@ -206,6 +254,8 @@ class ExpertHost:
                 "wrong_generation",
                 f"{self.host_id} is in generation {self.generation}; the request was for {request.generation}",
             )
+        if self.closed is not None:
+            raise HostRefused("not_held", f"{self.host_id}: {self.closed}")
         rows, hidden = request.x_RD.shape
         if hidden != self._config.hidden_size:
             raise HostRefused("bad_request", f"rows are {hidden} wide; expected {self._config.hidden_size}")

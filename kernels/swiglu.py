@@ -71,6 +71,8 @@ class _Packed:
 class PackedExperts:
     """Some of one layer's experts, each loaded and unloaded by number."""
 
+    merges = True  # a row's bits are the same whatever rows are computed with it
+
     def __init__(self, hidden_size: int, intermediate_size: int, device: str = "cpu") -> None:
         self._hidden = hidden_size
         self._intermediate = intermediate_size

@@ -1,0 +1,58 @@
+"""Latent attention with gradients over samples laid flat, expanded (eqs 9-19): each token sees its own sample alone.
+
+Shapes: `T` tokens, `D` model, `N` heads, `C` latent, `R` rotary dimensions, `Q` = nope + R.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from attention.mla import LATENT_NORM_EPS
+from attention.training.parameters import DenseParameters
+from kernels.rotary import rotate
+from model.config import ModelConfig
+
+
+def segment_attention(
+    dense: DenseParameters,
+    config: ModelConfig,
+    layer: int,
+    x_TD: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    lengths: Sequence[int],
+) -> Tensor:
+    """Causal attention of samples of these lengths, [T, D] -> [T, D]; `rotation` is cos and sin of every token."""
+    prefix = f"model.layers.{layer}.self_attn"
+    tokens, heads, nope = len(x_TD), config.num_attention_heads, config.qk_nope_head_dim
+    cos, sin = rotation
+    if config.q_lora_rank is None:
+        q = dense.linear(f"{prefix}.q_proj", x_TD)
+    else:
+        compressed = norm(dense.linear(f"{prefix}.q_a_proj", x_TD), dense[f"{prefix}.q_a_layernorm.weight"])
+        q = dense.linear(f"{prefix}.q_b_proj", compressed)
+    q_nope, q_rope = q.view(tokens, heads, config.qk_head_dim).split((nope, config.qk_rope_head_dim), dim=-1)
+    q_TNQ = torch.cat((q_nope, rotate(q_rope, cos[:, None], sin[:, None])), dim=-1)
+
+    latent, k_rope = dense.linear(f"{prefix}.kv_a_proj_with_mqa", x_TD).split(
+        (config.kv_lora_rank, config.qk_rope_head_dim), dim=-1
+    )
+    latent_TC = norm(latent, dense[f"{prefix}.kv_a_layernorm.weight"])
+    kv_TNK = dense.linear(f"{prefix}.kv_b_proj", latent_TC).view(tokens, heads, nope + config.v_head_dim)
+    k_nope, v_TNV = kv_TNK.split((nope, config.v_head_dim), dim=-1)
+    k_rope_TNR = rotate(k_rope, cos, sin)[:, None].expand(-1, heads, -1)
+    k_TNQ = torch.cat((k_nope, k_rope_TNR), dim=-1)
+
+    out: list[Tensor] = []
+    parts = zip(q_TNQ.split(list(lengths)), k_TNQ.split(list(lengths)), v_TNV.split(list(lengths)), strict=True)
+    for q_tNQ, k_tNQ, v_tNV in parts:
+        q, k, v = (part.transpose(0, 1)[None] for part in (q_tNQ, k_tNQ, v_tNV))
+        o_1NtV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=config.softmax_scale)
+        out.append(o_1NtV[0].transpose(0, 1).flatten(1))
+    return dense.linear(f"{prefix}.o_proj", torch.cat(out))
+
+
+def norm(x: Tensor, weight: Tensor, eps: float = LATENT_NORM_EPS) -> Tensor:
+    """Root-mean-square normalisation in fp32, with gradients."""
+    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)

@@ -1,0 +1,87 @@
+"""What training workers do together; each call is made by all of them, in the same order."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BUCKET_NUMBERS = 1 << 24  # summed at once
+
+
+class Ranks(Protocol):
+    """The workers of a run."""
+
+    rank: int
+    world: int
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each fp32 tensor by its sum over the workers: the same bits on every one."""
+
+    def broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
+        """Replace each tensor by the source's."""
+
+    def gather(self, message: str) -> list[str]:
+        """Every worker's message, in rank order."""
+
+
+class OneRank:
+    """A run of one worker."""
+
+    rank = 0
+    world = 1
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        pass
+
+    def broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
+        pass
+
+    def gather(self, message: str) -> list[str]:
+        return [message]
+
+
+class DistributedRanks:
+    """Over torch.distributed, whose process group exists already."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        bucket: list[Tensor] = []
+        numbers = 0
+        for tensor in tensors:
+            bucket.append(tensor)
+            numbers += tensor.numel()
+            if numbers >= BUCKET_NUMBERS:
+                self._sum_bucket(bucket)
+                bucket, numbers = [], 0
+        if bucket:
+            self._sum_bucket(bucket)
+
+    def broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
+        for tensor in tensors:
+            dist.broadcast(tensor, source)
+
+    def gather(self, message: str) -> list[str]:
+        data = torch.frombuffer(bytearray(message.encode()), dtype=torch.uint8)
+        length = torch.tensor([len(data)])
+        lengths = [torch.zeros_like(length) for _ in range(self.world)]
+        dist.all_gather(lengths, length)
+        width = max(int(each) for each in lengths)
+        padded = torch.zeros(width, dtype=torch.uint8)
+        padded[: len(data)] = data
+        parts = [torch.zeros_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        return [bytes(part[: int(each)].numpy()).decode() for part, each in zip(parts, lengths, strict=True)]
+
+    def _sum_bucket(self, bucket: Sequence[Tensor]) -> None:
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            dist.all_reduce(bucket[0])
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        dist.all_reduce(flat)
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))

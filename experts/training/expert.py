@@ -1,0 +1,191 @@
+"""One routed expert that learns: its matrices, or low-rank factors beside them, and AdamW's state of what is trained.
+
+Shapes: `N` rows of this expert, `D` model, `I` intermediate, `r` rank.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from experts.training.adamw import Trained
+from experts.training.spec import ExpertTraining
+from model.checkpoint import ExpertWeights
+from router.holding import Pair
+
+MATRICES = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """What one call adds to an expert's gradients, kept until it is its turn."""
+
+    x_ND: Tensor
+    dy_ND: Tensor  # of the weighted output
+    h_NI: Tensor
+    dgate_up_N2I: Tensor
+
+
+@dataclass(slots=True)
+class TrainedExpert:
+    """gate_up [2I, D] and down [D, I], fp32."""
+
+    gate_up: Tensor
+    down: Tensor
+    parameters: dict[str, Trained] = field(default_factory=dict)
+    _scale: float = 0.0  # of the low-rank product; 0 where there is none
+    _used: tuple[Tensor, Tensor] | None = None  # what is computed with, where that is not the matrices themselves
+    _rounded: bool = False
+
+    def configure(self, pair: Pair, training: ExpertTraining) -> None:
+        """Begin a run from the weights that are held: no gradients, no moments."""
+        self._scale = 0.0
+        self._rounded = training.dtype == "bfloat16"
+        self.parameters = {}
+        if training.trains(pair):
+            if training.lora is None:
+                self.parameters = {"gate_up_proj": Trained(self.gate_up), "down_proj": Trained(self.down)}
+            else:
+                self._scale = training.lora.scale
+                self.parameters = {name: Trained(value) for name, value in _low_rank(self, pair, training)}
+        self._round()
+
+    @property
+    def nbytes(self) -> int:
+        """Of everything that is held for it."""
+        held = [self.gate_up, self.down]
+        for trained in self.parameters.values():
+            more = (trained.value, trained.grad, trained.mean, trained.square)
+            held.extend(tensor for tensor in more if tensor is not None and all(tensor is not one for one in held))
+        if self._used is not None:
+            held.extend(self._used)
+        return sum(tensor.nbytes for tensor in held)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Unweighted output [N, D]."""
+        return self._linear("down_proj", self._matrices[1], _swiglu(self._gate_up(x_ND)))
+
+    def backward(self, x_ND: Tensor, dout_ND: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor, Contribution]:
+        """dx [N, D] and dweight [N] of weight · expert(x), for the output gradient dout, and what the gradients gain.
+
+        The forward is computed again. dweight = dout · y is taken as (dout W_down) · h, which needs no y.
+        """
+        _, down = self._matrices
+        gate_up_N2I = self._gate_up(x_ND)
+        h_NI = _swiglu(gate_up_N2I)
+        dh_NI = dout_ND @ down
+        if self._scale:
+            factor_a, factor_b = self._factors("down_proj")
+            dh_NI += self._scale * ((dout_ND @ factor_b) @ factor_a)
+        dweight_N = (dh_NI * h_NI).sum(-1)
+        dgate_up_N2I = _swiglu_backward(gate_up_N2I, dh_NI.mul_(weight_N[:, None]))
+        dx_ND = dgate_up_N2I @ self._matrices[0]
+        if self._scale:
+            factor_a, factor_b = self._factors("gate_up_proj")
+            dx_ND += self._scale * ((dgate_up_N2I @ factor_b) @ factor_a)
+        return dx_ND, dweight_N, Contribution(x_ND, weight_N[:, None] * dout_ND, h_NI, dgate_up_N2I)
+
+    def accumulate(self, gained: Contribution) -> None:
+        """Add to the gradients."""
+        if not self.parameters:
+            return
+        products = (("gate_up_proj", gained.dgate_up_N2I, gained.x_ND), ("down_proj", gained.dy_ND, gained.h_NI))
+        for name, dout, into in products:
+            if not self._scale:
+                self.parameters[name].add(dout, into)
+                continue
+            factor_a, factor_b = self._factors(name)
+            self.parameters[f"{name}.lora_A"].add(self._scale * (dout @ factor_b), into)
+            self.parameters[f"{name}.lora_B"].add(self._scale * dout, into @ factor_a.T)
+
+    def drop_gradients(self) -> None:
+        for trained in self.parameters.values():
+            trained.grad = None
+
+    def stepped(self) -> None:
+        """The values of the parameters changed."""
+        self.drop_gradients()
+        self._round()
+
+    def replace(self, weights: ExpertWeights) -> None:
+        """Take a checkpoint's weights; `configure` comes next."""
+        self.gate_up.copy_(torch.cat((weights.gate_proj, weights.up_proj)))
+        self.down.copy_(weights.down_proj)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything but gradients that another holder needs to go on bit for bit."""
+        state = {"gate_up_proj": self.gate_up, "down_proj": self.down}
+        for name, trained in self.parameters.items():
+            mean, square = trained.moments()
+            state |= {name: trained.value, f"{name}.mean": mean, f"{name}.square": square}
+        return state
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state; raises ValueError when it has other names or shapes than this expert's."""
+        wanted = {name: tuple(tensor.shape) for name, tensor in self.state().items()}
+        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if wanted != given:
+            wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+            raise ValueError(
+                f"the state's {wrong[0]} is {given.get(wrong[0])}; expected {wanted.get(wrong[0])}: "
+                "it is of another model or another way of training"
+            )
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        self.drop_gradients()
+        self._round()
+
+    @property
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        return self._used if self._used is not None else (self.gate_up, self.down)
+
+    def _gate_up(self, x_ND: Tensor) -> Tensor:
+        return self._linear("gate_up_proj", self._matrices[0], x_ND)
+
+    def _linear(self, name: str, matrix: Tensor, x: Tensor) -> Tensor:
+        out = F.linear(x, matrix)
+        if self._scale:
+            factor_a, factor_b = self._factors(name)
+            out += self._scale * F.linear(F.linear(x, factor_a), factor_b)
+        return out
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.parameters[f"{name}.lora_A"].value, self.parameters[f"{name}.lora_B"].value
+
+    def _round(self) -> None:
+        if self._rounded:
+            self._used = (self.gate_up.bfloat16().float(), self.down.bfloat16().float())
+        else:
+            self._used = None
+
+
+def _swiglu(gate_up_N2I: Tensor) -> Tensor:
+    gate_NI, up_NI = gate_up_N2I.chunk(2, dim=-1)
+    return F.silu(gate_NI).mul_(up_NI)
+
+
+def _swiglu_backward(gate_up_N2I: Tensor, dh_NI: Tensor) -> Tensor:
+    """Gradient [N, 2I] of silu(gate) · up."""
+    gate_NI, up_NI = gate_up_N2I.chunk(2, dim=-1)
+    sigmoid_NI = torch.sigmoid(gate_NI)
+    silu_NI = gate_NI * sigmoid_NI
+    dgate_up_N2I = torch.empty_like(gate_up_N2I)
+    dgate_NI, dup_NI = dgate_up_N2I.chunk(2, dim=-1)
+    torch.mul(dh_NI, silu_NI, out=dup_NI)
+    dgate_NI.copy_(dh_NI * up_NI * (sigmoid_NI + silu_NI * (1 - sigmoid_NI)))
+    return dgate_up_N2I
+
+
+def _low_rank(expert: TrainedExpert, pair: Pair, training: ExpertTraining) -> Iterator[tuple[str, Tensor]]:
+    """First factors: A as PEFT draws it, uniform in ± in^-0.5 and a function of the run's seed and the pair; B zero."""
+    assert training.lora is not None
+    matrices = zip(MATRICES, (expert.gate_up, expert.down), strict=True)
+    for number, (name, matrix) in enumerate(matrices):
+        out, width = matrix.shape
+        draw = np.random.Generator(np.random.Philox(key=[training.seed, pair[0] << 32 | pair[1] << 1 | number]))
+        factor_a = draw.random((training.lora.rank, width), dtype=np.float32)
+        yield f"{name}.lora_A", torch.from_numpy((2 * factor_a - 1) * width**-0.5).to(matrix)
+        yield f"{name}.lora_B", torch.zeros(out, training.lora.rank).to(matrix)

@@ -1,0 +1,93 @@
+"""Gradients of every parameter are transformers', however many hosts, workers and replicas take part."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DeepseekV2ForCausalLM
+
+from attention.training.decoder import ForwardOptions
+from attention.training.segments import MicroBatch
+from tests.training.rig import make_rig, plans, samples
+
+LENGTHS = ([17, 9], [24, 5, 1])
+
+
+def oracle_gradients(path: Path, batches: list[MicroBatch]) -> tuple[float, dict[str, Tensor]]:
+    """Mean cross entropy over all targets, one sample at a time, and its gradients under checkpoint names."""
+    model = DeepseekV2ForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    targets = sum(batch.targets for batch in batches)
+    total = 0.0
+    for batch in batches:
+        for token_t, target_t in zip(
+            batch.token_T.split(batch.lengths), batch.target_T.split(batch.lengths), strict=True
+        ):
+            logits = model(token_t[None]).logits[0]
+            loss = torch.nn.functional.cross_entropy(logits, target_t, reduction="sum") / targets
+            if (target_t != -100).any():
+                loss.backward()
+                total += loss.item()
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            prefix, matrix = name.rsplit(".", 1)
+            found |= {f"{prefix}.{expert}.{matrix}": each for expert, each in enumerate(grad)}
+        else:
+            found[name] = grad
+    return total, found
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny-lite", "tiny-yarn"])
+def case(
+    request: pytest.FixtureRequest, checkpoint: Callable[[str], Path]
+) -> tuple[Path, list[MicroBatch], float, dict[str, Tensor]]:
+    path = checkpoint(request.param)
+    batches = [samples(2048, lengths, seed) for seed, lengths in enumerate(LENGTHS)]
+    return path, batches, *oracle_gradients(path, batches)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "replicas", "workers"), [(1, 1, 1), (2, 1, 1), (3, 1, 2), (2, 2, 1), (3, 2, 2), (5, 1, 1)]
+)
+def test_gradients_are_transformers(
+    case: tuple[Path, list[MicroBatch], float, dict[str, Tensor]], hosts: int, replicas: int, workers: int
+) -> None:
+    path, batches, loss, wanted = case
+    rig = make_rig(path, hosts, replicas, workers)
+    seen: dict[str, Tensor] = {}
+
+    def keep(hosts_: object, *rest: object) -> None:
+        seen.update({name: grad.clone() for name, grad in rig.expert_gradients().items()})
+        seen.update({name: one.grad.clone() for name, one in rig.denses[0].trained.items() if one.grad is not None})
+
+    coordinator = rig.workers[0]._coordinator
+    assert coordinator is not None
+    apply = coordinator.apply
+    coordinator.apply = lambda *given: (keep(*given), apply(*given))  # type: ignore[method-assign, assignment]
+    spread = [batches] if workers == 1 else [[batches[0]], [batches[1]]]
+    (report, *_) = rig.step(plans(0, spread))
+    assert report.loss == pytest.approx(loss, rel=1e-5)
+    assert seen.keys() == wanted.keys()
+    worst = {name: relative(seen[name], grad) for name, grad in wanted.items() if grad.norm() > 1e-7}
+    assert max(worst.values()) < 1e-5, sorted(worst.items(), key=lambda item: -item[1])[:5]
+    assert report.grad_norm == pytest.approx(
+        float(torch.stack([grad.norm() for grad in wanted.values()]).norm()), rel=1e-5
+    )
+
+
+def test_checkpointing_changes_no_gradient_bit(checkpoint: Callable[[str], Path]) -> None:
+    batch = samples(2048, LENGTHS[0])
+    norms = []
+    for checkpointing in (False, True):
+        rig = make_rig(checkpoint("tiny"), options=ForwardOptions(checkpointing=checkpointing))
+        norms.append(rig.step(plans(0, [[batch]]))[0].grad_norm)
+    assert norms[0] == norms[1]
