@@ -7,7 +7,7 @@ import grpc
 
 from experts.errors import TransferFailed
 from experts.grpc_server import identity
-from experts.grpc_transport import call_metadata, describe, open_channel
+from experts.grpc_stream import call_metadata, describe, open_channel
 from experts.tls import TlsFiles
 from experts.transfer import METHOD, ExpertForm, decode_expert, encode_request
 from model.checkpoint import ExpertWeights

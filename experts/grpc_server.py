@@ -7,6 +7,7 @@ import hmac
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -21,6 +22,9 @@ from experts.tls import TlsFiles, server_credentials
 from experts.transfer import METHOD as FETCH_METHOD
 from experts.transfer import decode_request as decode_fetch
 from experts.transfer import encode_expert
+
+if TYPE_CHECKING:
+    from experts.training.door import TrainingDoor
 
 METHOD = "/shoal.Experts/Forward"
 TOKEN_KEY = "shoal-token"
@@ -48,8 +52,10 @@ class ExpertServer(grpc.GenericRpcHandler):
         token: str | None = None,
         tls: TlsFiles | None = None,
         door: NixlDoor | None = None,
+        training: "TrainingDoor | None" = None,
     ) -> None:
         self._host = host
+        self._training = training
         self._token = token
         self._door = door
         self._packing = threading.Lock()  # weights are made ready for one receiver at a time, beside the computing
@@ -81,6 +87,8 @@ class ExpertServer(grpc.GenericRpcHandler):
             return grpc.stream_stream_rpc_method_handler(self._lease, identity, identity)
         if handler_call_details.method == FETCH_METHOD:
             return grpc.unary_stream_rpc_method_handler(self._fetch, identity, identity)
+        if self._training is not None:
+            return self._training.handler(handler_call_details.method, self._check_token)
         return None
 
     def _check_token(self, context: grpc.ServicerContext) -> None:

@@ -16,7 +16,7 @@ from experts.client_slots import SlotTable
 from experts.errors import ExpertError, FrameError, HostSlow, HostUnavailable
 from experts.frames import HEADER
 from experts.grpc_server import identity
-from experts.grpc_transport import call_metadata, describe, open_channel
+from experts.grpc_stream import call_metadata, describe, open_channel
 from experts.lease import METHOD, NOTE, PING, VERSION, Accept, Granted, Hello, LeaseRefused, Message, Offer
 from experts.lease import decode as decode_message
 from experts.lease import encode as encode_message

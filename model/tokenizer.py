@@ -36,6 +36,8 @@ class Tokenizer:
             fast = FastTokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+        fast.no_truncation()  # some files ask for it, and would cut prompts in silence
+        fast.no_padding()
         config_path = directory / "tokenizer_config.json"
         config: Mapping[str, Any] = {}
         if config_path.exists():

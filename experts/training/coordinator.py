@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from experts.errors import ExpertError, HostRefused, HostUnavailable
@@ -10,6 +11,7 @@ from experts.training.client import StepHosts, StepLost
 from experts.training.host import HostState
 from experts.training.peer import Peer, Peers
 from experts.training.spec import ExpertTraining
+from model.snapshots.manifest import Shard
 from router.holding import Pair
 from router.placement import Host, Placement
 
@@ -97,9 +99,24 @@ class Coordinator:
         self._check_all(hosts, stepped)
 
     def restart(self, placement: Placement) -> None:
-        """Every expert at the checkpoint's weights."""
+        """Every expert at the checkpoint's weights; raises what `begin` raises."""
         self._ask(placement.hosts, self._configured)
         self._ask(placement.hosts, lambda host, peer: peer.restart(placement.held_by(host.id)))
+
+    def load(self, placement: Placement, snapshot: Path) -> None:
+        """Every expert as a snapshot has it; raises what `begin` raises."""
+        self._ask(placement.hosts, self._configured)
+        self._ask(placement.hosts, lambda host, peer: peer.load(snapshot, placement.held_by(host.id)))
+
+    def save(self, placement: Placement, staging: Path, step: int) -> list[Shard]:
+        """Have every expert written once, by the first of its holders; raises what `begin` raises."""
+        first: dict[str, list[Pair]] = {}
+        for layer, owners in placement.owners.items():
+            for expert, holders in enumerate(owners):
+                first.setdefault(placement.hosts[holders[0]].id, []).append((layer, expert))
+        written = [host for host in placement.hosts if host.id in first]
+        parts = self._ask(written, lambda host, peer: peer.save(staging, first[host.id], step))
+        return [shard for part in parts for shard in part]
 
     def _configured(self, host: Host, peer: Peer) -> HostState:
         peer.configure(self._training)

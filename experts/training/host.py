@@ -149,6 +149,14 @@ class TrainingHost:
             raise KeyError(f"{self.host.host_id} has not begun to train {pair}")
         return self._versions[pair], self.expert(pair).state()
 
+    def state_names(self, pair: Pair) -> list[str]:
+        """What the state of an expert has in this run; refused before `configure`."""
+        training = self._run()
+        expert = self.expert(pair)
+        if pair not in self._versions:
+            expert.configure(pair, training)
+        return list(expert.state())
+
     def adopt(self, pair: Pair, version: int, state: Mapping[str, Tensor]) -> None:
         """Go on with another holder's expert, or a snapshot's; raises ValueError when it does not fit."""
         with self._reading, self.host.computing(), torch.no_grad():

@@ -1,13 +1,17 @@
 """Training hosts in the same process: for training on one machine without Ray, and for tests."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from experts.errors import HostUnavailable
 from experts.training.host import HostState, TrainingHost
 from experts.training.messages import BackwardReply, BackwardRequest
 from experts.training.spec import ExpertTraining
+from experts.training.states import load_states, save_states
 from model.checkpoint import Checkpoint
+from model.snapshots.manifest import Shard
+from model.snapshots.snapshot import Snapshot
 from router.holding import Pair
 from router.placement import Host
 
@@ -64,6 +68,12 @@ class LocalPeer:
 
     def restart(self, pairs: Collection[Pair]) -> None:
         self.there.restart(self._checkpoint, pairs)
+
+    def save(self, staging: Path, pairs: Collection[Pair], step: int) -> Sequence[Shard]:
+        return save_states(self.there, staging, pairs, step)
+
+    def load(self, snapshot: Path, pairs: Collection[Pair]) -> None:
+        load_states(self.there, Snapshot.open(snapshot), list(pairs))
 
 
 class LocalPeers:

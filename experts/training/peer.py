@@ -7,6 +7,7 @@ from typing import Protocol
 from experts.training.host import HostState
 from experts.training.messages import BackwardReply, BackwardRequest
 from experts.training.spec import ExpertTraining
+from model.snapshots.manifest import Shard
 from router.holding import Pair
 from router.placement import Host
 
@@ -42,9 +43,11 @@ class Peer(Protocol):
     def restart(self, pairs: Collection[Pair]) -> None:
         """Go back to the checkpoint's weights."""
 
-    def save(self, staging: Path, pairs: Collection[Pair]) -> Sequence[object]: ...
+    def save(self, staging: Path, pairs: Collection[Pair], step: int) -> Sequence[Shard]:
+        """Write these experts as they are after so many steps into an attempt at a snapshot."""
 
-    def load(self, snapshot: Path, pairs: Collection[Pair]) -> None: ...
+    def load(self, snapshot: Path, pairs: Collection[Pair]) -> None:
+        """Go on from a snapshot."""
 
 
 class Peers(Protocol):

@@ -1,11 +1,13 @@
 """Text to ids and back: as transformers does it, also piece by piece and for bytes that are no text."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model.checkpoint import CheckpointError
@@ -172,3 +174,16 @@ def test_special_tokens_may_be_written_as_objects(copy: Path, ours: Tokenizer) -
     (copy / "tokenizer_config.json").write_text(json.dumps(raw))
     messages = [{"role": "user", "content": "Hello"}]
     assert Tokenizer.load(copy).apply_chat_template(messages) == ours.apply_chat_template(messages)
+
+
+def test_a_file_that_asks_for_cutting_and_padding_neither_cuts_nor_pads(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = checkpoint("tiny")
+    expected = Tokenizer.load(path).encode("the tide comes in and goes out")
+    fast = FastTokenizer.from_file(str(path / "tokenizer.json"))
+    fast.enable_truncation(3)
+    fast.enable_padding(length=64)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    assert len(expected) > 3
+    assert Tokenizer.load(tmp_path).encode("the tide comes in and goes out") == expected

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,17 +14,25 @@ from attention.training.parameters import DenseParameters
 from attention.training.ranks import OneRank, Ranks
 from attention.training.segments import MicroBatch
 from attention.training.worker import StepPlan, StepReport, TrainingWorker
+from experts.grpc_server import ExpertServer
+from experts.grpc_transport import GrpcTransport
 from experts.host import ExpertHost
 from experts.local import LocalTransport
 from experts.training.adamw import AdamW
 from experts.training.client import StepPlacement, TrainingClient
 from experts.training.coordinator import Coordinator
+from experts.training.door import TrainingDoor
+from experts.training.grpc_peer import GrpcPeers
 from experts.training.host import TrainingHost
 from experts.training.local import LocalPeers
+from experts.training.peer import Peers
 from experts.training.spec import ExpertTraining
 from experts.training.store import TrainableExperts
+from experts.transport import Transport
 from model.checkpoint import Checkpoint
 from router.placement import Host, Placement, initial_placement
+
+TOKEN = "the-token-of-this-run"
 
 
 class ThreadRanks:
@@ -134,6 +142,30 @@ class Rig:
         return found
 
 
+class Doors:
+    """Hosts of a rig behind gRPC."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._servers: list[ExpertServer] = []
+        self.peers = GrpcPeers(TOKEN)
+        self.transport = GrpcTransport(TOKEN)
+
+    def open(self, name: Host, host: ExpertHost, training: TrainingHost) -> Host:
+        """Serve a life; its name with the address."""
+        door = TrainingDoor(training, self._checkpoint, self.peers.fetch)
+        server = ExpertServer(host, token=TOKEN, training=door)
+        server.start()
+        self._servers.append(server)
+        return replace(name, address=server.address)
+
+    def close(self) -> None:
+        self.transport.close()
+        self.peers.close()
+        for server in self._servers:
+            server.stop(0)
+
+
 def make_host(checkpoint: Checkpoint, name: Host, pairs: Sequence[tuple[int, int]]) -> tuple[ExpertHost, TrainingHost]:
     """A life of a training host with its experts."""
     host = ExpertHost(checkpoint.config, name.id, name.generation, make_store=TrainableExperts)
@@ -151,6 +183,7 @@ def make_rig(
     clip: float | None = None,
     length: int = 64,
     make_dense: Callable[[Checkpoint], DenseParameters] | None = None,
+    doors: Doors | None = None,
 ) -> Rig:
     checkpoint = Checkpoint.open(path)
     config = checkpoint.config
@@ -161,14 +194,19 @@ def make_rig(
     training_hosts: dict[str, TrainingHost] = {}
     for name in names:
         expert_hosts[name.id], training_hosts[name.id] = make_host(checkpoint, name, placement.held_by(name.id))
+    peers: Peers = LocalPeers(training_hosts, checkpoint)
+    transport: Transport = LocalTransport(expert_hosts)
+    if doors is not None:
+        names = [doors.open(name, expert_hosts[name.id], training_hosts[name.id]) for name in names]
+        placement = replace(placement, hosts=tuple(names))
+        peers, transport = doors.peers, doors.transport
     table = Table(placement)
-    peers = LocalPeers(training_hosts, checkpoint)
     rig = Rig(checkpoint, training_hosts, expert_hosts, table, [], [], [], [])
     meeting = Meeting(workers)
     for rank in range(workers):
         ranks: Ranks = OneRank() if workers == 1 else ThreadRanks(rank, workers, meeting)
         source = StepPlacement(lambda host: host.id in training_hosts, lambda host, reason: None)
-        client = TrainingClient(LocalTransport(expert_hosts), peers, source, rank, config.hidden_size)
+        client = TrainingClient(transport, peers, source, rank, config.hidden_size)
         dense = make_dense(checkpoint) if make_dense else DenseParameters.load(checkpoint, lambda name: True)
         decoder = TrainingDecoder(config, dense, client, options or ForwardOptions(), length)
         optimizer = DenseOptimizer(dense.trained, training.adamw, ranks)

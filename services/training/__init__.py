@@ -1,0 +1,1 @@
+"""Fine-tuning: the data, the loss and the step of a training run."""

@@ -1,0 +1,1 @@
+"""Training data: from files to the rows of a global batch."""

@@ -1,0 +1,196 @@
+"""The formats of training data: what a record may hold, and what is wrong with one that holds something else."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.training.data.problems import Problem, shown
+from services.training.data.source import JSON_SUFFIXES, Value, check_readable, read_json, read_text
+
+Message = dict[str, str]
+"""`role` and `content`, as chat templates take them."""
+
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages of one record; `field` is where the record has them, and `fields` where it has each one's content."""
+
+    line: int
+    field: str
+    messages: tuple[Message, ...]
+    fields: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text, to be learned from its first token to its last."""
+
+    line: int
+    text: str
+
+
+Record = Conversation | Document
+
+
+class Faults(list[tuple[str, str]]):
+    """Fields of one record and what is wrong with them."""
+
+    def text(self, owner: dict[str, Any], key: str, field: str) -> str:
+        """A string that is not blank; else a fault, and ""."""
+        if key not in owner:
+            self.append((field, f"missing; the record has {', '.join(map(shown, owner)) or 'nothing'}"))
+            return ""
+        value = owner[key]
+        if not isinstance(value, str):
+            self.append((field, f"{shown(value)} given; expected a string"))
+            return ""
+        if not value.strip():
+            self.append((field, "empty; expected text"))
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            self.append((field, "not UTF-8: half of a surrogate pair; write the character itself"))
+            return ""
+        return value
+
+    def unknown(self, owner: dict[str, Any], known: Sequence[str], prefix: str = "") -> None:
+        for key in owner:
+            if key not in known:
+                name = key if key.isidentifier() else shown(key)
+                self.append((f"{prefix}{name}", f"unknown; expected only {', '.join(known)}"))
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """How a format names a conversation's parts; `roles` are its names of the template's roles."""
+
+    turns: str
+    role: str
+    content: str
+    roles: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """`sign` is the key that tells the format; `parse` reads one record and adds what is wrong to the faults."""
+
+    sign: str
+    parse: Callable[[int, dict[str, Any], Faults], Record]
+
+
+def _messages(line: int, raw: dict[str, Any], faults: Faults) -> Record:
+    faults.unknown(raw, ("messages", "id"))
+    return _turns(line, raw, Keys("messages", "role", "content", ROLES), faults)
+
+
+def _sharegpt(line: int, raw: dict[str, Any], faults: Faults) -> Record:
+    faults.unknown(raw, ("conversations", "id"))
+    return _turns(line, raw, Keys("conversations", "from", "value", SHAREGPT_ROLES), faults)
+
+
+def _alpaca(line: int, raw: dict[str, Any], faults: Faults) -> Record:
+    """The question is the instruction, and after a blank line the input, where there is one."""
+    faults.unknown(raw, ("instruction", "input", "output", "id"))
+    question = faults.text(raw, "instruction", "instruction")
+    if raw.get("input", "") != "":
+        question += f"\n\n{faults.text(raw, 'input', 'input')}"
+    answer = faults.text(raw, "output", "output")
+    turns = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    return Conversation(line, "instruction", turns, ("instruction", "output"))
+
+
+def _text(line: int, raw: dict[str, Any], faults: Faults) -> Record:
+    faults.unknown(raw, ("text", "id"))
+    return Document(line, faults.text(raw, "text", "text"))
+
+
+def _turns(line: int, raw: dict[str, Any], keys: Keys, faults: Faults) -> Conversation:
+    turns = raw.get(keys.turns)
+    if not isinstance(turns, list) or not turns:
+        given = f"{shown(turns)} given" if keys.turns in raw else "missing"
+        faults.append((keys.turns, f"{given}; expected a list of at least one {{{keys.role}, {keys.content}}}"))
+        turns = []
+    messages: list[Message] = []
+    for index, turn in enumerate(turns):
+        where = f"{keys.turns}[{index}]"
+        if not isinstance(turn, dict):
+            faults.append((where, f"{shown(turn)} given; expected an object with {keys.role} and {keys.content}"))
+            continue
+        faults.unknown(turn, (keys.role, keys.content), f"{where}.")
+        role = faults.text(turn, keys.role, f"{where}.{keys.role}")
+        if role.strip() and role not in keys.roles:
+            faults.append((f"{where}.{keys.role}", f"{shown(role)} given; expected one of {', '.join(keys.roles)}"))
+        content = faults.text(turn, keys.content, f"{where}.{keys.content}")
+        messages.append({"role": keys.roles.get(role, ""), "content": content})
+    if not faults and all(message["role"] != "assistant" for message in messages):
+        speaker = next(name for name, role in keys.roles.items() if role == "assistant")
+        faults.append((keys.turns, f"no turn of {speaker}: there is nothing to learn from it"))
+    fields = tuple(f"{keys.turns}[{index}].{keys.content}" for index in range(len(messages)))
+    return Conversation(line, keys.turns, tuple(messages), fields)
+
+
+FORMATS = {
+    "messages": Format("messages", _messages),
+    "sharegpt": Format("conversations", _sharegpt),
+    "alpaca": Format("instruction", _alpaca),
+    "text": Format("text", _text),
+}
+
+
+def find_format(path: Path, wanted: str) -> str | Problem:
+    """The name of the file's format: `wanted`, or when that is `auto` by the file's suffix and first record.
+
+    Raises ValueError for an unknown format, a file that is not there, and a suffix that says nothing.
+    """
+    if wanted not in ("auto", *FORMATS):
+        raise ValueError(f"format {shown(wanted)} given; expected auto, {', '.join(FORMATS)}")
+    check_readable(path)
+    if wanted != "auto":
+        return wanted
+    if path.suffix.lower() == ".txt":
+        return "text"
+    if path.suffix.lower() not in JSON_SUFFIXES:
+        raise ValueError(f"{path}: expected a name that ends in .jsonl, .json or .txt; for any other, say its format")
+    first = next(read_json(path))
+    if isinstance(first, Problem):
+        return first
+    if isinstance(first.value, dict):
+        for name, format_ in FORMATS.items():
+            if format_.sign in first.value:
+                return name
+    signs = ", ".join(f"{format_.sign} ({name})" for name, format_ in FORMATS.items())
+    return Problem(
+        path, first.line, "", f"{shown(first.value)} is of no known format; expected one of the keys {signs}"
+    )
+
+
+def read_records(path: Path, format_name: str) -> Iterator[Record | Problem]:
+    """Each record of the file, or everything that is wrong with it, in the file's order.
+
+    As `text`, a file that is named neither .json nor .jsonl is one document.
+    """
+    if format_name == "text" and path.suffix.lower() not in JSON_SUFFIXES:
+        text = read_text(path)
+        yield text if isinstance(text, Problem) else Document(1, text)
+        return
+    for item in read_json(path):
+        if isinstance(item, Problem):
+            yield item
+        else:
+            yield from _parsed(path, item, FORMATS[format_name])
+
+
+def _parsed(path: Path, item: Value, format_: Format) -> Iterator[Record | Problem]:
+    if not isinstance(item.value, dict):
+        yield Problem(path, item.line, "", f"{shown(item.value)} given; expected an object with {format_.sign}")
+        return
+    faults = Faults()
+    record = format_.parse(item.line, item.value, faults)
+    if faults:
+        yield from (Problem(path, item.line, field, message) for field, message in faults)
+    else:
+        yield record

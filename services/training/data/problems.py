@@ -1,0 +1,53 @@
+"""What is wrong with training data, named by file, line and field."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KEPT = 50  # problems that are remembered in words; the others are counted
+SHOWN_CHARS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One fault. `field` is a path within the record, such as `messages[2].role`; empty for the line as a whole."""
+
+    path: Path
+    line: int
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.field}{': ' if self.field else ''}{self.message}"
+
+
+@dataclass(slots=True)
+class ProblemLog:
+    """The first problems, and how many there are."""
+
+    first: list[Problem] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, problem: Problem) -> None:
+        self.count += 1
+        if len(self.first) < KEPT:
+            self.first.append(problem)
+
+
+class DataError(ValueError):
+    """The data cannot be trained on; says the first problem and how many there are."""
+
+    def __init__(self, first: Problem, count: int) -> None:
+        super().__init__(first, count)
+        self.first = first
+        self.count = count
+
+    def __str__(self) -> str:
+        if self.count == 1:
+            return str(self.first)
+        return f"{self.first} (the first of {self.count} problems: `shoal data check` lists them)"
+
+
+def shown(value: object) -> str:
+    """A value for a message: as Python writes it, so that control characters stay visible, and cut."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}…"

@@ -1,0 +1,123 @@
+"""A data set as a training run sees it: from a cursor to the rows of one step.
+
+A step's global batch is decided by the cursor alone. Its rows are packed before they are dealt to the workers, so how
+many workers there are, and whether that changes between steps, changes neither the batch nor its loss.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.training.data.order import SampleOrder
+from services.training.data.packing import PackedRow, first_fit, lay
+from services.training.data.problems import DataError, Problem
+from services.training.data.reading import Reading, Source, read_samples
+from services.training.data.samples import SampleSet
+from services.training.data.training_tokenizer import TrainingTokenizer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GlobalBatch:
+    """What one step learns from. `samples` are indices in the order taken; `targets` counts learned positions.
+
+    `cursor_after` is where the next step begins, and `epoch` how many epochs have been taken by then.
+    """
+
+    rows: tuple[PackedRow, ...]
+    samples: tuple[int, ...]
+    targets: int
+    cursor_after: int
+    epoch: float
+
+
+class TrainingData:
+    """Samples, their order, and how they are laid into rows of at most `sequence_length` tokens."""
+
+    def __init__(
+        self, samples: SampleSet, sources: Sequence[Source], sequence_length: int, packing: bool, seed: int
+    ) -> None:
+        self.samples = samples
+        self.sources = tuple(sources)
+        self.sequence_length = sequence_length
+        self.packing = packing
+        self.order = SampleOrder(seed, len(samples))
+
+    @classmethod
+    def load(
+        cls,
+        paths: Path | str | Sequence[Path | str],
+        tokenizer: TrainingTokenizer,
+        sequence_length: int,
+        format: str = "auto",
+        overlong: str = "error",
+        packing: bool = True,
+        seed: int = 0,
+    ) -> "TrainingData":
+        """Read and encode all files; `format` and `overlong` are explained at `Reading`.
+
+        Raises DataError, which names the first problem and their number, when anything is wrong with the data, and
+        ValueError for an option or path that is wrong by itself.
+        """
+        files = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+        read = read_samples(files, tokenizer, Reading(sequence_length, format, overlong))
+        if read.problems.count:
+            raise DataError(read.problems.first[0], read.problems.count)
+        if not len(read.samples):
+            raise DataError(Problem(files[0], 1, "", f"all samples are longer than {sequence_length} tokens"), 1)
+        return cls(read.samples, read.sources, sequence_length, packing, seed)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batch(self, cursor: int, *, batch_samples: int | None = None, batch_tokens: int | None = None) -> GlobalBatch:
+        """The global batch that begins at the cursor: so many samples, or as many as fit so many tokens, in order.
+
+        Raises ValueError unless exactly one of the two is given, for a count below 1, and for a token budget that
+        might not hold one sample.
+        """
+        if (batch_samples is None) == (batch_tokens is None):
+            raise ValueError("expected exactly one of batch_samples and batch_tokens")
+        following = self.order.following(cursor)
+        if batch_samples is not None:
+            if batch_samples < 1:
+                raise ValueError(f"batch_samples {batch_samples} given; expected at least 1")
+            taken = list(itertools.islice(following, batch_samples))
+        else:
+            assert batch_tokens is not None
+            if batch_tokens < self.sequence_length:
+                raise ValueError(
+                    f"batch_tokens {batch_tokens} given; expected at least sequence_length ({self.sequence_length})"
+                )
+            taken = []
+            for index in following:
+                batch_tokens -= int(self.samples.length_S[index])
+                if batch_tokens < 0:
+                    break
+                taken.append(index)
+        rows = self._rows(taken)
+        after = cursor + len(taken)
+        return GlobalBatch(rows, tuple(taken), sum(row.targets for row in rows), after, after / len(self))
+
+    def rows_of(self, batch: GlobalBatch, rank: int, world: int) -> tuple[PackedRow, ...]:
+        """The rows of one of `world` workers, dealt in turn: none for some, where there are fewer rows than workers.
+
+        Raises ValueError for a rank outside 0 to world - 1.
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world} workers given; expected 0 to {world - 1}")
+        return batch.rows[rank::world]
+
+    def fingerprint(self) -> str:
+        """Hex digest of what is learned, for snapshots: of the data's content and of how it was rendered and encoded.
+
+        Seed, packing and sequence_length are not in it; they are the recipe's.
+        """
+        return self.samples.fingerprint()
+
+    def _rows(self, taken: Sequence[int]) -> tuple[PackedRow, ...]:
+        lengths = [int(self.samples.length_S[index]) for index in taken]
+        groups = first_fit(lengths, self.sequence_length) if self.packing else [[place] for place in range(len(taken))]
+        return tuple(
+            lay([self.samples[taken[place]] for place in group], [taken[place] for place in group]) for group in groups
+        )

@@ -1,0 +1,150 @@
+"""Training over gRPC: the bits of one process, states on their way, and strangers and damaged frames kept out."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from experts.errors import FrameError, HostRefused, HostUnavailable, TransferFailed
+from experts.training.frames import decode_answer, decode_header, decode_request, encode_reply, encode_request
+from experts.training.grpc_peer import GrpcPeers
+from experts.training.messages import BackwardReply, BackwardRequest
+from experts.training.states import decode_state, encode_state
+from model.checkpoint import Checkpoint
+from router.placement import Host
+from tests.training.rig import Doors, make_host, make_rig
+from tests.training.test_steps import same, train, weights
+
+
+@pytest.fixture
+def doors(checkpoint: Callable[[str], Path]) -> Iterator[Doors]:
+    made = Doors(Checkpoint.open(checkpoint("tiny")))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(("hosts", "replicas", "workers"), [(2, 1, 1), (3, 2, 2)])
+def test_the_way_to_the_hosts_changes_no_bit(
+    checkpoint: Callable[[str], Path], doors: Doors, hosts: int, replicas: int, workers: int
+) -> None:
+    near = make_rig(checkpoint("tiny"), hosts, replicas, workers, clip=1.0)
+    far = make_rig(checkpoint("tiny"), hosts, replicas, workers, clip=1.0, doors=doors)
+    assert train(near, 2) == train(far, 2)
+    assert same(weights(near), weights(far))
+
+
+def test_a_joining_host_takes_states_from_its_peers(checkpoint: Callable[[str], Path], doors: Doors) -> None:
+    expected = train(make_rig(checkpoint("tiny"), 2, clip=1.0), 3)
+    rig = make_rig(checkpoint("tiny"), 2, clip=1.0, doors=doors)
+
+    def move(step: int) -> None:
+        if step != 1:
+            return
+        table = rig.table.placement
+        held = table.held_by("host-1")
+        life = Host("host-2", 1, "local")
+        rig.expert_hosts["host-2"], rig.hosts["host-2"] = make_host(rig.checkpoint, life, held)
+        life = doors.open(life, rig.expert_hosts["host-2"], rig.hosts["host-2"])
+        rig.table.placement = replace(table, epoch=table.epoch + 1, hosts=(table.hosts[0], life))
+
+    assert train(rig, 3, move) == expected
+
+
+def test_a_host_without_the_token_or_of_another_life_is_not_asked(
+    checkpoint: Callable[[str], Path], doors: Doors
+) -> None:
+    rig = make_rig(checkpoint("tiny"), 1, doors=doors)
+    (host,) = rig.table.placement.hosts
+    strangers = GrpcPeers("another")
+    with pytest.raises(HostUnavailable, match="UNAUTHENTICATED"):
+        strangers.peer(host).status()
+    strangers.close()
+    with pytest.raises(HostRefused, match="wrong_generation"):
+        doors.peers.peer(replace(host, generation=2)).status()
+    with pytest.raises(HostRefused, match="not_ready: host-0: no training run"):
+        doors.peers.peer(host).apply(0, 1e-3, 1.0)
+    assert doors.peers.peer(host).status().run_id is None
+
+
+@pytest.mark.parametrize("message", [b"", b"\xff", b"[]", b"{}", b'{"generation": 1, "pairs": [["a", 1]]}'])
+@pytest.mark.parametrize("name", ["Configure", "Begin", "Norms", "Apply", "Pull", "Restart", "Save", "Load", "States"])
+def test_malformed_calls_are_refused_and_harm_nothing(
+    checkpoint: Callable[[str], Path], doors: Doors, name: str, message: bytes
+) -> None:
+    rig = make_rig(checkpoint("tiny"), 1, doors=doors)
+    (host,) = rig.table.placement.hosts
+    with grpc.insecure_channel(host.address) as channel, pytest.raises(grpc.RpcError) as error:
+        list(
+            channel.unary_stream(f"/shoal.Training/{name}", bytes, bytes)(
+                message, metadata=(("shoal-token", "the-token-of-this-run"),), timeout=10
+            )
+        )
+    assert error.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
+    assert len(train(rig, 1)) == 1
+
+
+def request(rows: int = 3, pairs: int = 5) -> BackwardRequest:
+    generator = torch.Generator().manual_seed(1)
+    return BackwardRequest(
+        generation=7,
+        step=5,
+        micro=1,
+        rank=2,
+        layer=3,
+        x_RD=torch.randn(rows, 8, generator=generator),
+        dout_RD=torch.randn(rows, 8, generator=generator),
+        pair_row_P=torch.arange(pairs, dtype=torch.int32) % max(rows, 1),
+        pair_expert_P=torch.arange(pairs, dtype=torch.int32),
+        pair_weight_P=torch.rand(pairs, generator=generator),
+        answer_P=(torch.arange(pairs) % 2).int(),
+    )
+
+
+@pytest.mark.parametrize(("rows", "pairs"), [(3, 5), (1, 1), (0, 0)])
+def test_frames_say_what_was_meant(rows: int, pairs: int) -> None:
+    sent = request(rows, pairs)
+    frame = encode_request(sent, 11)
+    header = decode_header(frame)
+    got = decode_request(header, frame)
+    assert header.correlation == 11
+    for name in ("generation", "step", "micro", "rank", "layer"):
+        assert getattr(got, name) == getattr(sent, name)
+    for name in ("x_RD", "dout_RD", "pair_row_P", "pair_expert_P", "pair_weight_P", "answer_P"):
+        assert torch.equal(getattr(got, name), getattr(sent, name))
+    reply = BackwardReply(7, torch.randn(pairs, 8), torch.randn(pairs))
+    correlation, read = decode_answer(encode_reply(reply, 12))
+    assert correlation == 12
+    assert torch.equal(read().dx_AD, reply.dx_AD)
+    assert torch.equal(read().dweight_A, reply.dweight_A)
+
+
+def test_every_damaged_byte_of_a_frame_is_found() -> None:
+    frame = encode_request(request(), 11)
+    for place in range(len(frame)):
+        if 68 <= place < 72:
+            continue  # nothing
+        damaged = bytearray(frame)
+        damaged[place] ^= 0x10
+        with pytest.raises(FrameError):
+            decode_header(bytes(damaged))
+    for length in range(len(frame)):
+        with pytest.raises(FrameError):
+            decode_header(frame[:length])
+
+
+def test_every_damaged_byte_of_a_state_is_found() -> None:
+    state = {"down_proj": torch.randn(3, 4), "down_proj.mean": torch.zeros(3, 4)}
+    message = encode_state((2, 5), 9, state)
+    pair, version, got = decode_state(message)
+    assert (pair, version) == ((2, 5), 9)
+    assert all(torch.equal(got[name], state[name]) for name in state)
+    for place in range(0, len(message), 7):
+        damaged = bytearray(message)
+        damaged[place] ^= 1
+        with pytest.raises(TransferFailed):
+            decode_state(bytes(damaged))
+    with pytest.raises(TransferFailed, match="too few"):
+        decode_state(message[:10])
