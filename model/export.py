@@ -1,11 +1,8 @@
 """Write a checkpoint in Hugging Face's layout: whole or not at all, one shard in memory at a time."""
 
-import contextlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from torch import Tensor
 
 from model.config import parse_config
 from model.safetensors_header import CheckpointError
+from model.staging import staged
 from model.tensors import expected_tensors
 
 SHARD_BYTES = 5_000_000_000
@@ -43,9 +41,7 @@ def export_checkpoint(
     Raises CheckpointError when `out` is in use, or the tensors are not those that the config asks for.
     """
     out = Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not an empty directory: give a new one")
-    with _staging(out) as staging:
+    with staged(out) as staging:
         index = _write_shards(staging, tensors, shard_bytes)
         _check(config, index.shapes)
         _name_shards(staging, index)
@@ -53,12 +49,6 @@ def export_checkpoint(
         for name in COMPANIONS if companions_from is not None else ():
             if companions_from is not None and (companions_from / name).is_file():
                 shutil.copyfile(companions_from / name, staging / name)
-        for path in [*staging.iterdir(), staging]:
-            _sync(path)
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
-        _sync(out.parent)
     return out
 
 
@@ -69,17 +59,6 @@ class _Index:
         self.shards: list[list[str]] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.bytes = 0
-
-
-@contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    staging.chmod(0o755)
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_shards(staging: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> _Index:
@@ -134,11 +113,3 @@ def _name_shards(staging: Path, index: _Index) -> None:
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
