@@ -266,6 +266,9 @@ class Controller:
         if self._spec.follow_application:
             await wait_until_gone(self._spec.name, lambda: self._application_came)
             await self.shutdown()
+        elif self._spec.idle_end_s is not None:
+            await self._workers.wait_until_idle(self._spec.idle_end_s)
+            await self.shutdown()
 
 
 def _log_event(event: Event) -> None:

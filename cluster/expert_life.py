@@ -7,12 +7,17 @@ from cluster.roster import HostReport
 from cluster.spec import ServiceSpec
 from cluster.threads import node_threads
 from experts.grpc_server import ExpertServer
-from experts.host import ExpertHost
+from experts.host import ExpertHost, MakeStore
 from experts.loader import Loader, LoadReport
 from experts.nixl import prepare_environment
 from experts.nixl_door import NixlDoor
+from experts.training.door import TrainingDoor
+from experts.training.grpc_peer import GrpcPeers
+from experts.training.host import TrainingHost
+from experts.training.store import TrainableExperts
 from experts.transports import open_door
 from kernels.native import native
+from kernels.swiglu import PackedExperts
 from kernels.threads import set_threads
 from model.checkpoint import Checkpoint, Stamps
 from router.holding import Pair
@@ -64,9 +69,14 @@ class ExpertLife:
         if self._door is not None:
             self._door.become(host_id, generation)
         device = "cuda" if self._spec.gpus > 0 else "cpu"
-        host = ExpertHost(checkpoint.config, host_id, generation, device)
+        make_store: MakeStore = TrainableExperts if self._spec.trains else PackedExperts
+        host = ExpertHost(checkpoint.config, host_id, generation, device, make_store)
         host.load(checkpoint, sorted(pairs), self._on_progress)
-        server = ExpertServer(host, address, self._token, self._spec.tls, self._door)
+        training: TrainingDoor | None = None
+        if self._spec.trains:
+            fetch = GrpcPeers(self._token, self._spec.tls).fetch
+            training = TrainingDoor(TrainingHost(host), checkpoint, fetch)
+        server = ExpertServer(host, address, self._token, self._spec.tls, self._door, training)
         server.start()
         self._host, self._server = host, server
         self._loader = Loader(host, checkpoint, self._token, self._spec.tls, stamps=self.stamps)
@@ -119,7 +129,7 @@ class ExpertLife:
 
     def set_threads(self, threads: int) -> None:
         """Compute with so many threads from now on, where the bits do not depend on it."""
-        if native() is not None:
+        if native() is not None and not self._spec.trains:
             set_threads(threads)
 
     def stop(self) -> None:

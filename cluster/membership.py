@@ -36,6 +36,20 @@ class PlacementFollower:
         self._taken = placement.epoch
         return placement
 
+    def peek(self) -> Placement | None:
+        """The newest table, which the caller does not use yet."""
+        return self._placement
+
+    def wait_after(self, epoch: int, timeout_s: float) -> Placement | None:
+        """As `peek`, once there is a table newer than `epoch`, or after `timeout_s` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._placement is not None and self._placement.epoch > epoch, timeout_s)
+        return self._placement
+
+    def use(self, epoch: int) -> None:
+        """The caller uses the table of this epoch from now on."""
+        self._taken = epoch
+
     def names(self, host: Host) -> bool:
         return self._placement is not None and host in self._placement.hosts
 

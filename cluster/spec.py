@@ -24,6 +24,8 @@ class ServiceSpec:
     transport: TransportKind = "auto"  # of rows between attention workers and expert hosts
     tls: TlsFiles | None = None  # between nodes; the same paths on every node
     follow_application: bool = True  # end when the Serve application of this name is gone
+    trains: bool = False  # hosts keep their experts in a form that can be stepped, and serve nobody
+    idle_end_s: float | None = None  # end when no worker was heard of for so long
 
     def __post_init__(self) -> None:
         if self.hosts < 1:

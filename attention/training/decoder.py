@@ -40,7 +40,7 @@ class Losses:
 
     cross_entropy: Tensor  # over targets
     balance: Tensor  # over sequences and layers, coefficients included
-    chosen: dict[int, Tensor] = field(default_factory=dict)  # of each MoE layer, experts_TK
+    routings: dict[int, Routing] = field(default_factory=dict)  # of each MoE layer, without gradients
     dropped: int = 0  # slots
     slots: int = 0
 
@@ -113,7 +113,7 @@ class TrainingDecoder:
             losses.dropped += dropped.dropped
             routing = Routing(routing.experts_TK, routing.weights_TK * keep_TK)
         losses.slots += routing.experts_TK.numel()
-        losses.chosen[layer] = routing.experts_TK
+        losses.routings[layer] = Routing(routing.experts_TK, routing.weights_TK.detach())
         dispatch = self._client.start(layer, x_TD.detach(), routing)
         shared_TD = None
         if self.config.n_shared_experts:  # while the rows are with the hosts

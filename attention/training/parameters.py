@@ -98,6 +98,13 @@ class DenseParameters:
             out = out + self._scale * F.linear(F.linear(x, factor_a), self._factors[f"{module}.lora_B"])
         return out
 
+    @torch.no_grad()
+    def restore(self, read: Callable[[str], Tensor]) -> None:
+        """Set every trained tensor anew."""
+        for name, trained in self.trained.items():
+            trained.value.copy_(read(name))
+            trained.grad = trained.value.grad = None
+
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the checkpoint as it stands, low-rank factors aside."""
         return iter(self._tensors.items())

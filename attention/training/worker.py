@@ -6,7 +6,7 @@ on all of them.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -75,8 +75,9 @@ class TrainingWorker:
         clip: float | None,
         coordinator: Coordinator | None = None,
         placements: Placements | None = None,
+        before_dense_step: Callable[[], None] = lambda: None,
     ) -> None:
-        """Gradients are scaled to a global norm of at most `clip`."""
+        """Gradients are scaled to a global norm of at most `clip`; `before_dense_step` waits for who still reads."""
         self._ranks = ranks
         self._decoder = decoder
         self._client = client
@@ -84,6 +85,7 @@ class TrainingWorker:
         self._clip = clip
         self._coordinator = coordinator
         self._placements = placements
+        self._before_dense_step = before_dense_step
 
     def step(self, plan: StepPlan) -> StepReport:
         """Raises StepLost, on every worker, when experts were lost; NotFinite when the step would spoil the model."""
@@ -94,7 +96,10 @@ class TrainingWorker:
             raise
 
     def _step(self, plan: StepPlan) -> StepReport:
-        hosts = self._client.begin(plan.step, self._agree_on_hosts(plan))
+        placement = self._agree_on_hosts(plan)
+        if self._placements is not None:
+            self._placements.used(placement)
+        hosts = self._client.begin(plan.step, placement)
         sums, rows_LE = self._gradients(plan)
         together = self._tell(sums)
         self._ranks.sum([rows_LE])
@@ -102,6 +107,7 @@ class TrainingWorker:
         balance = sum(each["balance"] for each in together) / plan.sequences
         dense_squared = self._optimizer.sum_gradients()
         norm = self._step_hosts(hosts, plan, loss, dense_squared)
+        self._before_dense_step()
         self._optimizer.step(plan.learning_rate, self._scale(norm))
         return StepReport(
             step=plan.step,
@@ -134,7 +140,6 @@ class TrainingWorker:
             except Coordinator.LOST:
                 placement = self._placements.newest(wait=True)
             else:
-                self._placements.used(placement)
                 return placement
 
     def _gradients(self, plan: StepPlan) -> tuple[dict[str, Any], Tensor]:
@@ -155,7 +160,7 @@ class TrainingWorker:
                 sums["dropped"] += losses.dropped
                 sums["slots"] += losses.slots
                 for place, layer in enumerate(layers):
-                    chosen_S = losses.chosen[layer].reshape(-1).cpu()
+                    chosen_S = losses.routings[layer].experts_TK.reshape(-1).cpu()
                     rows_LE[place] += torch.bincount(chosen_S, minlength=config.n_routed_experts)
         except ExpertError as error:
             sums["lost"] = str(error)

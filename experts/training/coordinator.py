@@ -108,14 +108,20 @@ class Coordinator:
         self._ask(placement.hosts, self._configured)
         self._ask(placement.hosts, lambda host, peer: peer.load(snapshot, placement.held_by(host.id)))
 
-    def save(self, placement: Placement, staging: Path, step: int) -> list[Shard]:
-        """Have every expert written once, by the first of its holders; raises what `begin` raises."""
-        first: dict[str, list[Pair]] = {}
-        for layer, owners in placement.owners.items():
+    def save(self, hosts: StepHosts, staging: Path, step: int) -> list[Shard]:
+        """Have every expert written once, by one of its holders that made the step; raises StepLost for one with none.
+
+        Raises what `begin` raises when a host does not do it, and SnapshotError.
+        """
+        writers: dict[Host, list[Pair]] = {}
+        for layer, owners in hosts.placement.owners.items():
             for expert, holders in enumerate(owners):
-                first.setdefault(placement.hosts[holders[0]].id, []).append((layer, expert))
-        written = [host for host in placement.hosts if host.id in first]
-        parts = self._ask(written, lambda host, peer: peer.save(staging, first[host.id], step))
+                able = [hosts.placement.hosts[index] for index in holders]
+                able = [host for host in able if host not in hosts.failed]
+                if not able:
+                    raise StepLost(f"no holder of expert {(layer, expert)} is left to save it")
+                writers.setdefault(able[0], []).append((layer, expert))
+        parts = self._ask(list(writers), lambda host, peer: peer.save(staging, writers[host], step))
         return [shard for part in parts for shard in part]
 
     def _configured(self, host: Host, peer: Peer) -> HostState:

@@ -31,17 +31,19 @@ class Contribution:
 
 @dataclass(slots=True)
 class TrainedExpert:
-    """gate_up [2I, D] and down [D, I], fp32."""
+    """gate_up [2I, D] and down [D, I], fp32. `version` counts the steps made in a run, -1 before `configure`."""
 
     gate_up: Tensor
     down: Tensor
+    version: int = -1
     parameters: dict[str, Trained] = field(default_factory=dict)
     _scale: float = 0.0  # of the low-rank product; 0 where there is none
     _used: tuple[Tensor, Tensor] | None = None  # what is computed with, where that is not the matrices themselves
     _rounded: bool = False
 
     def configure(self, pair: Pair, training: ExpertTraining) -> None:
-        """Begin a run from the weights that are held: no gradients, no moments."""
+        """Begin a run from the weights that are held: no gradients, no moments, version 0."""
+        self.version = 0
         self._scale = 0.0
         self._rounded = training.dtype == "bfloat16"
         self.parameters = {}
@@ -106,7 +108,8 @@ class TrainedExpert:
             trained.grad = None
 
     def stepped(self) -> None:
-        """The values of the parameters changed."""
+        """The values of the parameters changed: one step more."""
+        self.version += 1
         self.drop_gradients()
         self._round()
 
@@ -123,7 +126,7 @@ class TrainedExpert:
             state |= {name: trained.value, f"{name}.mean": mean, f"{name}.square": square}
         return state
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor], version: int) -> None:
         """Take over a state; raises ValueError when it has other names or shapes than this expert's."""
         wanted = {name: tuple(tensor.shape) for name, tensor in self.state().items()}
         given = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -135,6 +138,7 @@ class TrainedExpert:
             )
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
+        self.version = version
         self.drop_gradients()
         self._round()
 

@@ -39,7 +39,6 @@ class TrainingHost:
     def __init__(self, host: ExpertHost) -> None:
         self.host = host
         self._training: ExpertTraining | None = None
-        self._versions: dict[Pair, int] = {}
         self._members: frozenset[Pair] = frozenset()  # of the step
         self._ledger: StepLedger | None = None
         self._reading = threading.Lock()  # held while states are read: nothing steps meanwhile; taken before computing
@@ -52,15 +51,13 @@ class TrainingHost:
                 return
             self._training = training
             self._close()
-            self._versions = {}
             for pair in self.host.held:
                 self.expert(pair).configure(pair, training)
-                self._versions[pair] = 0
 
     def status(self) -> HostState:
         held = self.host.held
         run_id = self._training.run_id if self._training is not None else None
-        return HostState(run_id, {pair: self._versions.get(pair, -1) for pair in held})
+        return HostState(run_id, {pair: self.expert(pair).version for pair in held})
 
     def begin(self, step: int, micros: int, ranks: int, pairs: Collection[Pair]) -> None:
         """Take gradients of these pairs for this step, from nothing; what an attempt at it left is dropped.
@@ -71,7 +68,7 @@ class TrainingHost:
             self._run()
             held = set(self.host.held)
             for pair in pairs:
-                version = self._versions.get(pair, -1) if pair in held else None
+                version = self.expert(pair).version if pair in held else None
                 if version != step:
                     found = "not held" if version is None else f"at step {version}"
                     raise self._refusal(f"expert {pair} is {found}; step {step} was to begin")
@@ -128,16 +125,16 @@ class TrainingHost:
             training = self._run()
             self.host.closed = CLOSED
             for pair in sorted(self._members):
-                version = self._versions.get(pair, -1)
-                if version == step + 1:
-                    continue
-                if version != step or self._ledger is None or self._ledger.step != step:
-                    raise self._refusal(f"expert {pair} is at step {version}, without the gradients of step {step}")
                 expert = self.expert(pair)
+                if expert.version == step + 1:
+                    continue
+                if expert.version != step or self._ledger is None or self._ledger.step != step:
+                    raise self._refusal(
+                        f"expert {pair} is at step {expert.version}, without the gradients of step {step}"
+                    )
                 parameters = list(expert.parameters.values())
                 step_parameters(parameters, training.adamw, learning_rate, grad_scale, step)
                 expert.stepped()
-                self._versions[pair] = step + 1
 
     def reading(self) -> AbstractContextManager[object]:
         """While it is held, no expert steps or is replaced: for whoever reads states."""
@@ -145,15 +142,15 @@ class TrainingHost:
 
     def state(self, pair: Pair) -> tuple[int, dict[str, Tensor]]:
         """Version and tensors of one expert, to be read only, under `reading`; raises KeyError where none was begun."""
-        if pair not in self._versions or pair not in self.host.held:
+        if pair not in self.host.held or self.expert(pair).version < 0:
             raise KeyError(f"{self.host.host_id} has not begun to train {pair}")
-        return self._versions[pair], self.expert(pair).state()
+        return self.expert(pair).version, self.expert(pair).state()
 
     def state_names(self, pair: Pair) -> list[str]:
         """What the state of an expert has in this run; refused before `configure`."""
         training = self._run()
         expert = self.expert(pair)
-        if pair not in self._versions:
+        if expert.version < 0:
             expert.configure(pair, training)
         return list(expert.state())
 
@@ -164,8 +161,7 @@ class TrainingHost:
             self._close()
             expert = self.expert(pair)
             expert.configure(pair, training)
-            expert.restore(state)
-            self._versions[pair] = version
+            expert.restore(state, version)
 
     def restart(self, checkpoint: Checkpoint, pairs: Collection[Pair]) -> None:
         """Begin again at version 0, with the checkpoint's weights."""
@@ -176,7 +172,6 @@ class TrainingHost:
                 expert = self.expert(pair)
                 expert.replace(checkpoint.expert(*pair))
                 expert.configure(pair, training)
-                self._versions[pair] = 0
 
     def expert(self, pair: Pair) -> TrainedExpert:
         """Raises KeyError when it is not held."""

@@ -1,0 +1,107 @@
+"""`shoal train`: run a recipe here, or send it to a Ray cluster as a job."""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from services.commands import CommandError
+
+if TYPE_CHECKING:  # loading them takes longer than any other subcommand needs
+    from services.training.recipe import Recipe
+
+
+def add_parser(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `train` to the command line."""
+    text = "Fine-tune a model as a recipe says, with its experts in Ray actors; SIGTERM and Ctrl-C keep a snapshot."
+    command = commands_.add_parser("train", help="Fine-tune a model as a recipe says.", description=text)
+    command.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file, such as examples/sft.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="such as lr=1e-5 or experts.hosts=4")
+    command.add_argument("--dry-run", action="store_true", help="print the whole recipe and what it needs, and stop")
+    command.add_argument("--submit", action="store_true", help="as a job of the Ray cluster at --address")
+    command.add_argument(
+        "--address",
+        default=os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"),
+        metavar="URL",
+        help="of the cluster's dashboard, for --submit ($RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265)",
+    )
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train here, or submit; 0 when all steps were made or the job was taken."""
+    from services.training.recipe import RecipeError, load_recipe
+
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+    except RecipeError as error:
+        raise CommandError(str(error)) from error
+    if options.dry_run:
+        return _show(recipe)
+    if options.submit:
+        return _submit(options)
+    return train_here(recipe)
+
+
+def train_here(recipe: "Recipe") -> int:
+    """Run to the end in this process and its Ray."""
+    from services.training.driver import TrainingFailed, train
+
+    try:
+        train(recipe, Console())
+    except (ValueError, OSError, TrainingFailed) as error:
+        raise CommandError(str(error)) from error
+    return 0
+
+
+def job_command(options: argparse.Namespace) -> list[str]:
+    """What `ray job submit` is told, with the directory that holds the code and the recipe."""
+    entry = ["python", "-m", "services.train", str(options.recipe), *options.overrides]
+    return ["ray", "job", "submit", "--address", options.address, "--working-dir", ".", "--", *entry]
+
+
+def _submit(options: argparse.Namespace) -> int:
+    command = job_command(options)
+    print(shlex.join(command), flush=True)
+    ray = Path(sys.executable).with_name("ray")
+    environment = os.environ | {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
+    return subprocess.run([str(ray), *command[1:]], check=False, env=environment).returncode
+
+
+def _show(recipe: "Recipe") -> int:
+    import yaml
+
+    from services.training.driver import absolute
+    from services.training.forecast import forecast
+
+    console = Console(highlight=False)
+    try:
+        from model.config import read_config
+        from services.training.result import with_yarn
+
+        found = forecast(absolute(recipe), with_yarn(read_config(recipe.model), recipe.yarn))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
+    total = found.dense + found.experts
+    at_most = "at most " if recipe.method == "esft" else ""
+    trained = found.trained_dense + found.trained_experts
+    lines = (
+        f"# parameters        {total:,}: {found.dense:,} dense, {found.experts:,} in routed experts",
+        f"# trained           {at_most}{trained:,}: {found.trained_dense:,} dense, {found.trained_experts:,} in experts",
+        f"# each expert host  {_gib(found.host_bytes)} for weights, gradients and optimizer, of {recipe.experts.hosts}",
+        f"# each worker       {_gib(found.worker_bytes)} and some {_gib(found.activation_bytes)} of activations",
+        f"# a step            {found.tokens_per_step:,} tokens, {found.micro_batches} micro-batches a worker",
+    )
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    return 0
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"

@@ -1,0 +1,202 @@
+"""A training run from outside: what can be checked beforehand, the Ray Train job, and its end."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from cluster.session import LocalCluster, keep_private  # before anything that imports ray
+from cluster.spec import ServiceSpec
+from experts.transport_kinds import check_transport
+from model.checkpoint import Checkpoint
+from services.training.data.training_data import TrainingData
+from services.training.data.training_tokenizer import TrainingTokenizer
+from services.training.initial import initial_checkpoint
+from services.training.method import make_method
+from services.training.progress import follow
+from services.training.recipe import Recipe
+from services.training.result import with_yarn
+from services.training.run import count_steps
+
+IDLE_END_S = 120.0  # the hosts of a run that has no worker any more end so long after it
+DONE_FILE = "done.json"
+STOP_FILE = "stop"
+
+
+class TrainingFailed(RuntimeError):
+    """The run ended before its last step; the message says why, and what is kept."""
+
+
+def prepare(recipe: Recipe) -> tuple[Checkpoint, int]:
+    """Everything that can be known to fail before anything is started: the checkpoint that is trained, and the steps.
+
+    Raises ValueError naming what is wrong. Writes the first weights of a run that begins at random.
+    """
+    check_transport(recipe.experts.transport)
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint = initial_checkpoint(recipe) if recipe.init == "random" else Checkpoint.open(recipe.model)
+    config = with_yarn(checkpoint.config, recipe.yarn)
+    if not config.moe_layers:
+        raise ValueError(f"{recipe.model} has no routed experts; expected a mixture-of-experts model")
+    if recipe.experts.hosts > config.n_routed_experts:
+        raise ValueError(f"experts.hosts is {recipe.experts.hosts}; the model has {config.n_routed_experts} experts")
+    if recipe.data.sequence_length > config.max_position_embeddings:
+        raise ValueError(
+            f"data.sequence_length is {recipe.data.sequence_length}; the model's context has "
+            f"{config.max_position_embeddings} tokens: use less, or yarn"
+        )
+    make_method(recipe, config, "checked")
+    data = load_data(recipe)
+    return checkpoint, count_steps(recipe, data)
+
+
+def load_data(recipe: Recipe) -> TrainingData:
+    """Raises ValueError naming the first problem."""
+    data = recipe.data
+    tokenizer = TrainingTokenizer.load(recipe.model)
+    return TrainingData.load(
+        data.files, tokenizer, data.sequence_length, data.format, data.overlong, data.packing, recipe.seed
+    )
+
+
+def train(recipe: Recipe, console: Console) -> int:
+    """Run to the end, on the Ray that this process belongs to, or a private one; the steps made.
+
+    SIGINT and SIGTERM end it after a snapshot. Raises what `prepare` raises, and TrainingFailed.
+    """
+    recipe = absolute(recipe)
+    checkpoint, steps = prepare(recipe)
+    for name in (STOP_FILE, DONE_FILE):
+        (recipe.output_dir / name).unlink(missing_ok=True)
+    with _ray(), _signals(recipe.output_dir / STOP_FILE, console):
+        return _train(recipe, checkpoint, steps, console)
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """With paths that mean the same to every process."""
+    data = recipe.data.model_copy(update={"files": tuple(file.resolve() for file in recipe.data.files)})
+    paths = {"model": recipe.model.resolve(), "output_dir": recipe.output_dir.resolve(), "data": data}
+    return recipe.model_copy(update=paths)
+
+
+def service_spec(recipe: Recipe, checkpoint: Checkpoint) -> ServiceSpec:
+    """The run's own expert hosts."""
+    experts = recipe.experts
+    return ServiceSpec(
+        name=f"train-{recipe.output_dir.name}",
+        model=str(checkpoint.directory.resolve()),
+        hosts=experts.hosts,
+        replicas=experts.replicas,
+        threads=experts.threads,
+        cpus=experts.cpus,
+        gpus=experts.gpus,
+        resources=experts.resources,
+        transport=experts.transport,
+        follow_application=False,
+        trains=True,
+        idle_end_s=IDLE_END_S,
+    )
+
+
+def _train(recipe: Recipe, checkpoint: Checkpoint, steps: int, console: Console) -> int:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from cluster.discovery import get_or_start_controller
+    from cluster.threads import node_threads, thread_environment
+    from services.training.ray_loop import train_worker
+
+    service = service_spec(recipe, checkpoint)
+    controller = get_or_start_controller(service)
+    workers = recipe.workers
+    most = workers.most or workers.least
+    resources = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "service": _plain(service)},
+        scaling_config=ScalingConfig(
+            num_workers=workers.least if most == workers.least else (workers.least, most),
+            use_gpu=workers.gpus > 0,
+            resources_per_worker=resources,
+        ),
+        torch_config=TorchConfig(backend="nccl" if workers.gpus > 0 else "gloo"),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(recipe.output_dir),
+            failure_config=FailureConfig(max_failures=workers.restarts),
+            worker_runtime_env={"env_vars": thread_environment(workers.threads or node_threads())},
+        ),
+    )
+    stop = threading.Event()
+    watcher = threading.Thread(target=follow, args=(recipe.output_dir, steps, stop, console), name="progress")
+    watcher.start()
+    try:
+        trainer.fit()
+    except Exception as error:  # whatever Ray Train makes of what a worker raised
+        raise TrainingFailed(_reason(error)) from error
+    finally:
+        stop.set()
+        watcher.join()
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(controller.shutdown.remote(), timeout=30)
+    done: dict[str, Any] = json.loads((recipe.output_dir / DONE_FILE).read_text(encoding="utf-8"))
+    if done["result"]:
+        console.print(f"{done['steps']} steps made; wrote {done['result']}", soft_wrap=True)
+    else:
+        console.print(f"{done['steps']} of {steps} steps made; the same command goes on from there")
+    return int(done["steps"])
+
+
+def _plain(service: ServiceSpec) -> dict[str, Any]:
+    return {**asdict(service), "resources": dict(service.resources)}
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of the innermost cause."""
+    text = str(error).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _ray() -> Iterator[None]:
+    """The Ray of a job, or a private one for as long as this lasts."""
+    import ray
+
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    keep_private()
+    with LocalCluster("shoal-train"):
+        yield
+
+
+@contextlib.contextmanager
+def _signals(stop_file: Path, console: Console) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the run to end; after Ray, which sets its own."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop_file.touch()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if stop_file.exists():
+            stop_file.unlink()

@@ -1,0 +1,85 @@
+"""What a recipe will need, before anything is started."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from model.adapters.spec import lora_tensors
+from model.config import ModelConfig
+from model.tensors import expected_tensors
+from services.training.method import lora_spec
+from services.training.recipe import Recipe
+
+NUMBER_BYTES = 4  # of weights, gradients and moments, all fp32
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Counts of parameters, and bytes of the largest actor of each kind, activations aside."""
+
+    dense: int
+    experts: int
+    trained_dense: int
+    trained_experts: int  # at most, where ESFT has not chosen yet
+    host_bytes: int
+    worker_bytes: int
+    activation_bytes: int  # of a worker's micro-batch: an estimate
+    tokens_per_step: int
+    micro_batches: int  # of a worker in a step, with the fewest workers
+
+
+def forecast(recipe: Recipe, config: ModelConfig) -> Forecast:
+    """Raises AdapterError for a LoRA target that the model lacks."""
+    sizes = {name: _numbers(shape) for name, shape in expected_tensors(config).items()}
+    dense, experts = _split(sizes)
+    trained_dense, trained_experts = dense, experts
+    if recipe.method == "lora":
+        spec = lora_spec(recipe, config)
+        factors = {name: _numbers(shape) for name, shape in lora_tensors(config, spec).items()}
+        trained_dense, trained_experts = _split(factors)
+    elif recipe.method == "esft":
+        trained_dense = 0
+    hosts, replicas = recipe.experts.hosts, recipe.experts.replicas
+    workers = recipe.workers.least
+    share = -(-config.n_routed_experts * replicas // hosts) / config.n_routed_experts  # of the experts, at the fullest
+    rounded = 1 if recipe.dtype == "bfloat16" else 0
+    if recipe.method == "full":
+        host = share * experts * (4 + rounded)  # the value is one of the four: value, gradient, two moments
+        worker = dense * 2 + trained_dense * 2 // workers
+    else:
+        host = share * (experts * (1 + rounded) + trained_experts * (3 if recipe.method == "esft" else 4))
+        worker = dense + trained_dense * 4
+    tokens = recipe.stages[-1].tokens
+    return Forecast(
+        dense=dense,
+        experts=experts,
+        trained_dense=trained_dense,
+        trained_experts=trained_experts,
+        host_bytes=int(host * NUMBER_BYTES),
+        worker_bytes=int(worker * NUMBER_BYTES),
+        activation_bytes=_activations(recipe, config),
+        tokens_per_step=tokens,
+        micro_batches=-(-tokens // (recipe.micro_batch_tokens * workers)),
+    )
+
+
+def _split(sizes: Mapping[str, int]) -> tuple[int, int]:
+    experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
+    return sum(sizes.values()) - experts, experts
+
+
+def _numbers(shape: tuple[int, ...]) -> int:
+    numbers = 1
+    for each in shape:
+        numbers *= each
+    return numbers
+
+
+def _activations(recipe: Recipe, config: ModelConfig) -> int:
+    """What autograd keeps of a micro-batch: a few rows of the widths that a layer has, and one chunk of logits."""
+    heads = config.num_attention_heads
+    attention = heads * (3 * config.qk_head_dim + 2 * config.v_head_dim) + 2 * config.latent_width
+    feed_forward = 3 * max(config.moe_intermediate_size * config.n_shared_experts, config.intermediate_size)
+    layer = 6 * config.hidden_size + (0 if recipe.checkpointing else attention + feed_forward)
+    rows = recipe.micro_batch_tokens * config.num_hidden_layers * layer
+    logits = 3 * min(recipe.micro_batch_tokens, 1024) * config.vocab_size
+    return NUMBER_BYTES * (rows + logits)

@@ -1,0 +1,213 @@
+"""What each Ray Train worker runs: the parts of a run put together, and its loop."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from torch import Tensor
+
+from attention.training.decoder import ForwardOptions, TrainingDecoder
+from attention.training.optimizer import DenseOptimizer
+from attention.training.parameters import DenseParameters
+from attention.training.ranks import DistributedRanks, OneRank, Ranks
+from attention.training.worker import TrainingWorker
+from cluster.spec import ServiceSpec
+from cluster.threads import node_threads
+from cluster.training_hosts import TrainingHosts
+from experts.tls import TlsFiles
+from experts.training.coordinator import Coordinator
+from kernels.threads import set_threads
+from model.checkpoint import Checkpoint
+from model.config import read_raw_config
+from router.holding import Pair
+from router.losses import BalanceCoefficients
+from services.training.choice import chosen_pairs, relevance
+from services.training.data.training_data import TrainingData
+from services.training.data.training_tokenizer import TrainingTokenizer
+from services.training.keeper import Keeper, RunIdentity
+from services.training.method import Method, make_method
+from services.training.plans import lay_flat
+from services.training.recipe import Recipe, parse_recipe
+from services.training.result import TrainedModel, raw_with_yarn, with_yarn, write_result
+from services.training.run import Run, count_steps
+from services.training.run_records import RunRecords
+
+STOP_FILE = "stop"  # in the output directory: whoever makes it asks the run to end after a snapshot
+DONE_FILE = "done.json"
+
+
+def train_worker(config: Mapping[str, Any]) -> None:
+    """`config` has the recipe, the service, and the checkpoint's directory, as plain data."""
+    recipe = parse_recipe(config["recipe"])
+    service = ServiceSpec(**{**config["service"], "tls": _tls(config["service"]["tls"])})
+    context = ray.train.get_context()
+    ranks: Ranks = DistributedRanks() if context.get_world_size() > 1 else OneRank()
+    set_threads(recipe.workers.threads or node_threads())
+    torch.set_num_threads(recipe.workers.threads or node_threads())
+    _WorkerRun(recipe, service, ranks).run()
+
+
+class _WorkerRun:
+    def __init__(self, recipe: Recipe, service: ServiceSpec, ranks: Ranks) -> None:
+        self._recipe = recipe
+        self._ranks = ranks
+        self._device = "cuda" if recipe.workers.gpus > 0 else "cpu"
+        self._checkpoint = Checkpoint.open(service.model)
+        self._config = with_yarn(self._checkpoint.config, recipe.yarn)
+        tokenizer = TrainingTokenizer.load(recipe.model)
+        data = recipe.data
+        self._data = TrainingData.load(
+            data.files, tokenizer, data.sequence_length, data.format, data.overlong, data.packing, recipe.seed
+        )
+        self._hosts = TrainingHosts(service, self._config, ranks.rank, recipe.micro_batch_tokens)
+        self._run_id = recipe.output_dir.name
+
+    def run(self) -> None:
+        recipe, ranks = self._recipe, self._ranks
+        method = self._choose()
+        dense = self._dense(method)
+        decoder = self._decoder(dense)
+        optimizer = DenseOptimizer(dense.trained, method.experts.adamw, ranks)
+        coordinator = Coordinator(self._hosts.peers, method.experts) if ranks.rank == 0 else None
+        keeper = Keeper(
+            recipe.output_dir / "snapshots",
+            recipe.snapshots.keep,
+            RunIdentity(self._run_id, self._checkpoint.fingerprint(), self._recipe_json()),
+            ranks,
+            dense,
+            optimizer,
+            coordinator,
+            self._tell,
+        )
+        worker = TrainingWorker(
+            ranks,
+            decoder,
+            self._hosts.client,
+            optimizer,
+            recipe.optimizer.clip,
+            coordinator,
+            self._hosts,
+            keeper.settle,
+        )
+        first = self._first_values(method)
+        records = RunRecords(recipe.output_dir, self._config, ranks.world) if ranks.rank == 0 else None
+
+        def reset() -> None:
+            dense.restore(first)
+            optimizer.reset()
+
+        run = Run(
+            recipe,
+            count_steps(recipe, self._data),
+            self._data,
+            ranks,
+            worker,
+            self._hosts.client,
+            keeper,
+            self._hosts,
+            coordinator,
+            reset,
+            records,
+            (recipe.output_dir / STOP_FILE).exists,
+            self._tell,
+            self._device,
+        )
+        try:
+            steps = run.train()
+            if ranks.rank == 0:
+                self._finish(steps, method, dense)
+        finally:
+            keeper.close()
+            if records is not None:
+                records.close()
+            if coordinator is not None:
+                coordinator.close()
+            self._hosts.close()
+
+    def _choose(self) -> Method:
+        """What is trained; for ESFT every worker looks at the same samples, and finds the same experts."""
+        recipe = self._recipe
+        if recipe.method != "esft":
+            return make_method(recipe, self._config, self._run_id)
+        looking = make_method(recipe, self._config, f"{self._run_id}-relevance")
+        kept = recipe.output_dir / "experts.json"
+        message = ""
+        if self._ranks.rank == 0:
+            if not kept.exists():
+                _write(kept, json.dumps(self._look(looking)))
+            message = kept.read_text(encoding="utf-8")
+        chosen = tuple((layer, expert) for layer, expert in json.loads(self._ranks.gather(message)[0]))
+        self._tell(
+            f"esft trains {len(chosen)} of {len(self._config.moe_layers) * self._config.n_routed_experts} experts"
+        )
+        return make_method(recipe, self._config, self._run_id, chosen)
+
+    def _look(self, looking: Method) -> tuple[Pair, ...]:
+        recipe = self._recipe
+        coordinator = Coordinator(self._hosts.peers, looking.experts)
+        try:
+            placement = self._hosts.newest(wait=False)
+            coordinator.restart(placement)
+            coordinator.begin(placement, 0, 1, 1)
+            self._hosts.client.begin(0, placement)
+            batch = self._data.batch(0, batch_samples=min(recipe.esft.samples, len(self._data)))
+            found = relevance(
+                self._decoder(self._dense(looking)),
+                [lay_flat([row], self._device) for row in batch.rows],
+                recipe.esft.by,
+            )
+        finally:
+            coordinator.close()
+        return chosen_pairs(found, recipe.esft.share)
+
+    def _dense(self, method: Method) -> DenseParameters:
+        factors = {name: factor.to(self._device) for name, factor in method.factors.items()}
+        return DenseParameters.load(
+            self._checkpoint, method.trains_dense, factors, method.scale, self._recipe.dtype, self._device
+        )
+
+    def _decoder(self, dense: DenseParameters) -> TrainingDecoder:
+        recipe = self._recipe
+        balance = BalanceCoefficients(recipe.balance.expert, recipe.balance.device, recipe.balance.communication)
+        options = ForwardOptions(balance, recipe.drop_tokens, recipe.checkpointing)
+        return TrainingDecoder(self._config, dense, self._hosts.client, options, recipe.data.sequence_length)
+
+    def _first_values(self, method: Method) -> Callable[[str], Tensor]:
+        def read(name: str) -> Tensor:
+            factor = method.factors.get(name)
+            return factor if factor is not None else self._checkpoint.tensor(name)
+
+        return read
+
+    def _finish(self, steps: int, method: Method, dense: DenseParameters) -> None:
+        recipe, out = self._recipe, self._recipe.output_dir
+        written: Path | None = None
+        if recipe.export and steps == count_steps(recipe, self._data):
+            model = TrainedModel(dense, self._hosts.client.hosts, self._hosts.peers, steps)
+            raw = raw_with_yarn(read_raw_config(self._checkpoint.directory), recipe.yarn)
+            written = write_result(out, recipe, self._checkpoint, raw, method, model)
+        _write(out / DONE_FILE, json.dumps({"steps": steps, "result": str(written) if written else None}))
+
+    def _recipe_json(self) -> dict[str, Any]:
+        document: dict[str, Any] = self._recipe.model_dump(mode="json")
+        return document
+
+    def _tell(self, message: str) -> None:
+        if self._ranks.rank == 0:
+            with (self._recipe.output_dir / "log.txt").open("a", encoding="utf-8") as log:
+                log.write(message + "\n")
+
+
+def _tls(raw: Mapping[str, Any] | None) -> TlsFiles | None:
+    return TlsFiles(**raw) if raw is not None else None
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    staging.write_text(text + "\n", encoding="utf-8")
+    staging.replace(path)

@@ -1,0 +1,134 @@
+"""What a run leaves: a checkpoint in Hugging Face's layout, a LoRA adapter, or a delta of the changed experts."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention.training.parameters import DenseParameters
+from experts.training.client import StepHosts, StepLost
+from experts.training.grpc_peer import GrpcPeers
+from experts.training.states import decode_state
+from model.adapters.delta import delta_names, write_delta
+from model.adapters.lora_write import write_adapter
+from model.adapters.spec import lora_tensors
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig
+from model.export import export_checkpoint
+from model.tensors import expected_tensors
+from router.holding import Pair
+from services.training.method import Method
+from services.training.recipe import Recipe, Yarn
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class TrainedModel:
+    """The experts of the last step, read from their hosts one at a time, and the dense side."""
+
+    def __init__(self, dense: DenseParameters, hosts: StepHosts, peers: GrpcPeers, steps: int) -> None:
+        self._dense = dense
+        self._hosts = hosts
+        self._peers = peers
+        self._steps = steps
+
+    def state(self, pair: Pair) -> dict[str, Tensor]:
+        """Raises StepLost when no host has the expert after the run's last step."""
+        last = "none is left"
+        for index in self._hosts.placement.owners[pair[0]][pair[1]]:
+            host = self._hosts.placement.hosts[index]
+            if host in self._hosts.failed:
+                continue
+            (message,) = self._peers.peer(host).states([pair])
+            _, version, state = decode_state(message)
+            if version == self._steps:
+                return state
+            last = f"{host.id} has it at step {version}"
+        raise StepLost(f"expert {pair} after step {self._steps}: {last}")
+
+    def tensors(self, names: Iterator[str]) -> Iterator[tuple[str, Tensor]]:
+        """By checkpoint names, an expert's three matrices read once where they follow each other."""
+        dense = dict(self._dense.values())
+        known: tuple[Pair, dict[str, Tensor]] | None = None
+        for name in names:
+            if ".mlp.experts." not in name:
+                yield name, dense[name].detach()
+                continue
+            parts = name.split(".")
+            pair, matrix = (int(parts[2]), int(parts[5])), parts[6]
+            if known is None or known[0] != pair:
+                known = (pair, self._matrices(pair))
+            yield name, known[1][matrix]
+
+    def factors(self, names: Iterator[str]) -> Iterator[tuple[str, Tensor]]:
+        """LoRA's matrices by our names."""
+        known: tuple[Pair, dict[str, Tensor]] | None = None
+        for name in names:
+            if ".mlp.experts." not in name:
+                yield name, self._dense.trained[name].value.detach()
+                continue
+            parts = name.split(".")
+            pair = (int(parts[2]), int(parts[5]))
+            if known is None or known[0] != pair:
+                known = (pair, self.state(pair))
+            yield name, known[1][".".join(parts[6:])]
+
+    def _matrices(self, pair: Pair) -> dict[str, Tensor]:
+        state = self.state(pair)
+        gate, up = state["gate_up_proj"].chunk(2)
+        return {"gate_proj": gate, "up_proj": up, "down_proj": state["down_proj"]}
+
+
+def write_result(
+    out: Path,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    raw_config: Mapping[str, Any],
+    method: Method,
+    model: TrainedModel,
+) -> Path:
+    """Write `out`/model, `out`/adapter or `out`/delta, whole or not at all; its directory.
+
+    Raises CheckpointError, AdapterError or SnapshotError naming what is in the way, and StepLost.
+    """
+    config = checkpoint.config
+    if method.lora is not None:
+        names = lora_tensors(config, method.lora)
+        return write_adapter(
+            out / "adapter", method.lora, config, model.factors(iter(names)), str(checkpoint.directory)
+        )
+    if recipe.method == "esft":
+        experts: dict[int, list[int]] = defaultdict(list)
+        for layer, expert in method.experts.only or ():
+            experts[layer].append(expert)
+        tensors = model.tensors(iter(delta_names(experts)))
+        return write_delta(out / "delta", checkpoint, experts, tensors, {"recipe": recipe.model_dump(mode="json")})
+    wanted = DTYPES[config.dtype]
+    tensors = ((name, tensor.to(wanted)) for name, tensor in model.tensors(iter(expected_tensors(config))))
+    return export_checkpoint(out / "model", raw_config, tensors, checkpoint.directory)
+
+
+def with_yarn(config: ModelConfig, yarn: Yarn | None) -> ModelConfig:
+    """The config of the trained model where its context is extended."""
+    if yarn is None:
+        return config
+    from model.rope_fields import RopeScaling
+
+    scaling = RopeScaling(**yarn.model_dump())
+    length = int(yarn.factor * yarn.original_max_position_embeddings)
+    return dataclasses.replace(config, rope_scaling=scaling, max_position_embeddings=length)
+
+
+def raw_with_yarn(raw: Mapping[str, Any], yarn: Yarn | None) -> dict[str, Any]:
+    """The same in config.json's own words."""
+    if yarn is None:
+        return dict(raw)
+    changed = {key: value for key, value in raw.items() if key not in ("rope_parameters", "rope_scaling")}
+    changed["rope_theta"] = raw.get("rope_theta") or (raw.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+    changed["rope_scaling"] = {"type": "yarn", **yarn.model_dump()}
+    changed["max_position_embeddings"] = int(yarn.factor * yarn.original_max_position_embeddings)
+    return changed

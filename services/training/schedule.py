@@ -1,0 +1,54 @@
+"""Learning rate and batch size as functions of the step."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Kind = Literal["steps", "cosine", "constant"]
+DECAY = 0.316  # the paper's, at 60 % and 90 % of the steps
+
+
+class LearningRate(BaseModel):
+    """Linear warm-up, then one of three shapes (section 3.1.2, arXiv 2405.04434, has `steps`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    peak: float = Field(gt=0, allow_inf_nan=False)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Kind = "steps"
+    decays_at: tuple[float, ...] = Field((0.6, 0.9), description="shares of all steps; for `steps`")
+    decay: float = Field(DECAY, gt=0, le=1)
+    lowest: float = Field(0.1, ge=0, le=1, description="share of the peak at the end; for `cosine`")
+
+    @model_validator(mode="after")
+    def _check(self) -> "LearningRate":
+        if list(self.decays_at) != sorted(self.decays_at) or not all(0 < share < 1 for share in self.decays_at):
+            raise ValueError(f"decays_at is {list(self.decays_at)}; expected rising shares between 0 and 1")
+        return self
+
+    def at(self, step: int, steps: int) -> float:
+        """Of the step after `step` steps, of `steps` in all."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if self.schedule == "steps":
+            return self.peak * self.decay ** sum(step >= share * steps for share in self.decays_at)
+        if self.schedule == "cosine":
+            done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
+            return self.peak * (self.lowest + (1 - self.lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        return self.peak
+
+
+class BatchStage(BaseModel):
+    """From a step on, so many tokens a step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    from_step: int = Field(ge=0)
+    tokens: int = Field(ge=1)
+
+
+def batch_tokens(stages: Sequence[BatchStage], step: int) -> int:
+    """Tokens of the step after `step` steps; the first stage begins at 0 and the others rise."""
+    return [stage.tokens for stage in stages if stage.from_step <= step][-1]

@@ -1,0 +1,277 @@
+"""The loop of a run: resumed, rolled back or on other hosts, it has the same curve, and sees each sample once."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from attention.training.ranks import OneRank
+from attention.training.worker import NotFinite
+from model.snapshots.errors import SnapshotError
+from model.snapshots.history import snapshots
+from services.training.data.training_data import TrainingData
+from services.training.data.training_tokenizer import TrainingTokenizer
+from services.training.keeper import Keeper, RunIdentity
+from services.training.recipe import Recipe, parse_recipe
+from services.training.run import Made, Run, TooManySetbacks
+from tests.training.rig import Rig, make_rig
+from tests.training.test_steps import come_back, same, strike, weights
+
+STEPS = 6
+
+
+@dataclass
+class Kept:
+    """Records in memory."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    seen: list[int] = field(default_factory=list)
+    resumes: list[int] = field(default_factory=list)
+    after: Callable[[int], None] | None = None
+
+    def made(self, made: Made) -> None:
+        self.losses[made.steps] = made.report.loss
+        if self.after is not None:
+            self.after(made.steps)
+
+    def resumed(self, steps: int) -> None:
+        self.resumes.append(steps)
+
+    def keeping(self, steps: int) -> None:
+        pass
+
+
+@dataclass
+class Setup:
+    """A run that can be begun again."""
+
+    recipe: Recipe
+    rig: Rig
+    run: Run
+    kept: Kept
+    told: list[str]
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {n}"},
+                {"role": "assistant", "content": f"{n} and {n * 7 % 10}"},
+            ]
+        }
+        for n in range(23)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def begin(
+    model: Path, out: Path, data_file: Path, hosts: int = 2, replicas: int = 1, fingerprint: str = "f", **given: object
+) -> Setup:
+    raw = {
+        "model": str(model),
+        "output_dir": str(out),
+        "data": {"files": [str(data_file)], "sequence_length": 64},
+        "steps": STEPS,
+        "batch_tokens": 160,
+        "micro_batch_tokens": 64,
+        "lr": 1e-3,
+        "snapshots": {"every_steps": 2, "keep": 10},
+        **given,
+    }
+    recipe = parse_recipe(raw)
+    rig = make_rig(model, hosts, replicas, clip=1.0)
+    data = TrainingData.load([data_file], TrainingTokenizer.load(model), 64)
+    told: list[str] = []
+    coordinator = rig.workers[0]._coordinator
+    assert coordinator is not None
+    keeper = Keeper(
+        out / "snapshots",
+        10,
+        RunIdentity("run", fingerprint, {}),
+        OneRank(),
+        rig.denses[0],
+        rig.optimizers[0],
+        coordinator,
+        told.append,
+    )
+    rig.workers[0]._before_dense_step = keeper.settle
+    kept = Kept()
+    first = {name: trained.value.detach().clone() for name, trained in rig.denses[0].trained.items()}
+
+    def reset() -> None:
+        rig.denses[0].restore(first.__getitem__)
+        rig.optimizers[0].reset()
+
+    run = Run(
+        recipe,
+        STEPS,
+        data,
+        OneRank(),
+        rig.workers[0],
+        rig.clients[0],
+        keeper,
+        rig.table,
+        coordinator,
+        reset,
+        kept,
+        lambda: False,
+        told.append,
+    )
+    return Setup(recipe, rig, run, kept, told)
+
+
+@pytest.fixture
+def undisturbed(checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path) -> Setup:
+    setup = begin(checkpoint("tiny"), tmp_path / "undisturbed", data_file)
+    assert setup.run.train() == STEPS
+    return setup
+
+
+def test_snapshots_are_there_and_each_resumes_to_the_same_bits(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup
+) -> None:
+    found = snapshots(tmp_path / "undisturbed" / "snapshots")
+    assert [path.name for path in found] == ["step-00000006", "step-00000004", "step-00000002"]
+    for path in found[1:]:
+        out = tmp_path / f"from-{path.name}"
+        (out / "snapshots").mkdir(parents=True)
+        shutil.copytree(path, out / "snapshots" / path.name)
+        resumed = begin(checkpoint("tiny"), out, data_file)
+        assert resumed.run.train() == STEPS
+        begun = int(path.name[-1])
+        assert resumed.kept.resumes == [begun]
+        assert resumed.kept.losses == {step: undisturbed.kept.losses[step] for step in range(begun + 1, STEPS + 1)}
+        assert same(weights(resumed.rig), weights(undisturbed.rig))
+
+
+@pytest.mark.parametrize("hosts", [1, 3])
+def test_another_number_of_hosts_resumes_to_the_same_bits(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup, hosts: int
+) -> None:
+    out = tmp_path / "resumed"
+    (out / "snapshots").mkdir(parents=True)
+    shutil.copytree(tmp_path / "undisturbed" / "snapshots" / "step-00000002", out / "snapshots" / "step-00000002")
+    resumed = begin(checkpoint("tiny"), out, data_file, hosts=hosts)
+    resumed.run.train()
+    assert resumed.kept.losses == {step: undisturbed.kept.losses[step] for step in range(3, STEPS + 1)}
+
+
+@pytest.mark.parametrize("at", [0, 3, 5])
+def test_a_host_lost_without_a_replica_costs_steps_and_no_bit(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup, at: int
+) -> None:
+    setup = begin(checkpoint("tiny"), tmp_path / "run", data_file)
+    rig = setup.rig
+    rig.table.on_wait = lambda: come_back(rig, "host-1", 2) if "host-1" not in rig.hosts else None
+
+    def kill(steps: int) -> None:
+        if steps == at:
+            setup.kept.after = None
+            strike(rig, "backward", "host-1")
+
+    if at == 0:
+        strike(rig, "backward", "host-1")
+    else:
+        setup.kept.after = kill
+    assert setup.run.train() == STEPS
+    assert setup.kept.resumes == [0, {0: 0, 3: 2, 5: 4}[at]]
+    assert setup.kept.losses == undisturbed.kept.losses
+    assert same(weights(rig), weights(undisturbed.rig))
+    assert any("going back to the last snapshot" in line for line in setup.told)
+
+
+def test_a_host_with_a_replica_costs_nothing(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup
+) -> None:
+    setup = begin(checkpoint("tiny"), tmp_path / "run", data_file, hosts=3, replicas=2)
+    setup.rig.table.on_wait = lambda: come_back(setup.rig, "host-1", 2)
+    setup.kept.after = lambda steps: strike(setup.rig, "backward", "host-1") if steps == 3 else None
+    setup.run.train()
+    assert setup.kept.resumes == [0]
+    assert setup.kept.losses == undisturbed.kept.losses
+    assert setup.told == []
+
+
+def test_a_run_that_only_falls_back_ends_and_keeps_what_it_has(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path
+) -> None:
+    setup = begin(checkpoint("tiny"), tmp_path / "run", data_file)
+    rig = setup.rig
+
+    def again() -> None:
+        if "host-1" not in rig.hosts:
+            come_back(rig, "host-1", rig.table.placement.hosts[1].generation + 1)
+
+    rig.table.on_wait = again
+
+    def kill(steps: int) -> None:
+        if steps == 3:
+            strike(rig, "backward", "host-1")
+            rig.table.on_wait = lambda: (again(), strike(rig, "backward", "host-1"))[0]
+
+    setup.kept.after = kill
+    with pytest.raises(TooManySetbacks, match="was lost 9 times"):
+        setup.run.train()
+    assert [path.name for path in snapshots(tmp_path / "run" / "snapshots")] == ["step-00000002"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_it_has(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path
+) -> None:
+    setup = begin(checkpoint("tiny"), tmp_path / "run", data_file)
+
+    def spoil(steps: int) -> None:
+        if steps == 3:
+            with torch.no_grad():
+                setup.rig.denses[0]["model.norm.weight"][0] = float("inf")
+
+    setup.kept.after = spoil
+    with pytest.raises(NotFinite, match="nothing was stepped"):
+        setup.run.train()
+    resumed = begin(checkpoint("tiny"), tmp_path / "run", data_file)
+    assert resumed.run.train() == STEPS
+    assert resumed.kept.resumes == [2]
+
+
+def test_a_snapshot_of_another_model_is_refused(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup
+) -> None:
+    other = begin(checkpoint("tiny"), tmp_path / "undisturbed", data_file, fingerprint="another")
+    with pytest.raises(SnapshotError, match="is of a model with fingerprint f, this one has another"):
+        other.run.train()
+    assert len(snapshots(tmp_path / "undisturbed" / "snapshots")) == 3
+
+
+def test_a_flipped_byte_of_a_snapshot_is_found_and_the_one_before_it_used(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup
+) -> None:
+    newest = tmp_path / "undisturbed" / "snapshots" / "step-00000006"
+    shard = next(newest.glob("experts-002-*"))
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    again = begin(checkpoint("tiny"), tmp_path / "undisturbed", data_file)
+    assert again.run.train() == STEPS
+    assert again.kept.resumes == [4]
+    assert any("a damaged snapshot was moved" in line and shard.name in line for line in again.told)
+    assert same(weights(again.rig), weights(undisturbed.rig))
+
+
+def test_a_damaged_snapshot_is_passed_over_or_named(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup
+) -> None:
+    newest = tmp_path / "undisturbed" / "snapshots" / "step-00000006"
+    (newest / "manifest.json").write_bytes((newest / "manifest.json").read_bytes()[:-20])
+    again = begin(checkpoint("tiny"), tmp_path / "undisturbed", data_file)
+    assert again.run.train() == STEPS
+    assert again.kept.resumes == [4]
+    assert any("broken snapshot" in line for line in again.told)
+    assert again.kept.losses == {5: undisturbed.kept.losses[5], 6: undisturbed.kept.losses[6]}
