@@ -21,7 +21,7 @@ from experts.client import ExpertClient
 from experts.nixl import prepare_environment
 from experts.transports import open_transport
 from kernels.threads import set_threads
-from model.checkpoint import Checkpoint
+from model.adapters.overlay import open_with_adapters
 from router.load import LoadMeter
 
 HEARTBEAT_S = 1.0
@@ -38,7 +38,7 @@ class AttentionWorker:
         self._id = worker_id
         self._namespace = service.namespace
         controller = get_or_start_controller(service)
-        checkpoint = Checkpoint.open(service.model)
+        checkpoint = open_with_adapters(service.model, service.adapters)
         token = ray.get(controller.token.remote())
         self._placements = PlacementFollower(service.namespace)
         config = checkpoint.config

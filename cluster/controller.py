@@ -26,7 +26,7 @@ from cluster.saved import Committed, SavedState
 from cluster.spec import ServiceSpec
 from cluster.state import ControllerState, delete_state, load_state, save_state
 from cluster.workers import Workers
-from model.checkpoint import Checkpoint
+from model.adapters.overlay import open_with_adapters
 from router.holding import Holding
 from router.placement import Host, Placement, initial_placement
 
@@ -195,7 +195,7 @@ class Controller:
 
     async def _run(self) -> None:
         try:
-            checkpoint = Checkpoint.open(self._spec.model)
+            checkpoint = open_with_adapters(self._spec.model, self._spec.adapters)
             blank = [Host(f"host-{index}", 1, "") for index in range(self._spec.hosts)]
             owners = initial_placement(checkpoint.config, blank, self._spec.replicas).owners
         except ValueError as error:

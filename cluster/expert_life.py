@@ -19,6 +19,7 @@ from experts.transports import open_door
 from kernels.native import native
 from kernels.swiglu import PackedExperts
 from kernels.threads import set_threads
+from model.adapters.overlay import open_with_adapters
 from model.checkpoint import Checkpoint, Stamps
 from router.holding import Pair
 from router.placement import Host
@@ -52,7 +53,7 @@ class ExpertLife:
         """
         if self._checkpoint is None:
             self._door = open_door(self._spec.transport, self._name, 0)
-            self._checkpoint = Checkpoint.open(self._spec.model)
+            self._checkpoint = open_with_adapters(self._spec.model, self._spec.adapters)
         return self._checkpoint
 
     def begin(

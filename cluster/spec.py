@@ -13,6 +13,7 @@ class ServiceSpec:
 
     name: str  # of the Serve application; also names the Ray namespace
     model: str  # directory of the checkpoint, as every node sees it
+    adapters: tuple[str, ...] = ()  # directories of LoRA adapters and deltas that apply to it, in this order
     hosts: int = 2
     replicas: int = 1  # hosts that hold each expert
     threads: int | None = None  # of each host; None: its share of its node's cores

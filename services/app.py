@@ -11,7 +11,7 @@ from cluster.spec import ServiceSpec, WorkerSpec
 from cluster.threads import node_threads, thread_environment
 from experts.tls import TlsFiles
 from experts.transport_kinds import TransportKind
-from model.checkpoint import Checkpoint
+from model.adapters.overlay import open_with_adapters
 from services.replicas import AttentionReplica, Ingress, IngressSpec
 
 
@@ -65,6 +65,7 @@ class AppArgs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(description="directory of a Hugging Face checkpoint")
+    adapters: tuple[str, ...] = Field((), description="directories of LoRA adapters and deltas, applied in this order")
     name: str = Field("shoal", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the Serve application's")
     served_name: str | None = Field(None, description="model id that clients ask for; default: the directory's name")
     api_key: str | None = Field(None, min_length=8)
@@ -98,7 +99,8 @@ def service_spec(args: AppArgs) -> ServiceSpec:
     Raises ValueError (ConfigError, CheckpointError) when the checkpoint or the TLS files cannot be used.
     """
     directory = Path(args.model).resolve()
-    checkpoint = Checkpoint.open(directory)
+    adapters = tuple(str(Path(adapter).resolve()) for adapter in args.adapters)
+    checkpoint = open_with_adapters(directory, adapters)
     experts = checkpoint.config.n_routed_experts
     if checkpoint.config.moe_layers and args.experts.hosts > experts:
         raise ValueError(f"experts.hosts is {args.experts.hosts}; the model has {experts} experts a layer: use fewer")
@@ -108,6 +110,7 @@ def service_spec(args: AppArgs) -> ServiceSpec:
     return ServiceSpec(
         name=args.name,
         model=str(directory),
+        adapters=adapters,
         hosts=args.experts.hosts,
         replicas=args.experts.replicas,
         threads=args.experts.threads,

@@ -84,6 +84,13 @@ def _add_serve(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
     text = "Start Ray, the expert hosts, the attention workers and the HTTP endpoint; end them on Ctrl-C."
     serve = _add(commands_, "serve", commands.serve, text)
     serve.add_argument("model", metavar="MODEL", help="directory of a checkpoint in Hugging Face's layout")
+    serve.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="LoRA adapter or delta to apply; may be given more than once",
+    )
     serve.add_argument("--expert-hosts", type=int, default=2, metavar="N", help="actors that share the experts (2)")
     serve.add_argument("--expert-replicas", type=int, default=1, metavar="R", help="hosts that hold each expert (1)")
     serve.add_argument("--attention-replicas", type=int, default=1, metavar="M", help="attention workers (1)")

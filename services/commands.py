@@ -33,6 +33,7 @@ def serve(options: argparse.Namespace) -> int:
         )
     launch = LaunchOptions(
         model=options.model,
+        adapters=tuple(options.adapter),
         expert_hosts=options.expert_hosts,
         expert_replicas=options.expert_replicas,
         attention_replicas=options.attention_replicas,

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from cluster.session import LocalCluster  # before anything that imports ray
 from experts.transport_kinds import check_transport
+from model.adapters.overlay import open_with_adapters
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from services.state import ServiceRecord, remove_record, write_record
@@ -38,6 +39,7 @@ class LaunchOptions:
     """What `shoal serve` was asked for."""
 
     model: str
+    adapters: tuple[str, ...] = ()
     expert_hosts: int = 2
     expert_replicas: int = 1
     attention_replicas: int = 1
@@ -56,7 +58,7 @@ class LaunchOptions:
 def check(options: LaunchOptions) -> Checkpoint:
     """Everything that can be known to fail before anything is started; raises LaunchError."""
     try:
-        checkpoint = Checkpoint.open(options.model)
+        checkpoint = open_with_adapters(options.model, options.adapters)
         Tokenizer.load(checkpoint.directory)
     except ValueError as error:
         raise LaunchError(str(error)) from error
@@ -90,6 +92,7 @@ def application_args(options: LaunchOptions, admin_token: str) -> "AppArgs":
     return AppArgs.model_validate(
         {
             "model": str(Path(options.model).resolve()),
+            "adapters": [str(Path(adapter).resolve()) for adapter in options.adapters],
             "name": f"p{options.port}",
             "served_name": options.served_name,
             "api_key": options.api_key,

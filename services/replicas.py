@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.spec import ServiceSpec, WorkerSpec
-from model.checkpoint import Checkpoint
+from model.adapters.overlay import open_with_adapters
 from model.generation import read_generation_defaults
 from model.tokenizer import Tokenizer
 from services.api import create_app
@@ -50,7 +50,7 @@ class IngressSpec:
 
 async def open_app(spec: IngressSpec) -> FastAPI:
     """The HTTP application over the service's workers."""
-    checkpoint = Checkpoint.open(spec.service.model)
+    checkpoint = open_with_adapters(spec.service.model, spec.service.adapters)
     model = ServedModel(
         id=spec.served_name,
         created=int(time.time()),

@@ -93,7 +93,7 @@ def _show(recipe: "Recipe") -> int:
     trained = found.trained_dense + found.trained_experts
     lines = (
         f"# parameters        {total:,}: {found.dense:,} dense, {found.experts:,} in routed experts",
-        f"# trained           {at_most}{trained:,}: {found.trained_dense:,} dense, {found.trained_experts:,} in experts",
+        f"# trained           {at_most}{trained:,}: {found.trained_dense:,} dense, {found.trained_experts:,} in hosts",
         f"# each expert host  {_gib(found.host_bytes)} for weights, gradients and optimizer, of {recipe.experts.hosts}",
         f"# each worker       {_gib(found.worker_bytes)} and some {_gib(found.activation_bytes)} of activations",
         f"# a step            {found.tokens_per_step:,} tokens, {found.micro_batches} micro-batches a worker",

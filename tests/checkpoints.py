@@ -57,7 +57,24 @@ BASE: dict[str, Any] = {
     "eos_token_id": 1,
     "tie_word_embeddings": False,
 }
+MINI: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "max_position_embeddings": 512,
+}
 SHAPES: dict[str, dict[str, Any]] = {
+    "mini": BASE | V2_LIKE | MINI,
     "tiny": BASE | V2_LIKE,
     "tiny-lite": BASE | LITE_LIKE,
     "tiny-yarn": BASE | V2_LIKE | {"rope_parameters": YARN, "max_position_embeddings": 2560},

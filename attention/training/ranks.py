@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -66,7 +67,7 @@ class DistributedRanks:
             dist.broadcast(tensor, source)
 
     def gather(self, message: str) -> list[str]:
-        data = torch.frombuffer(bytearray(message.encode()), dtype=torch.uint8)
+        data = torch.from_numpy(np.frombuffer(message.encode(), np.uint8).copy())
         length = torch.tensor([len(data)])
         lengths = [torch.zeros_like(length) for _ in range(self.world)]
         dist.all_gather(lengths, length)

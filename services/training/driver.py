@@ -101,6 +101,7 @@ def service_spec(recipe: Recipe, checkpoint: Checkpoint) -> ServiceSpec:
         gpus=experts.gpus,
         resources=experts.resources,
         transport=experts.transport,
+        standby=0,
         follow_application=False,
         trains=True,
         idle_end_s=IDLE_END_S,
@@ -150,6 +151,8 @@ def _train(recipe: Recipe, checkpoint: Checkpoint, steps: int, console: Console)
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(controller.shutdown.remote(), timeout=30)
     done: dict[str, Any] = json.loads((recipe.output_dir / DONE_FILE).read_text(encoding="utf-8"))
+    if "failed" in done:
+        raise TrainingFailed(f"{done['failed']}; the snapshots in {recipe.output_dir / 'snapshots'} are kept")
     if done["result"]:
         console.print(f"{done['steps']} steps made; wrote {done['result']}", soft_wrap=True)
     else:

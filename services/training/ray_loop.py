@@ -14,15 +14,17 @@ from attention.training.decoder import ForwardOptions, TrainingDecoder
 from attention.training.optimizer import DenseOptimizer
 from attention.training.parameters import DenseParameters
 from attention.training.ranks import DistributedRanks, OneRank, Ranks
-from attention.training.worker import TrainingWorker
+from attention.training.worker import NotFinite, TrainingWorker
 from cluster.spec import ServiceSpec
 from cluster.threads import node_threads
 from cluster.training_hosts import TrainingHosts
 from experts.tls import TlsFiles
 from experts.training.coordinator import Coordinator
 from kernels.threads import set_threads
-from model.checkpoint import Checkpoint
+from model.adapters.errors import AdapterError
+from model.checkpoint import Checkpoint, CheckpointError
 from model.config import read_raw_config
+from model.snapshots.errors import SnapshotError
 from router.holding import Pair
 from router.losses import BalanceCoefficients
 from services.training.choice import chosen_pairs, relevance
@@ -33,7 +35,7 @@ from services.training.method import Method, make_method
 from services.training.plans import lay_flat
 from services.training.recipe import Recipe, parse_recipe
 from services.training.result import TrainedModel, raw_with_yarn, with_yarn, write_result
-from services.training.run import Run, count_steps
+from services.training.run import Run, TooManySetbacks, count_steps
 from services.training.run_records import RunRecords
 
 STOP_FILE = "stop"  # in the output directory: whoever makes it asks the run to end after a snapshot
@@ -48,7 +50,12 @@ def train_worker(config: Mapping[str, Any]) -> None:
     ranks: Ranks = DistributedRanks() if context.get_world_size() > 1 else OneRank()
     set_threads(recipe.workers.threads or node_threads())
     torch.set_num_threads(recipe.workers.threads or node_threads())
-    _WorkerRun(recipe, service, ranks).run()
+    try:
+        _WorkerRun(recipe, service, ranks).run()
+    except (NotFinite, SnapshotError, AdapterError, CheckpointError, TooManySetbacks) as error:
+        # Every worker is here, and would be again: an end, which Ray Train must not take for a worker's death.
+        if ranks.rank == 0:
+            _write(recipe.output_dir / DONE_FILE, json.dumps({"failed": str(error)}))
 
 
 class _WorkerRun:

@@ -99,16 +99,15 @@ class RunView:
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units that say something."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes = whole // 60
+    """In the one or two largest units that say something."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
+    hours = minutes // 60
     if hours < 24:
-        return f"{hours} h {minutes} min"
+        return f"{hours} h {minutes % 60} min"
     return f"{hours // 24} d {hours % 24} h"
 
 

@@ -21,7 +21,7 @@ from tests.training.test_steps import same, train, weights
 
 @pytest.fixture
 def doors(checkpoint: Callable[[str], Path]) -> Iterator[Doors]:
-    made = Doors(Checkpoint.open(checkpoint("tiny")))
+    made = Doors(Checkpoint.open(checkpoint("mini")))
     yield made
     made.close()
 
@@ -30,15 +30,15 @@ def doors(checkpoint: Callable[[str], Path]) -> Iterator[Doors]:
 def test_the_way_to_the_hosts_changes_no_bit(
     checkpoint: Callable[[str], Path], doors: Doors, hosts: int, replicas: int, workers: int
 ) -> None:
-    near = make_rig(checkpoint("tiny"), hosts, replicas, workers, clip=1.0)
-    far = make_rig(checkpoint("tiny"), hosts, replicas, workers, clip=1.0, doors=doors)
+    near = make_rig(checkpoint("mini"), hosts, replicas, workers, clip=1.0)
+    far = make_rig(checkpoint("mini"), hosts, replicas, workers, clip=1.0, doors=doors)
     assert train(near, 2) == train(far, 2)
     assert same(weights(near), weights(far))
 
 
 def test_a_joining_host_takes_states_from_its_peers(checkpoint: Callable[[str], Path], doors: Doors) -> None:
-    expected = train(make_rig(checkpoint("tiny"), 2, clip=1.0), 3)
-    rig = make_rig(checkpoint("tiny"), 2, clip=1.0, doors=doors)
+    expected = train(make_rig(checkpoint("mini"), 2, clip=1.0), 3)
+    rig = make_rig(checkpoint("mini"), 2, clip=1.0, doors=doors)
 
     def move(step: int) -> None:
         if step != 1:
@@ -56,7 +56,7 @@ def test_a_joining_host_takes_states_from_its_peers(checkpoint: Callable[[str], 
 def test_a_host_without_the_token_or_of_another_life_is_not_asked(
     checkpoint: Callable[[str], Path], doors: Doors
 ) -> None:
-    rig = make_rig(checkpoint("tiny"), 1, doors=doors)
+    rig = make_rig(checkpoint("mini"), 1, doors=doors)
     (host,) = rig.table.placement.hosts
     strangers = GrpcPeers("another")
     with pytest.raises(HostUnavailable, match="UNAUTHENTICATED"):
@@ -74,7 +74,7 @@ def test_a_host_without_the_token_or_of_another_life_is_not_asked(
 def test_malformed_calls_are_refused_and_harm_nothing(
     checkpoint: Callable[[str], Path], doors: Doors, name: str, message: bytes
 ) -> None:
-    rig = make_rig(checkpoint("tiny"), 1, doors=doors)
+    rig = make_rig(checkpoint("mini"), 1, doors=doors)
     (host,) = rig.table.placement.hosts
     with grpc.insecure_channel(host.address) as channel, pytest.raises(grpc.RpcError) as error:
         list(

@@ -130,7 +130,7 @@ def begin(
 
 @pytest.fixture
 def undisturbed(checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path) -> Setup:
-    setup = begin(checkpoint("tiny"), tmp_path / "undisturbed", data_file)
+    setup = begin(checkpoint("mini"), tmp_path / "undisturbed", data_file)
     assert setup.run.train() == STEPS
     return setup
 
@@ -144,7 +144,7 @@ def test_snapshots_are_there_and_each_resumes_to_the_same_bits(
         out = tmp_path / f"from-{path.name}"
         (out / "snapshots").mkdir(parents=True)
         shutil.copytree(path, out / "snapshots" / path.name)
-        resumed = begin(checkpoint("tiny"), out, data_file)
+        resumed = begin(checkpoint("mini"), out, data_file)
         assert resumed.run.train() == STEPS
         begun = int(path.name[-1])
         assert resumed.kept.resumes == [begun]
@@ -159,7 +159,7 @@ def test_another_number_of_hosts_resumes_to_the_same_bits(
     out = tmp_path / "resumed"
     (out / "snapshots").mkdir(parents=True)
     shutil.copytree(tmp_path / "undisturbed" / "snapshots" / "step-00000002", out / "snapshots" / "step-00000002")
-    resumed = begin(checkpoint("tiny"), out, data_file, hosts=hosts)
+    resumed = begin(checkpoint("mini"), out, data_file, hosts=hosts)
     resumed.run.train()
     assert resumed.kept.losses == {step: undisturbed.kept.losses[step] for step in range(3, STEPS + 1)}
 
@@ -168,7 +168,7 @@ def test_another_number_of_hosts_resumes_to_the_same_bits(
 def test_a_host_lost_without_a_replica_costs_steps_and_no_bit(
     checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup, at: int
 ) -> None:
-    setup = begin(checkpoint("tiny"), tmp_path / "run", data_file)
+    setup = begin(checkpoint("mini"), tmp_path / "run", data_file)
     rig = setup.rig
     rig.table.on_wait = lambda: come_back(rig, "host-1", 2) if "host-1" not in rig.hosts else None
 
@@ -191,7 +191,7 @@ def test_a_host_lost_without_a_replica_costs_steps_and_no_bit(
 def test_a_host_with_a_replica_costs_nothing(
     checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup
 ) -> None:
-    setup = begin(checkpoint("tiny"), tmp_path / "run", data_file, hosts=3, replicas=2)
+    setup = begin(checkpoint("mini"), tmp_path / "run", data_file, hosts=3, replicas=2)
     setup.rig.table.on_wait = lambda: come_back(setup.rig, "host-1", 2)
     setup.kept.after = lambda steps: strike(setup.rig, "backward", "host-1") if steps == 3 else None
     setup.run.train()
@@ -203,7 +203,7 @@ def test_a_host_with_a_replica_costs_nothing(
 def test_a_run_that_only_falls_back_ends_and_keeps_what_it_has(
     checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path
 ) -> None:
-    setup = begin(checkpoint("tiny"), tmp_path / "run", data_file)
+    setup = begin(checkpoint("mini"), tmp_path / "run", data_file)
     rig = setup.rig
 
     def again() -> None:
@@ -226,7 +226,7 @@ def test_a_run_that_only_falls_back_ends_and_keeps_what_it_has(
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_it_has(
     checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path
 ) -> None:
-    setup = begin(checkpoint("tiny"), tmp_path / "run", data_file)
+    setup = begin(checkpoint("mini"), tmp_path / "run", data_file)
 
     def spoil(steps: int) -> None:
         if steps == 3:
@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_it_has(
     setup.kept.after = spoil
     with pytest.raises(NotFinite, match="nothing was stepped"):
         setup.run.train()
-    resumed = begin(checkpoint("tiny"), tmp_path / "run", data_file)
+    resumed = begin(checkpoint("mini"), tmp_path / "run", data_file)
     assert resumed.run.train() == STEPS
     assert resumed.kept.resumes == [2]
 
@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_it_has(
 def test_a_snapshot_of_another_model_is_refused(
     checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup
 ) -> None:
-    other = begin(checkpoint("tiny"), tmp_path / "undisturbed", data_file, fingerprint="another")
+    other = begin(checkpoint("mini"), tmp_path / "undisturbed", data_file, fingerprint="another")
     with pytest.raises(SnapshotError, match="is of a model with fingerprint f, this one has another"):
         other.run.train()
     assert len(snapshots(tmp_path / "undisturbed" / "snapshots")) == 3
@@ -258,7 +258,7 @@ def test_a_flipped_byte_of_a_snapshot_is_found_and_the_one_before_it_used(
     raw = bytearray(shard.read_bytes())
     raw[len(raw) // 2] ^= 1
     shard.write_bytes(raw)
-    again = begin(checkpoint("tiny"), tmp_path / "undisturbed", data_file)
+    again = begin(checkpoint("mini"), tmp_path / "undisturbed", data_file)
     assert again.run.train() == STEPS
     assert again.kept.resumes == [4]
     assert any("a damaged snapshot was moved" in line and shard.name in line for line in again.told)
@@ -270,7 +270,7 @@ def test_a_damaged_snapshot_is_passed_over_or_named(
 ) -> None:
     newest = tmp_path / "undisturbed" / "snapshots" / "step-00000006"
     (newest / "manifest.json").write_bytes((newest / "manifest.json").read_bytes()[:-20])
-    again = begin(checkpoint("tiny"), tmp_path / "undisturbed", data_file)
+    again = begin(checkpoint("mini"), tmp_path / "undisturbed", data_file)
     assert again.run.train() == STEPS
     assert again.kept.resumes == [4]
     assert any("broken snapshot" in line for line in again.told)

@@ -25,7 +25,7 @@ RATE = 2e-4
 def batches_of(step: int) -> list[MicroBatch]:
     """Three batches in turn, so that there is something to learn."""
     seed = 100 + 2 * (step % 3)
-    return [samples(2048, (19, 11), seed), samples(2048, (14, 16), seed + 1)]
+    return [samples(512, (19, 11), seed), samples(512, (14, 16), seed + 1)]
 
 
 def plain_losses(path: Path, steps: int, clip: float) -> list[float]:
@@ -84,14 +84,14 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize(("hosts", "workers"), [(2, 1), (3, 2)])
 def test_thirty_steps_have_a_plain_loops_losses(checkpoint: Callable[[str], Path], hosts: int, workers: int) -> None:
-    path = checkpoint("tiny")
+    path = checkpoint("mini")
     losses = train(make_rig(path, hosts, workers=workers, clip=1.0), 30)
     assert losses == pytest.approx(plain_losses(path, 30, clip=1.0), rel=1e-5)
     assert losses[-1] < losses[0]
 
 
 def test_the_same_run_twice_and_on_other_hosts_has_the_same_bits(checkpoint: Callable[[str], Path]) -> None:
-    path = checkpoint("tiny")
+    path = checkpoint("mini")
     runs = [make_rig(path, hosts, replicas, clip=1.0) for hosts, replicas in ((2, 1), (2, 1), (3, 1), (2, 2))]
     losses = [train(rig, 4) for rig in runs]
     assert losses[1:] == [losses[0]] * 3
@@ -106,7 +106,7 @@ def lose(rig: Rig, host_id: str) -> None:
 def test_a_host_lost_within_a_step_whose_experts_have_replicas_changes_no_bit(
     checkpoint: Callable[[str], Path], moment: str
 ) -> None:
-    path = checkpoint("tiny")
+    path = checkpoint("mini")
     undisturbed = make_rig(path, 3, 2, clip=1.0)
     expected = train(undisturbed, 4)
     rig = make_rig(path, 3, 2, clip=1.0)
@@ -149,7 +149,7 @@ def come_back(rig: Rig, host_id: str, generation: int) -> None:
 
 
 def test_without_a_replica_the_step_is_lost_and_no_weight_changed(checkpoint: Callable[[str], Path]) -> None:
-    rig = make_rig(checkpoint("tiny"), 2, workers=2, clip=1.0)
+    rig = make_rig(checkpoint("mini"), 2, workers=2, clip=1.0)
     train(rig, 1)
     before = {name: tensor.clone() for name, tensor in weights(rig).items()}
     strike(rig, "backward", "host-1")
@@ -157,14 +157,14 @@ def test_without_a_replica_the_step_is_lost_and_no_weight_changed(checkpoint: Ca
         train(rig, range(1, 2))
     come_back(rig, "host-1", 2)
     now = weights(rig)
-    names = [name for name in before if not name[0].isdigit() or name.split(".")[1] in map(str, range(8))]
+    names = [name for name in before if not name[0].isdigit() or name.split(".")[1] in map(str, range(4))]
     assert all(torch.equal(before[name], now[name]) for name in names)
     with pytest.raises(StepLost, match="no host has expert"):  # its later life is at the beginning
         train(rig, range(1, 2))
 
 
 def test_hosts_that_join_and_leave_between_steps_change_no_bit(checkpoint: Callable[[str], Path]) -> None:
-    path = checkpoint("tiny")
+    path = checkpoint("mini")
     expected = train(make_rig(path, 2, clip=1.0), 4)
     rig = make_rig(path, 2, clip=1.0)
 
@@ -185,11 +185,11 @@ def test_hosts_that_join_and_leave_between_steps_change_no_bit(checkpoint: Calla
         rig.table.placement = table
 
     assert train(rig, 4, rescale) == expected
-    assert rig.table.in_use is rig.table.placement
+    assert rig.table.in_use == rig.table.placement
 
 
 def test_a_step_that_would_spoil_the_model_is_refused(checkpoint: Callable[[str], Path]) -> None:
-    rig = make_rig(checkpoint("tiny"), 2)
+    rig = make_rig(checkpoint("mini"), 2)
     train(rig, 1)
     before = {name: tensor.clone() for name, tensor in weights(rig).items()}
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_only_chosen_experts_are_trained(checkpoint: Callable[[str], Path]) -> N
     only = ((1, 3), (2, 0))
     training = ExpertTraining("run", adamw=AdamW(), only=only)
     rig = make_rig(
-        checkpoint("tiny"),
+        checkpoint("mini"),
         2,
         training=training,
         make_dense=lambda opened: DenseParameters.load(opened, lambda _: False),
@@ -217,7 +217,7 @@ def test_only_chosen_experts_are_trained(checkpoint: Callable[[str], Path]) -> N
 
 
 def test_a_resumed_step_is_told_by_who_is_behind(checkpoint: Callable[[str], Path]) -> None:
-    rig = make_rig(checkpoint("tiny"), 2)
+    rig = make_rig(checkpoint("mini"), 2)
     train(rig, 1)
     coordinator = rig.workers[0]._coordinator
     assert coordinator is not None

@@ -1,0 +1,174 @@
+"""`python -m services.train` on a Ray of its own: killed, frozen, told to stop and resumed, it has the same curve."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from model.checkpoint import Checkpoint
+from tests.oracle import logits
+from tests.serving import greedy, make_engine, run
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+WAIT_S = 200.0
+
+
+def write_recipe(directory: Path, model: Path, **given: object) -> Path:
+    data = directory / "data.jsonl"
+    if not data.exists():
+        turns = [("user", "say {n}"), ("assistant", "{n} and {m}")]
+        records = [
+            {"messages": [{"role": role, "content": text.format(n=n, m=n * 7 % 10)} for role, text in turns]}
+            for n in range(40)
+        ]
+        data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    recipe = {
+        "model": str(model),
+        "data": {"files": [str(data)], "sequence_length": 64},
+        "steps": STEPS,
+        "batch_tokens": 128,
+        "micro_batch_tokens": 64,
+        "lr": 1e-3,
+        "snapshots": {"every_steps": 4},
+        "workers": {"threads": 1},
+        "experts": {"hosts": 2, "threads": 1},
+        **given,
+    }
+    path = directory / f"{len(list(directory.glob('*.yaml')))}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@contextmanager
+def training(recipe: Path, out: Path, *overrides: str) -> Iterator["subprocess.Popen[str]"]:
+    """The command, under way; what it started is ended with it."""
+    command = [sys.executable, "-m", "services.train", str(recipe), f"output_dir={out}", *overrides]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for pid in [*(pid for pid, _ in descendants(process.pid)), process.pid]:
+                os.kill(pid, signal.SIGKILL)
+            process.wait(30)
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    output, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, output
+    return output
+
+
+def records(out: Path) -> list[dict[str, float]]:
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def curve(out: Path) -> list[tuple[float, float, float]]:
+    found = records(out)
+    assert [record["step"] for record in found] == list(range(1, len(found) + 1))
+    return [(record["loss"], record["grad_norm"], record["epoch"]) for record in found]
+
+
+def wait_for_step(out: Path, step: int, process: "subprocess.Popen[str]") -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not any(record["step"] >= step for record in records(out)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline_s, f"step {step} was not made in {WAIT_S:.0f} s"
+        time.sleep(0.05)
+
+
+def descendants(pid: int) -> list[tuple[int, str]]:
+    """Process ids and command lines of everything below a process, the deepest first."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found: list[tuple[int, str]] = []
+    waiting = [pid]
+    while waiting:
+        for child in children.get(waiting.pop(), []):
+            waiting.append(child)
+            try:
+                line = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            found.append((child, line))
+    return found[::-1]
+
+
+def actors(process: "subprocess.Popen[str]", name: str) -> list[int]:
+    return [pid for pid, line in descendants(process.pid) if line.startswith(f"ray::{name}")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path, checkpoint: Callable[[str], Path]) -> Path:
+    out = place / "undisturbed"
+    with training(write_recipe(place, checkpoint("mini")), out) as process:
+        output = finish(process)
+    assert f"wrote {out}/model" in output
+    return out
+
+
+def test_the_result_is_transformers_and_is_served(undisturbed: Path, checkpoint: Callable[[str], Path]) -> None:
+    found = curve(undisturbed)
+    assert len(found) == STEPS
+    assert found[-1][0] < 0.8 * found[0][0]
+    model = undisturbed / "model"
+    prompt = [5, 6, 7, 8, 9, 10]
+    theirs = torch.log_softmax(logits(model, prompt)[-1], dim=-1)
+    (answer,) = run(make_engine(model, 2), [greedy("a", prompt, 1)]).values()
+    assert answer.tokens == [int(theirs.argmax())]
+    first = Checkpoint.open(checkpoint("mini")).tensor("model.norm.weight")
+    assert not torch.equal(first, Checkpoint.open(model).tensor("model.norm.weight"))
+    for name in ("loss.svg", "experts.svg", "tensorboard"):
+        assert (undisturbed / name).exists()
+
+
+def test_whatever_dies_and_however_it_is_stopped_the_curve_is_the_same(
+    place: Path, undisturbed: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    out = place / "disturbed"
+    recipe = write_recipe(place, checkpoint("mini"), experts={"hosts": 2, "replicas": 2, "threads": 1})
+    with training(recipe, out) as process:
+        wait_for_step(out, 3, process)
+        os.kill(actors(process, "ExpertActor.wait_for_end")[0], signal.SIGKILL)
+        wait_for_step(out, 7, process)
+        os.kill(actors(process, "RayTrainWorker")[0], signal.SIGKILL)
+        wait_for_step(out, 10, process)
+        process.send_signal(signal.SIGTERM)
+        output = finish(process)
+        assert "the same command goes on from there" in output
+    made = len(records(out))
+    assert 10 <= made < STEPS
+    with training(recipe, out, "experts.replicas=1", "experts.hosts=3") as process:
+        output = finish(process)
+    assert f"wrote {out}/model" in output
+    assert curve(out) == curve(undisturbed)
+    assert (out / "model" / "model.safetensors").read_bytes() == (
+        undisturbed / "model" / "model.safetensors"
+    ).read_bytes()
+    assert any("host-" in str(record["hosts_lost"]) for record in records(out)[:7])
