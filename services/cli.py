@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from services import bench_command, commands, data_command, experts_command, train_command
+from services import bench_command, commands, data_command, experts_command, export_command, train_command
 from services.commands import CommandError
 
 DESCRIPTION = "Serve DeepSeek-V2-family models with their experts in separate Ray actors."
@@ -21,6 +21,8 @@ examples:
   shoal experts replicas 2 --extra 4              two holders of each expert, more of the busiest
   shoal experts events --follow                   faults and changes as they happen
   shoal train examples/sft.yaml lr=1e-5           fine-tune, with the experts in actors
+  shoal serve DIR --adapter runs/lora/adapter     serve it with what was trained
+  shoal export DIR --adapter A --out NEW          the two in one checkpoint
   shoal data check FILE --model DIR               what is wrong with training data, and what is learned of it
   shoal stop                                      end it, and everything it started
   shoal doctor DIR                                what is missing or misconfigured
@@ -49,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
     _add_experts(commands_)
     train_command.add_parser(commands_)
+    export_command.add_parser(commands_)
     data_command.add_parser(commands_)
 
     stop = _add(commands_, "stop", commands.stop, "End a running service and everything that it started.")

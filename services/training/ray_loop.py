@@ -101,7 +101,7 @@ class _WorkerRun:
             keeper.settle,
         )
         first = self._first_values(method)
-        records = RunRecords(recipe.output_dir, self._config, ranks.world) if ranks.rank == 0 else None
+        records = RunRecords(recipe.output_dir, self._config, ranks.world, self._tell) if ranks.rank == 0 else None
 
         def reset() -> None:
             dense.restore(first)

@@ -1,5 +1,6 @@
 """What worker 0 writes of each step."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from model.config import ModelConfig
@@ -12,10 +13,11 @@ from services.training.run import Made
 class RunRecords:
     """Records of a run, in its output directory; it must be told where the run goes on before a step is made."""
 
-    def __init__(self, output_dir: Path, config: ModelConfig, workers: int) -> None:
+    def __init__(self, output_dir: Path, config: ModelConfig, workers: int, tell: Callable[[str], None]) -> None:
         self._output_dir = output_dir
         self._config = config
         self._workers = workers
+        self._tell = tell
         self._log: RunLog | None = None
 
     def resumed(self, steps: int) -> None:
@@ -55,5 +57,7 @@ class RunRecords:
     def close(self) -> None:
         """Draw the curves, too."""
         if self._log is not None:
-            self._log.close()
+            note = self._log.close().note
             self._log = None
+            if note:
+                self._tell(note)

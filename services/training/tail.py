@@ -51,8 +51,6 @@ class Tail:
         pairs = zip(seen, self._seen, strict=False)
         same = next((at for at, (before, now) in enumerate(pairs) if before != now), min(len(seen), len(lines)))
         kept, new = _records(lines[:same]), _records(lines[same:])
-        if same == len(seen):
-            return News(new)
         return News(new, back_to=kept[-1].step if kept else 0, kept=kept)
 
     def _take(self, raw: bytes) -> list[bytes]:

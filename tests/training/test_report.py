@@ -223,19 +223,17 @@ def events(path: Path) -> list[Event]:
     return found
 
 
-def shown_losses(directory: Path) -> dict[int, float]:
+def shown_losses(directory: Path) -> list[tuple[int, float]]:
     """As TensorBoard does it: a file after the other, and a session's start undoes that step and later ones."""
-    shown: dict[int, float] = {}
+    shown: list[tuple[int, float]] = []
     for path in sorted((directory / "tensorboard").iterdir()):
         assert "tfevents" in path.name
         first, *rest = events(path)
         assert first.file_version == "brain.Event:2"
         for event in rest:
             if event.session_log.status == SessionLog.START:
-                shown = {step: loss for step, loss in shown.items() if step < event.step}
-            for value in event.summary.value:
-                if value.tag == "train/loss":
-                    shown[event.step] = value.simple_value
+                shown = [(step, loss) for step, loss in shown if step < event.step]
+            shown += [(event.step, value.simple_value) for value in event.summary.value if value.tag == "train/loss"]
     return shown
 
 
@@ -246,8 +244,9 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
         log.append(record(step, loss=50.0 + step), rows(step))
     log = RunLog(tmp_path, 6)
     log.append(record(7, loss=90.0), rows(7))
-    expected = {1: 4.0, 2: 2.0, 3: 4 / 3, 4: 1.0, 5: 55.0, 6: 56.0, 7: 90.0}
-    assert shown_losses(tmp_path) == pytest.approx(expected)
+    steps, losses = zip(*shown_losses(tmp_path), strict=True)
+    assert steps == (1, 2, 3, 4, 5, 6, 7)
+    assert losses == pytest.approx((4.0, 2.0, 4 / 3, 1.0, 55.0, 56.0, 90.0))
 
 
 def test_tensorboard_gets_every_figure(tmp_path: Path) -> None:

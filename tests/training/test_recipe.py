@@ -1,0 +1,133 @@
+"""Recipes: what is wrong is named, what is left out has a value, and each method trains what it says."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from model.adapters.errors import AdapterError
+from model.config import parse_config
+from services.training.forecast import forecast
+from services.training.method import make_method
+from services.training.recipe import RecipeError, load_recipe
+from services.training.result import raw_with_yarn, with_yarn
+from services.training.schedule import LearningRate, batch_tokens
+from tests.checkpoints import SHAPES
+
+RAW: dict[str, object] = {
+    "model": "m",
+    "output_dir": "o",
+    "data": {"files": ["d.jsonl"], "sequence_length": 64},
+    "steps": 10,
+    "batch_tokens": 128,
+    "micro_batch_tokens": 64,
+}
+CONFIG = parse_config({"architectures": ["DeepseekV2ForCausalLM"], **SHAPES["tiny"]})
+
+
+def write(directory: Path, **changed: object) -> Path:
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RAW, **changed}))
+    return path
+
+
+def test_overrides_reach_into_sections(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path), ["lr=1e-5", "experts.hosts=4", "data.files=[a, b]", "lora.targets=[experts]"])
+    assert (recipe.lr, recipe.experts.hosts, recipe.lora.targets) == (1e-5, 4, ("experts",))
+    assert recipe.data.files == (Path("a"), Path("b"))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("learning_rate=1", "learning_rate is not a field of a recipe; expected one of .*batch_stages.* lr,"),
+        ("experts.host=1", "experts.host is not a field of a recipe; expected one of .*hosts"),
+        ("lr=fast", "lr: .*valid number.*'fast'"),
+        ("lr=nan", "lr: .*nan"),
+        ("lr=-1", "lr: .*greater than 0.*-1"),
+        ("method=qlora", "method: .*'full', 'lora' or 'esft'.*'qlora'"),
+        ("epochs=2", "steps is 10 and epochs 2.0; expected exactly one"),
+        ("steps=null", "steps is None and epochs None"),
+        ("experts.replicas=3", "experts.replicas is 3; expected at most experts.hosts"),
+        ("workers.most=0", "workers.most: .*greater than or equal to 1"),
+        ("batch_tokens=32", "a step has 32 tokens; expected at least data.sequence_length \\(64\\)"),
+        ("micro_batch_tokens=32", "micro_batch_tokens is 32; expected at least data.sequence_length"),
+        ("data.files=[]", "data.files: .*at least 1 item"),
+        ("seed=-1", "seed: .*greater than or equal to 0"),
+        ("batch_stages=[{from_step: 5, tokens: 64}]", "batch_stages begin at steps \\[5\\]"),
+        ("init=random", None),
+        ("lr", "'lr' is no override; expected key=value"),
+        ("lr.x=1", "lr.x"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, override: str, told: str | None) -> None:
+    changed = {"lr": 1e-5} if override == "lr.x=1" else {}
+    if told is None:
+        assert load_recipe(write(tmp_path, **changed), [override]).init == "random"
+        return
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(write(tmp_path, **changed), [override])
+
+
+def test_files_that_are_no_recipe_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not exist"):
+        load_recipe(tmp_path / "none.yaml", [])
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(RecipeError, match="holds a list"):
+        load_recipe(tmp_path / "list.yaml", [])
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(RecipeError, match="cannot be read as YAML"):
+        load_recipe(tmp_path / "bad.yaml", [])
+
+
+@pytest.mark.parametrize("path", sorted(Path("examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_examples_are_recipes(path: Path) -> None:
+    recipe = load_recipe(path, [])
+    assert all(file.exists() for file in recipe.data.files)
+    make_method(recipe, CONFIG, "run")
+    assert forecast(recipe, CONFIG).trained_experts > 0
+
+
+def test_the_learning_rate_has_the_papers_shape() -> None:
+    rate = LearningRate(peak=1.0, warmup_steps=10)
+    assert [rate.at(step, 100) for step in (0, 4, 9, 10, 59)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+    assert [rate.at(step, 100) for step in (60, 89)] == pytest.approx([0.316, 0.316])
+    assert rate.at(90, 100) == pytest.approx(0.316**2)
+    cosine = LearningRate(peak=2.0, schedule="cosine", lowest=0.1)
+    assert [cosine.at(step, 100) for step in (0, 50, 100)] == pytest.approx([2.0, 1.1, 0.2])
+    constant = LearningRate(peak=2.0, schedule="constant", warmup_steps=2)
+    assert [constant.at(step, 100) for step in (0, 1, 2, 99)] == [1.0, 2.0, 2.0, 2.0]
+
+
+def test_the_batch_grows_by_stages(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path), ["batch_stages=[{from_step: 0, tokens: 64}, {from_step: 5, tokens: 256}]"])
+    assert [batch_tokens(recipe.stages, step) for step in (0, 4, 5, 9)] == [64, 64, 256, 256]
+
+
+def test_each_method_trains_what_it_says(tmp_path: Path) -> None:
+    full = make_method(load_recipe(write(tmp_path), []), CONFIG, "run")
+    assert (full.experts.only, full.experts.lora, full.factors) == (None, None, {})
+    assert full.trains_dense("lm_head.weight")
+    lora = make_method(load_recipe(write(tmp_path, method="lora"), ["lora.rank=4", "lora.alpha=8"]), CONFIG, "run")
+    assert lora.experts.lora is not None
+    assert lora.experts.lora.scale == lora.scale == 2.0
+    assert "model.layers.0.self_attn.q_b_proj.lora_A" in lora.factors
+    assert all(not factor.any() for name, factor in lora.factors.items() if name.endswith("lora_B"))
+    first = lora.factors["model.layers.0.self_attn.q_b_proj.lora_A"]
+    assert 0.9 * 128**-0.5 < first.abs().max() < 128**-0.5
+    assert math.isclose(float(first.std()), 128**-0.5 / math.sqrt(3), rel_tol=0.1)
+    dense = make_method(load_recipe(write(tmp_path, method="lora"), ["lora.targets=[attention]"]), CONFIG, "run")
+    assert (dense.experts.only, dense.experts.lora) == ((), None)
+    esft = make_method(load_recipe(write(tmp_path, method="esft"), []), CONFIG, "run", ((1, 2),))
+    assert (esft.experts.only, esft.trains_dense("lm_head.weight")) == (((1, 2),), False)
+    with pytest.raises(AdapterError, match="LoRA targets v_proj"):
+        make_method(load_recipe(write(tmp_path, method="lora"), ["lora.targets=[v_proj]"]), CONFIG, "run")
+
+
+def test_yarn_is_read_back_from_what_is_written(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path), ["yarn={factor: 8, original_max_position_embeddings: 64}"])
+    raw = {"architectures": ["DeepseekV2ForCausalLM"], **SHAPES["tiny"]}
+    written = parse_config(raw_with_yarn(raw, recipe.yarn))
+    assert written == with_yarn(CONFIG, recipe.yarn)
+    assert written.max_position_embeddings == 512

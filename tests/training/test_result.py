@@ -1,0 +1,143 @@
+"""What a run leaves is what was trained: as transformers and peft load it, and as it is served."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import DeepseekV2ForCausalLM
+
+from attention.training.parameters import DenseParameters
+from model.adapters.overlay import open_with_adapters
+from model.checkpoint import Checkpoint
+from model.config import read_raw_config
+from services.cli import main
+from services.training.method import Method, make_method
+from services.training.recipe import Recipe, parse_recipe
+from services.training.result import TrainedModel, write_result
+from tests.oracle import logits
+from tests.training.rig import Doors, Rig, make_rig, plans, samples
+
+STEPS = 3
+PROMPT = [5, 6, 7, 300, 9, 10, 11, 200]
+
+
+@pytest.fixture
+def doors(checkpoint: Callable[[str], Path]) -> Iterator[Doors]:
+    made = Doors(Checkpoint.open(checkpoint("mini")))
+    yield made
+    made.close()
+
+
+def train(
+    path: Path, doors: Doors, method_name: str, only: tuple[tuple[int, int], ...] = ()
+) -> tuple[Recipe, Method, Rig]:
+    recipe = parse_recipe(
+        {
+            "model": str(path),
+            "output_dir": "o",
+            "data": {"files": ["d"], "sequence_length": 64},
+            "steps": STEPS,
+            "method": method_name,
+            "lora": {"rank": 3, "alpha": 6, "targets": ["attention", "dense", "shared", "experts"]},
+        }
+    )
+    opened = Checkpoint.open(path)
+    method = make_method(recipe, opened.config, "run", only)
+    rig = make_rig(
+        path,
+        2,
+        training=method.experts,
+        doors=doors,
+        make_dense=lambda checkpoint: DenseParameters.load(
+            checkpoint, method.trains_dense, method.factors, method.scale
+        ),
+    )
+    losses = [rig.step(plans(step, [[samples(512, (30, 20), 1)]], 1e-2))[0].loss for step in range(STEPS)]
+    assert losses[-1] < losses[0]
+    return recipe, method, rig
+
+
+def write(out: Path, path: Path, recipe: Recipe, method: Method, rig: Rig, doors: Doors) -> Path:
+    model = TrainedModel(rig.denses[0], rig.clients[0].hosts, doors.peers, STEPS)
+    return write_result(out, recipe, Checkpoint.open(path), read_raw_config(path), method, model)
+
+
+def next_loss(rig: Rig) -> float:
+    """Of the weights as they are now."""
+    return rig.step(plans(STEPS, [[samples(512, (30, 20), 1)]], 1e-2))[0].loss
+
+
+def loss_of(model: object) -> float:
+    """The same by transformers."""
+    batch = samples(512, (30, 20), 1)
+    total = 0.0
+    for token_t, target_t in zip(batch.token_T.split(batch.lengths), batch.target_T.split(batch.lengths), strict=True):
+        with torch.no_grad():
+            out = model(token_t[None]).logits[0]  # type: ignore[operator]
+        total += float(torch.nn.functional.cross_entropy(out, target_t, reduction="sum"))
+    return total / batch.targets
+
+
+def load(path: Path) -> DeepseekV2ForCausalLM:
+    return DeepseekV2ForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+
+
+def test_full_training_leaves_a_checkpoint(checkpoint: Callable[[str], Path], tmp_path: Path, doors: Doors) -> None:
+    path = checkpoint("mini")
+    recipe, method, rig = train(path, doors, "full")
+    written = write(tmp_path, path, recipe, method, rig, doors)
+    assert written == tmp_path / "model"
+    assert (written / "tokenizer.json").read_bytes() == (path / "tokenizer.json").read_bytes()
+    assert loss_of(load(written)) == pytest.approx(next_loss(rig), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_leaves_an_adapter_for_peft_that_is_served_and_merged(
+    checkpoint: Callable[[str], Path], tmp_path: Path, doors: Doors, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint("mini")
+    recipe, method, rig = train(path, doors, "lora")
+    written = write(tmp_path, path, recipe, method, rig, doors)
+    expected = next_loss(rig)
+    assert loss_of(peft.PeftModel.from_pretrained(load(path), written)) == pytest.approx(expected, rel=1e-5)
+    assert loss_of(load(path)) > expected + 0.1
+    merged = tmp_path / "merged"
+    assert main(["export", str(path), "--adapter", str(written), "--out", str(merged)]) == 0
+    assert "wrote" in capsys.readouterr().out
+    assert loss_of(load(merged)) == pytest.approx(expected, rel=1e-5)
+    served = open_with_adapters(path, [written])
+    for name in ("model.layers.1.mlp.experts.5.up_proj.weight", "model.layers.0.self_attn.kv_b_proj.weight"):
+        assert torch.equal(served.tensor(name), Checkpoint.open(merged).tensor(name))
+        assert not torch.equal(served.tensor(name), Checkpoint.open(path).tensor(name))
+
+
+def test_esft_leaves_a_delta_of_the_chosen_experts_alone(
+    checkpoint: Callable[[str], Path], tmp_path: Path, doors: Doors
+) -> None:
+    path = checkpoint("mini")
+    only = ((1, 2), (1, 5), (2, 0), (2, 7))
+    recipe, method, rig = train(path, doors, "esft", only)
+    written = write(tmp_path, path, recipe, method, rig, doors)
+    merged = tmp_path / "merged"
+    assert main(["export", str(path), "--adapter", str(written), "--out", str(merged)]) == 0
+    assert loss_of(load(merged)) == pytest.approx(next_loss(rig), rel=1e-5)
+    base, changed = Checkpoint.open(path), Checkpoint.open(merged)
+    differing = {name for name in base.entries if not torch.equal(base.tensor(name), changed.tensor(name))}
+    assert {tuple(map(int, (name.split(".")[2], name.split(".")[5]))) for name in differing} == set(only)
+    assert not torch.equal(logits(path, PROMPT), logits(merged, PROMPT))
+
+
+@pytest.mark.parametrize("out", ["--out", None])
+def test_an_export_that_cannot_be_done_says_why(
+    checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str | None
+) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    target = tmp_path / ("used" if out else "new")
+    status = main(["export", str(checkpoint("mini")), "--adapter", str(tmp_path / "none"), "--out", str(target)])
+    assert status == 1
+    assert "none is no directory" in capsys.readouterr().err
