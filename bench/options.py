@@ -37,6 +37,7 @@ class Options:
     decode_tokens: int
     quick: bool
     report: bool
+    training: bool
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -60,6 +61,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         decode_tokens=8 if raw.quick else 32,
         quick=raw.quick,
         report=raw.report,
+        training=raw.training,
     )
 
 
@@ -90,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the prompts (default 0)")
     parser.add_argument(
         "--threads", type=_count, metavar="N", help="of every process that computes (default: as each is by default)"
+    )
+    parser.add_argument(
+        "--training", action=argparse.BooleanOptionalAction, default=True, help="fine-tuning, too (5 minutes a repeat)"
     )
     parser.add_argument("--quick", action="store_true", help="see that it works: few tokens, one repeat, no claim")
     parser.add_argument("--report", action="store_true", help="write README's table and the plots of docs/, too")

@@ -83,6 +83,15 @@ class Traffic(Model):
     rows_sent_per_token_per_layer: float
 
 
+class Training(Model):
+    """Full fine-tuning with AdamW; the median step of each repeat, the first one left out."""
+
+    contender: str
+    tokens_per_step: int
+    tokens_per_s: Spread
+    ratio: Spread | None  # to transformers in the same repeat; None without it
+
+
 class Memory(Model):
     """Processes of one role of one contender: the largest peak, and the sum of shares."""
 
@@ -145,6 +154,7 @@ class Results(Model):
     round_trips_missing: str | None  # why there are none
     traffic: tuple[Traffic, ...]
     memory: tuple[Memory, ...]
+    training: tuple[Training, ...] = ()
 
     def find(self, contender: str, batch: int) -> Throughput | None:
         return next((row for row in self.throughput if (row.contender, row.batch) == (contender, batch)), None)

@@ -21,6 +21,7 @@ from bench.service import Service
 from bench.streams import measure_http
 from bench.summary import Collected
 from bench.timing import Workload
+from bench.training import measure_training
 from model.checkpoint import Checkpoint
 
 Say = Callable[[str], None]
@@ -50,6 +51,8 @@ def measure(options: Options, command: str, say: Say) -> Results:
         for repeat in range(options.repeats):
             bench.repeat(lineup, repeat)
         paused_cpu_s = lineup.paused_cpu_s
+    if options.training:
+        measure_training(options, checkpoint.config.vocab_size, collected, say)
     idle = collected.idle_service_cores
     return Results(
         format=FORMAT,
@@ -80,6 +83,7 @@ def measure(options: Options, command: str, say: Say) -> Results:
         round_trips_missing=round_trips_missing,
         traffic=traffic,
         memory=summary.memory(collected),
+        training=summary.training(collected),
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from bench.processes import ProcessMemory
-from bench.results import BASELINE, LOCAL, PARALLEL, Http, Memory, StartUp, Tax, Throughput
+from bench.results import BASELINE, LOCAL, PARALLEL, Http, Memory, StartUp, Tax, Throughput, Training
 from bench.spread import percentile, ratio, spread
 from bench.streams import Streamed
 from bench.timing import Prompts, Sample, agreement
@@ -31,6 +31,8 @@ class Collected:
     start_up_s: dict[str, dict[int, float]] = field(default_factory=dict)
     memory: dict[str, list[ProcessMemory]] = field(default_factory=dict)  # of the last repeat
     idle_service_cores: list[float] = field(default_factory=list)
+    training: dict[str, dict[int, float]] = field(default_factory=dict)  # contender, repeat: tokens a second
+    training_tokens: int = 0  # a step
 
     def rates(self, key: Key, rate: Rate) -> dict[int, float]:
         return {repeat: rate(sample) for repeat, sample in self.samples.get(key, {}).items()}
@@ -98,6 +100,19 @@ def start_up(collected: Collected) -> tuple[StartUp, ...]:
     return tuple(
         StartUp(contender=contender, first_token_s=spread(list(repeats.values())))
         for contender, repeats in collected.start_up_s.items()
+    )
+
+
+def training(collected: Collected) -> tuple[Training, ...]:
+    base = collected.training.get(BASELINE, {})
+    return tuple(
+        Training(
+            contender=contender,
+            tokens_per_step=collected.training_tokens,
+            tokens_per_s=spread(list(rates.values())),
+            ratio=ratio(rates, base),
+        )
+        for contender, rates in collected.training.items()
     )
 
 

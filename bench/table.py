@@ -23,7 +23,7 @@ class Table:
 
 def tables(results: Results) -> Iterator[Table]:
     """Every section that has figures."""
-    sections = (_throughput, _ratios, _http, _start_up, _round_trips, _traffic, _memory)
+    sections = (_throughput, _ratios, _http, _training, _start_up, _round_trips, _traffic, _memory)
     for section in sections:
         table = section(results)
         if table.rows:
@@ -126,6 +126,20 @@ def _http(results: Results) -> Table:
     )
     columns = ("", "first token p50", "p99", "between tokens p50", "p99", "decode tokens/s", "÷ without HTTP")
     return Table(f"Through HTTP, {PARALLEL}, streams begun at once; milliseconds", columns, rows)
+
+
+def _training(results: Results) -> Table:
+    rows = tuple(
+        (
+            row.contender,
+            f"{row.tokens_per_s.median:.0f} ({row.tokens_per_s.minimum:.0f}-{row.tokens_per_s.maximum:.0f})",
+            _ratio(row.ratio) if row.contender != BASELINE else "",
+        )
+        for row in results.training
+    )
+    tokens = results.training[0].tokens_per_step if results.training else 0
+    columns = ("", "tokens/s", f"÷ {BASELINE}")
+    return Table(f"Full fine-tuning with AdamW, {tokens} tokens a step", columns, rows)
 
 
 def _start_up(results: Results) -> Table:

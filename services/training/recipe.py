@@ -108,6 +108,7 @@ class Snapshots(Part):
 
     every_steps: int = Field(100, ge=1)
     keep: int = Field(2, ge=1)
+    at_end: bool = Field(True, description="of the last step, too; without, an interrupted run keeps one all the same")
 
 
 class Recipe(Part):

@@ -111,7 +111,8 @@ class Run:
             step, cursor = step + 1, batch.cursor_after
             self._record(step, report, batch, time.monotonic() - started_s)
             stopping = self._agree_to_stop()
-            if step == self._steps or stopping or step % self._recipe.snapshots.every_steps == 0:
+            kept = self._recipe.snapshots
+            if stopping or step % kept.every_steps == 0 or (step == self._steps and kept.at_end):
                 if self._records is not None:
                     self._records.keeping(step)
                 self._keeper.start(self._client.hosts, step, cursor, {"epoch": batch.epoch})

@@ -14,6 +14,7 @@ from bench.results import (
     Tax,
     Throughput,
     Traffic,
+    Training,
 )
 from bench.spread import ratio, spread
 
@@ -106,6 +107,14 @@ def made_by_hand(round_trips_missing: str | None = None) -> Results:
         memory=(
             Memory(
                 contender="shoal-2", role="expert host", processes=2, largest_peak_bytes=2 << 30, share_bytes=3 << 30
+            ),
+        ),
+        training=(
+            Training(
+                contender="shoal-2",
+                tokens_per_step=2048,
+                tokens_per_s=spread([150.0, 180.0, 170.0]),
+                ratio=ratio(rates(150.0, 180.0, 170.0), rates(100.0, 120.0, 100.0)),
             ),
         ),
     )

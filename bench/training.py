@@ -1,0 +1,106 @@
+"""Full fine-tuning beside transformers: each in processes of its own, begun anew for each repeat."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from pydantic import TypeAdapter
+
+from bench.errors import BenchError
+from bench.options import Options
+from bench.prompts import draw_prompts
+from bench.results import BASELINE, PARALLEL
+from bench.summary import Collected
+from bench.timing import Prompts
+from bench.worker import WorkerProcess
+from cluster.threads import thread_environment
+from model.tokenizer import Tokenizer
+
+Say = Callable[[str], None]
+SEQUENCE_TOKENS = 512
+SEQUENCES = 4  # a step
+STEPS = 4  # of which the first is not counted
+QUICK_STEPS = 2
+EXPERTS = ("grouped_mm", "eager")  # transformers' implementations; the faster one at its first step goes on
+TIMEOUT_S = 1800.0
+
+
+def measure_training(options: Options, vocabulary: int, collected: Collected, say: Say) -> None:
+    """Add the rates of transformers, if it takes part, and of a run with one worker and two expert actors."""
+    collected.training_tokens = SEQUENCE_TOKENS * SEQUENCES
+    steps = QUICK_STEPS if options.quick else STEPS
+    for repeat in range(options.repeats):
+        if BASELINE in options.contenders:
+            rate = _transformers(options, vocabulary, repeat, steps)
+            collected.training.setdefault(BASELINE, {})[repeat] = rate
+            say(f"repeat {repeat + 1}/{options.repeats}  training  {BASELINE}  {rate:.0f} tokens/s")
+        rate = _shoal(options, vocabulary, repeat, steps)
+        collected.training.setdefault(PARALLEL, {})[repeat] = rate
+        say(f"repeat {repeat + 1}/{options.repeats}  training  {PARALLEL}  {rate:.0f} tokens/s")
+
+
+def _batch(options: Options, vocabulary: int, repeat: int, step: int) -> Prompts:
+    return draw_prompts(f"{options.seed}-training-{repeat}-{step}", SEQUENCES, SEQUENCE_TOKENS, vocabulary)
+
+
+def _transformers(options: Options, vocabulary: int, repeat: int, steps: int) -> float:
+    """Tokens a second of the faster implementation."""
+    best = 0.0
+    for experts in EXPERTS:
+        arguments = [str(options.checkpoint), str(options.threads), experts]
+        worker = WorkerProcess("bench.training_worker", arguments, thread_environment(options.threads))
+        try:
+            seconds = [
+                worker.ask("step", _batch(options, vocabulary, repeat, step), TypeAdapter(float))
+                for step in range(steps)
+            ]
+        finally:
+            worker.stop()
+        best = max(best, SEQUENCES * SEQUENCE_TOKENS / statistics.median(seconds[1:]))
+    return best
+
+
+def _shoal(options: Options, vocabulary: int, repeat: int, steps: int) -> float:
+    """Tokens a second of `python -m services.train`, by its own records."""
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch:
+        directory = Path(scratch)
+        tokenizer = Tokenizer.load(options.checkpoint)
+        text = directory / "text.jsonl"
+        with text.open("w", encoding="utf-8") as file:  # random tokens make at least as many when they are read again
+            for step in range(steps):
+                for sequence in _batch(options, vocabulary, repeat, step):
+                    file.write(json.dumps({"text": tokenizer.decode(sequence)}) + "\n")
+        recipe = {
+            "model": str(options.checkpoint.resolve()),
+            "output_dir": str(directory / "run"),
+            "data": {"files": [str(text)], "sequence_length": SEQUENCE_TOKENS, "overlong": "split"},
+            "steps": steps,
+            "batch_tokens": SEQUENCES * SEQUENCE_TOKENS,
+            "micro_batch_tokens": SEQUENCES * SEQUENCE_TOKENS,
+            "lr": 1e-6,
+            "snapshots": {"every_steps": 1000, "at_end": False},
+            "export": False,
+            "experts": {"hosts": 2},
+        }
+        path = directory / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        done = subprocess.run(
+            [sys.executable, "-m", "services.train", str(path)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        if done.returncode:
+            lines = (done.stdout + done.stderr).strip().splitlines()
+            raise BenchError(f"training did not end well: {lines[-1] if lines else 'no output'}")
+        records = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median([float(record["tokens_per_s"]) for record in records[1:]])
