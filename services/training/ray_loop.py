@@ -22,6 +22,7 @@ from experts.tls import TlsFiles
 from experts.training.coordinator import Coordinator
 from kernels.threads import set_threads
 from model.adapters.errors import AdapterError
+from model.adapters.identity import base_identity
 from model.checkpoint import Checkpoint, CheckpointError
 from model.config import read_raw_config
 from model.snapshots.errors import SnapshotError
@@ -83,7 +84,7 @@ class _WorkerRun:
         keeper = Keeper(
             recipe.output_dir / "snapshots",
             recipe.snapshots.keep,
-            RunIdentity(self._run_id, self._checkpoint.fingerprint(), self._recipe_json()),
+            RunIdentity(self._run_id, self._fingerprint(), self._recipe_json()),
             ranks,
             dense,
             optimizer,
@@ -198,6 +199,10 @@ class _WorkerRun:
             raw = raw_with_yarn(read_raw_config(self._checkpoint.directory), recipe.yarn)
             written = write_result(out, recipe, self._checkpoint, raw, method, model)
         _write(out / DONE_FILE, json.dumps({"steps": steps, "result": str(written) if written else None}))
+
+    def _fingerprint(self) -> str:
+        """Of the model that is trained: a fine-tune of the same shape is another."""
+        return f"{self._checkpoint.fingerprint()}-{base_identity(self._checkpoint)[:16]}"
 
     def _recipe_json(self) -> dict[str, Any]:
         document: dict[str, Any] = self._recipe.model_dump(mode="json")

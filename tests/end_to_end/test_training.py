@@ -156,6 +156,8 @@ def test_whatever_dies_and_however_it_is_stopped_the_curve_is_the_same(
     with training(recipe, out) as process:
         wait_for_step(out, 3, process)
         os.kill(actors(process, "ExpertActor.wait_for_end")[0], signal.SIGKILL)
+        wait_for_step(out, 5, process)
+        os.kill(actors(process, "Controller")[0], signal.SIGKILL)
         wait_for_step(out, 7, process)
         os.kill(actors(process, "RayTrainWorker")[0], signal.SIGKILL)
         wait_for_step(out, 10, process)
