@@ -36,11 +36,14 @@ class Trained:
     grad: Tensor | None = None  # since the last step; None: nothing yet
     mean: Tensor | None = field(default=None, repr=False)
     square: Tensor | None = field(default=None, repr=False)
+    buffer: Tensor | None = field(default=None, repr=False)  # of gradients, kept: new memory costs as much as the sum
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add left.T @ right to the gradient."""
         if self.grad is None:
-            self.grad = torch.mm(left.T, right)
+            if self.buffer is None:
+                self.buffer = torch.empty_like(self.value)
+            self.grad = torch.mm(left.T, right, out=self.buffer)
         else:
             self.grad.addmm_(left.T, right)
 

@@ -60,7 +60,7 @@ class TrainedExpert:
         """Of everything that is held for it."""
         held = [self.gate_up, self.down]
         for trained in self.parameters.values():
-            more = (trained.value, trained.grad, trained.mean, trained.square)
+            more = (trained.value, trained.buffer, trained.mean, trained.square)
             held.extend(tensor for tensor in more if tensor is not None and all(tensor is not one for one in held))
         if self._used is not None:
             held.extend(self._used)
