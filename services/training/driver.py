@@ -27,6 +27,7 @@ from services.training.recipe import Recipe
 from services.training.result import with_yarn
 from services.training.run import count_steps
 
+UPLOADED = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` sent
 IDLE_END_S = 120.0  # the hosts of a run that has no worker any more end so long after it
 DONE_FILE = "done.json"
 STOP_FILE = "stop"
@@ -82,10 +83,13 @@ def train(recipe: Recipe, console: Console) -> int:
 
 
 def absolute(recipe: Recipe) -> Recipe:
-    """With paths that mean the same to every process."""
+    """With paths that mean the same to every process.
+
+    The directory that a Ray job was sent goes away with the job, so there a relative output directory is below home.
+    """
     data = recipe.data.model_copy(update={"files": tuple(file.resolve() for file in recipe.data.files)})
-    paths = {"model": recipe.model.resolve(), "output_dir": recipe.output_dir.resolve(), "data": data}
-    return recipe.model_copy(update=paths)
+    output = Path.home() / recipe.output_dir if UPLOADED in Path.cwd().parts else recipe.output_dir.resolve()
+    return recipe.model_copy(update={"model": recipe.model.resolve(), "output_dir": output, "data": data})
 
 
 def service_spec(recipe: Recipe, checkpoint: Checkpoint) -> ServiceSpec:

@@ -8,6 +8,7 @@ import yaml
 
 from model.adapters.errors import AdapterError
 from model.config import parse_config
+from services.training.driver import absolute
 from services.training.forecast import forecast
 from services.training.method import make_method
 from services.training.recipe import RecipeError, load_recipe
@@ -131,3 +132,15 @@ def test_yarn_is_read_back_from_what_is_written(tmp_path: Path) -> None:
     written = parse_config(raw_with_yarn(raw, recipe.yarn))
     assert written == with_yarn(CONFIG, recipe.yarn)
     assert written.max_position_embeddings == 512
+
+
+def test_what_a_job_writes_outlives_its_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(write(tmp_path), [])
+    monkeypatch.chdir(tmp_path)
+    assert absolute(recipe).output_dir == tmp_path / "o"
+    uploaded = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    uploaded.mkdir(parents=True)
+    monkeypatch.chdir(uploaded)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert absolute(recipe).output_dir == tmp_path / "home" / "o"
+    assert absolute(recipe).data.files == (uploaded / "d.jsonl",)
