@@ -17,13 +17,13 @@ MakeCheckpoint = Callable[[str], Path]
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
     """`checkpoint("tiny")`: the directory of a seeded random checkpoint, written on first use."""
-    from tests.checkpoints import SHAPES, write_checkpoint
+    from tests.checkpoints import EVERY_SHAPE, write_checkpoint
 
     written: dict[str, Path] = {}
 
     def make(shape: str) -> Path:
         if shape not in written:
-            written[shape] = write_checkpoint(SHAPES[shape], tmp_path_factory.mktemp(shape)).path
+            written[shape] = write_checkpoint(EVERY_SHAPE[shape], tmp_path_factory.mktemp(shape)).path
         return written[shape]
 
     return make
