@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from services.openai.errors import as_api_error, error_body
 
@@ -23,25 +24,40 @@ def event(data: dict[str, Any] | str) -> str:
     return f"data: {text}\n\n"
 
 
+class _EventStream(StreamingResponse):
+    """Closes what makes the events when it ends, however it ends.
+
+    A task that is cancelled while it sends leaves its generators where they yielded, and whatever feeds them goes on
+    until the garbage collector comes by.
+    """
+
+    def __init__(self, body: AsyncGenerator[str, None], events: AsyncGenerator[dict[str, Any], None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(body, media_type="text/event-stream", headers=headers)
+        self._body = body
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events), aclosing(self._body):
+            await super().__call__(scope, receive, send)
+
+
 async def stream(events: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:
     """A streaming response. What fails before the first event is raised, to be answered with its own status."""
     first = await anext(events)
 
     async def body() -> AsyncGenerator[str, None]:
-        async with aclosing(events):
-            yield event(first)
-            try:
-                async for item in events:
-                    yield event(item)
-            except Exception as error:  # noqa: BLE001  the status line is gone: say it in the stream
-                known = as_api_error(error)
-                yield event(error_body(known.message, known.status, known.param, known.code))
-                return
-            yield event("[DONE]")
+        yield event(first)
+        try:
+            async for item in events:
+                yield event(item)
+        except Exception as error:  # noqa: BLE001  the status line is gone: say it in the stream
+            known = as_api_error(error)
+            yield event(error_body(known.message, known.status, known.param, known.code))
+            return
+        yield event("[DONE]")
 
-    return StreamingResponse(
-        body(), media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    )
+    return _EventStream(body(), events)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
