@@ -1,4 +1,4 @@
-"""The Serve application that a service belongs to: as long as it is there, its controller and hosts are."""
+"""Who a service's controller and hosts are there for: its Serve application, or the workers of a training run."""
 
 import asyncio
 import logging
@@ -33,3 +33,12 @@ async def wait_until_gone(name: str, came: Callable[[], bool]) -> None:
         seen = seen or present
         if seen or came() or time.monotonic() > started_s + COMES_S:
             misses = 0 if present else misses + 1
+
+
+async def wait_until_idle(busy: Callable[[], bool], idle_s: float) -> None:
+    """Return when nobody was `busy` for so long; the first has so long to come."""
+    since_s = time.monotonic()
+    while time.monotonic() < since_s + idle_s:
+        await asyncio.sleep(min(CHECK_S, idle_s / 4))
+        if busy():
+            since_s = time.monotonic()

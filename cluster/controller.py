@@ -14,7 +14,7 @@ import ray
 
 from cluster.actions import GiveUp, Publish, Save
 from cluster.actor_pool import ActorPool
-from cluster.application import wait_until_gone
+from cluster.application import wait_until_gone, wait_until_idle
 from cluster.balance import Balance
 from cluster.change import ChangeRefused, Wish
 from cluster.conductor import Conductor
@@ -267,7 +267,7 @@ class Controller:
             await wait_until_gone(self._spec.name, lambda: self._application_came)
             await self.shutdown()
         elif self._spec.idle_end_s is not None:
-            await self._workers.wait_until_idle(self._spec.idle_end_s)
+            await wait_until_idle(lambda: self._workers.any, self._spec.idle_end_s)
             await self.shutdown()
 
 

@@ -54,8 +54,7 @@ class PlacementFollower:
         return self._placement is not None and host in self._placement.hosts
 
     def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
-        with self._changed:
-            self._changed.wait_for(lambda: self._placement is not None and self._placement.epoch > epoch, timeout_s)
+        self.wait_after(epoch, timeout_s)
         return self.snapshot()
 
     def wait_first(self, timeout_s: float) -> bool:

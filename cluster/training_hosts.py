@@ -50,7 +50,7 @@ class TrainingHosts:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def newest(self, wait: bool) -> Placement:
-        """See `attention.training.worker.Placements`; raises StepLost when no table comes in time."""
+        """See `attention.training.worker.Placements`; raises StepLost when no table comes in time, or none can come."""
         known = self._follower.peek()
         if wait and known is not None:
             self._waiting_since_s = self._waiting_since_s or time.monotonic()
@@ -84,7 +84,7 @@ class TrainingHosts:
         with contextlib.suppress(RayActorError, GetTimeoutError):
             status = ray.get(self.controller.status.remote(), timeout=5)
             if status["state"] == "failed":
-                raise RuntimeError(f"the expert hosts cannot start: {status['reason']}")
+                raise StepLost(f"the expert hosts cannot start: {status['reason']}")
 
     def _beat(self) -> None:
         info = {"id": self._id, "address": "", "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}

@@ -1,14 +1,11 @@
 """The attention workers as the controller knows them: by their heartbeats."""
 
-import asyncio
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from cluster.events import EventLog
 
 SILENT_S = 5.0  # without a heartbeat after which a worker is not offered any more
-CHECK_S = 5.0
 PRIVATE = ("address", "load", "seen_s")  # of a heartbeat, not for people
 
 
@@ -41,13 +38,9 @@ class Workers:
         """Ids of workers that were not heard of for too long."""
         return [worker_id for worker_id, worker in self._known.items() if worker["seen_s"] < now_s - SILENT_S]
 
-    async def wait_until_idle(self, idle_s: float) -> None:
-        """Return when there was no worker for so long; the first has so long to come."""
-        since_s = time.monotonic()
-        while time.monotonic() < since_s + idle_s:
-            await asyncio.sleep(min(CHECK_S, idle_s))
-            if self._known:
-                since_s = time.monotonic()
+    @property
+    def any(self) -> bool:
+        return bool(self._known)
 
     def addresses(self) -> dict[str, str]:
         return {worker_id: worker["address"] for worker_id, worker in self._known.items()}

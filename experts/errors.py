@@ -4,6 +4,7 @@ ExpertError
 ├── HostUnavailable      the host did not answer: connection lost, refused or timed out; another may
 │   └── HostSlow         not yet: the same call can be waited for again
 ├── HostRefused          the host answered that it cannot serve this: its code says why
+├── CallRefused          a host cannot do what it was told, nor could another: it does not fit what the host holds
 ├── FrameError           bytes that are not a frame, or lie about themselves (also a ValueError)
 ├── TransferFailed       a host did not hand over an expert's weights, or they cannot be trusted; the disk has them too
 └── ExpertsUnavailable   every holder stayed unreachable for the client's whole deadline
@@ -41,6 +42,10 @@ class HostRefused(ExpertError):
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
+
+
+class CallRefused(ExpertError):
+    """A call to a training host that is malformed or does not fit, such as a snapshot of another way of training."""
 
 
 class FrameError(ExpertError, ValueError):

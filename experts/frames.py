@@ -147,14 +147,14 @@ def check_reply_size(header: Header) -> None:
 
 def encode_request(request: ForwardRequest, correlation: int) -> bytes:
     """A forward request as one frame; raises FrameError when it is over a cap."""
-    payload = (_bytes(request.x_RD), _bytes(request.pair_row_P), _bytes(request.pair_expert_P))
+    payload = (tensor_bytes(request.x_RD), tensor_bytes(request.pair_row_P), tensor_bytes(request.pair_expert_P))
     return _assemble(request_header(request, correlation), payload)
 
 
 def encode_reply(reply: ForwardReply, correlation: int) -> bytes:
     """A forward reply as one frame."""
     pairs, hidden = reply.y_PD.shape
-    return _assemble(reply_header(reply.generation, pairs, hidden, correlation), (_bytes(reply.y_PD),))
+    return _assemble(reply_header(reply.generation, pairs, hidden, correlation), (tensor_bytes(reply.y_PD),))
 
 
 def encode_refusal(refusal: HostRefused, correlation: int) -> bytes:
@@ -207,7 +207,8 @@ def _assemble(header: Header, payload: tuple[memoryview, ...]) -> bytes:
     return b"".join((head, *payload))
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's numbers as a frame's payload has them."""
     if not tensor.numel():
         return memoryview(b"")
     array: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = tensor.detach().cpu().contiguous().numpy()

@@ -255,7 +255,7 @@ class ExpertHost:
                 f"{self.host_id} is in generation {self.generation}; the request was for {request.generation}",
             )
         if self.closed is not None:
-            raise HostRefused("not_held", f"{self.host_id}: {self.closed}")
+            raise HostRefused("not_ready", f"{self.host_id}: {self.closed}")
         rows, hidden = request.x_RD.shape
         if hidden != self._config.hidden_size:
             raise HostRefused("bad_request", f"rows are {hidden} wide; expected {self._config.hidden_size}")

@@ -27,6 +27,14 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate.double()).to(gate.dtype) * up
 
 
+def check_expert(expert: int, matrices: tuple[Tensor, Tensor, Tensor], hidden: int, intermediate: int) -> None:
+    """Raises ValueError unless gate and up are [I, D] and down [D, I]."""
+    wide, tall = (intermediate, hidden), (hidden, intermediate)
+    shapes = tuple(tuple(matrix.shape) for matrix in matrices)
+    if shapes != (wide, wide, tall):
+        raise ValueError(f"expert {expert} has shapes {shapes}; expected {(wide, wide, tall)}")
+
+
 class _Plain:
     """One network as torch computes it."""
 
@@ -91,10 +99,7 @@ class PackedExperts:
 
     def load(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Take an expert's weights: gate and up [I, D], down [D, I]; raises ValueError on other shapes."""
-        wide, tall = (self._intermediate, self._hidden), (self._hidden, self._intermediate)
-        shapes = tuple(gate.shape), tuple(up.shape), tuple(down.shape)
-        if shapes != (wide, wide, tall):
-            raise ValueError(f"expert {expert} has shapes {shapes}; expected {(wide, wide, tall)}")
+        check_expert(expert, (gate, up, down), self._hidden, self._intermediate)
         if self._native is None:
             self._experts[expert] = _Plain(*(weight.to(self._device) for weight in (gate, up, down)))
             return

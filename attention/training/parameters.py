@@ -95,7 +95,8 @@ class DenseParameters:
         out = F.linear(x, self[f"{module}.weight"])
         factor_a = self._factors.get(f"{module}.lora_A")
         if factor_a is not None:
-            out = out + self._scale * F.linear(F.linear(x, factor_a), self._factors[f"{module}.lora_B"])
+            factor_b = self._factors[f"{module}.lora_B"]
+            out = out + self._scale * F.linear(F.linear(x, factor_a.to(x.dtype)), factor_b.to(x.dtype))
         return out
 
     @torch.no_grad()

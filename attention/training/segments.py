@@ -3,12 +3,17 @@
 Shapes: `T` tokens of all rows.
 """
 
+from __future__ import annotations
+
 import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # who reads data only needs no torch
+    from torch import Tensor
 
-IGNORED = -100  # a target that does not count
+IGNORED = -100
+"""A target that does not count; torch's cross entropy leaves it out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ class TrainingWorker:
         loss = sum(each["cross_entropy"] for each in together) / plan.targets
         balance = sum(each["balance"] for each in together) / plan.sequences
         dense_squared = self._optimizer.sum_gradients()
-        norm = self._step_hosts(hosts, plan, loss, dense_squared)
+        norm, lost_at_step = self._step_hosts(hosts, plan, loss, dense_squared)
         self._before_dense_step()
         self._optimizer.step(plan.learning_rate, self._scale(norm))
         return StepReport(
@@ -117,7 +117,7 @@ class TrainingWorker:
             dropped=sum(each["dropped"] for each in together),
             slots=sum(each["slots"] for each in together),
             rows_LE=rows_LE.long(),
-            hosts_lost=tuple(sorted({host for each in together for host in each["failed"]})),
+            hosts_lost=tuple(sorted({*lost_at_step, *(host for each in together for host in each["failed"])})),
         )
 
     def _agree_on_hosts(self, plan: StepPlan) -> Placement:
@@ -168,8 +168,10 @@ class TrainingWorker:
         sums["failed"] = [host.id for host in self._client.hosts.failed]
         return sums, rows_LE
 
-    def _step_hosts(self, hosts: StepHosts, plan: StepPlan, loss: float, dense_squared: float) -> float:
-        """Step the experts; the global gradient norm, the same on every worker."""
+    def _step_hosts(
+        self, hosts: StepHosts, plan: StepPlan, loss: float, dense_squared: float
+    ) -> tuple[float, list[str]]:
+        """Step the experts; the global gradient norm and the hosts that failed, the same on every worker."""
         message: dict[str, Any] = {}
         if self._coordinator is not None:
             try:
@@ -181,10 +183,11 @@ class TrainingWorker:
                     message["bad"] = f"step {plan.step}: the loss is {loss} and the gradient norm {norm}"
             except ExpertError as error:
                 message["lost"] = str(error)
+            message["failed"] = [host.id for host in hosts.failed]
         answer = self._tell(message)[0]
         if "bad" in answer:
             raise NotFinite(f"{answer['bad']}; nothing was stepped: lower the learning rate, or look at the data")
-        return float(answer["norm"])
+        return float(answer["norm"]), answer["failed"]
 
     def _scale(self, norm: float) -> float:
         return min(1.0, self._clip / norm) if self._clip is not None and norm > 0 else 1.0

@@ -73,9 +73,19 @@ class StepHosts:
     placement: Placement
     tables: OwnerTables
     failed: dict[Host, str] = field(default_factory=dict)
+    _held: dict[int, list[Tensor]] = field(default_factory=dict, repr=False)
 
     def alive(self) -> list[Host]:
         return [host for host in self.placement.hosts if host not in self.failed]
+
+    def held(self, layer: int) -> list[Tensor]:
+        """Of each host, the layer's experts that it holds: bool [E]; made once a step."""
+        if layer not in self._held:
+            owners = self.placement.owners[layer]
+            self._held[layer] = [
+                torch.tensor([index in holders for holders in owners]) for index in range(len(self.placement.hosts))
+            ]
+        return self._held[layer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +192,7 @@ class TrainingClient:
         wanted_S = torch.zeros(len(expert_S), dtype=torch.bool)
         wanted_S[wanted] = True
         sent: list[_Sent] = []
-        for index, host in enumerate(hosts.placement.hosts):
-            held_E = torch.tensor([index in holders for holders in hosts.placement.owners[call.layer]])
+        for index, (host, held_E) in enumerate(zip(hosts.placement.hosts, hosts.held(call.layer), strict=True)):
             if host in hosts.failed or not held_E.any():
                 continue
             owned = _owned_slots(call.routing.experts_TK.cpu(), held_E, slots)

@@ -26,7 +26,7 @@ class Behind(ExpertError):
 class Coordinator:
     """Used by one thread, which asks many hosts at once."""
 
-    LOST = (HostUnavailable, HostRefused)  # what a host raises that does not take part
+    LOST = (HostUnavailable, HostRefused)  # what a host raises that does not take part, and another life may
 
     def __init__(self, peers: Peers, training: ExpertTraining) -> None:
         self._peers = peers

@@ -13,10 +13,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from experts.errors import FrameError, HostRefused
-from experts.frames import MAX_HIDDEN, MAX_PAIRS, MAX_PAYLOAD_BYTES, MAX_ROWS, parse_refusal, refusal_payload
+from experts.frames import (
+    MAX_HIDDEN,
+    MAX_PAIRS,
+    MAX_PAYLOAD_BYTES,
+    MAX_ROWS,
+    parse_refusal,
+    refusal_payload,
+    tensor_bytes,
+)
 from experts.training.messages import BackwardReply, BackwardRequest
 
 MAGIC = b"SHTR"
@@ -70,7 +77,7 @@ def encode_request(request: BackwardRequest, correlation: int) -> bytes:
     )
     tensors = (request.x_RD, request.dout_RD, request.pair_weight_P)
     indices = (request.pair_row_P, request.pair_expert_P, request.answer_P)
-    return _assemble(header, [_bytes(tensor) for tensor in (*tensors, *indices)])
+    return _assemble(header, [tensor_bytes(tensor) for tensor in (*tensors, *indices)])
 
 
 def encode_reply(reply: BackwardReply, correlation: int) -> bytes:
@@ -78,7 +85,7 @@ def encode_reply(reply: BackwardReply, correlation: int) -> bytes:
     pairs, hidden = reply.dx_AD.shape
     size = NUMBER * pairs * (hidden + 1)
     header = Header(REPLY, 0, reply.generation, 0, correlation, 0, 0, 0, pairs, hidden, size)
-    return _assemble(header, [_bytes(reply.dx_AD), _bytes(reply.dweight_A)])
+    return _assemble(header, [tensor_bytes(reply.dx_AD), tensor_bytes(reply.dweight_A)])
 
 
 def encode_refusal(refusal: HostRefused, correlation: int) -> bytes:
@@ -177,10 +184,3 @@ def _crc(head: memoryview, payload: list[memoryview]) -> int:
     for part in payload:
         found = zlib.crc32(part, found)
     return found
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    if not tensor.numel():
-        return memoryview(b"")
-    array: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = tensor.detach().cpu().contiguous().numpy()
-    return array.data.cast("B")

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from experts.errors import ExpertError, HostRefused, HostUnavailable
+from experts.errors import CallRefused, ExpertError, HostUnavailable
 from experts.frames import parse_refusal
 from experts.grpc_server import identity
 from experts.grpc_stream import Codec, FrameStream, StreamCall, call_metadata, describe, open_channel
@@ -110,7 +110,7 @@ class GrpcPeer:
         if code is grpc.StatusCode.FAILED_PRECONDITION:
             return parse_refusal(error.details().encode())
         if code is grpc.StatusCode.INVALID_ARGUMENT:
-            return HostRefused("bad_request", f"{self._host.id}: {error.details()}")
+            return CallRefused(f"{self._host.id}: {error.details()}")
         return HostUnavailable(f"{self._host.id} at {self._host.address}: {describe(error)}")
 
 

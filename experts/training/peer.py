@@ -22,7 +22,8 @@ class PendingGradients(Protocol):
 class Peer(Protocol):
     """One life of one host. Every call but `backward` waits for its end.
 
-    All but that one raise HostUnavailable when the host is lost, and HostRefused when it is not where a call needs it.
+    All but that one raise HostUnavailable when the host is lost, HostRefused when it is not where a call needs it, and
+    CallRefused when no host could do it.
     """
 
     def configure(self, training: ExpertTraining) -> None: ...

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from experts.training.expert import TrainedExpert
+from kernels.swiglu import check_expert
 
 
 class TrainableExperts:
@@ -25,10 +26,7 @@ class TrainableExperts:
 
     def load(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Take an expert's weights: gate and up [I, D], down [D, I]; raises ValueError on other shapes."""
-        wide, tall = (self._intermediate, self._hidden), (self._hidden, self._intermediate)
-        shapes = tuple(gate.shape), tuple(up.shape), tuple(down.shape)
-        if shapes != (wide, wide, tall):
-            raise ValueError(f"expert {expert} has shapes {shapes}; expected {(wide, wide, tall)}")
+        check_expert(expert, (gate, up, down), self._hidden, self._intermediate)
         gate_up = torch.cat((gate.float(), up.float())).to(self._device)
         self._experts[expert] = TrainedExpert(gate_up, down.float().to(self._device, copy=True).contiguous())
 

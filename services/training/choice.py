@@ -7,28 +7,31 @@ from torch import Tensor
 
 from attention.training.decoder import TrainingDecoder
 from attention.training.segments import MicroBatch
+from router.gate import Routing
 from router.holding import Pair
 
 
 def relevance(decoder: TrainingDecoder, batches: Sequence[MicroBatch], by: str) -> dict[int, Tensor]:
-    """Of each MoE layer's experts [E] fp64, adding up to 1: average gate score, or share of the chosen slots.
+    """Of each MoE layer's experts [E] fp64, adding up to 1: average weight of the chosen, or share of the slots.
 
-    The experts must be at hand as in a step. Gate scores are those of the chosen experts, as the paper's eq 5 has them.
+    Averages are taken over the tokens of a sample, and then over samples. The experts must be at hand as in a step.
     """
-    totals = {
-        layer: torch.zeros(decoder.config.n_routed_experts, dtype=torch.float64) for layer in decoder.config.moe_layers
-    }
+    experts = decoder.config.n_routed_experts
+    totals = {layer: torch.zeros(experts, dtype=torch.float64) for layer in decoder.config.moe_layers}
     with torch.no_grad():
         for micro, batch in enumerate(batches):
+            lengths = torch.tensor(batch.lengths)
+            share_T = (1.0 / lengths.double()).repeat_interleave(lengths)
             for layer, routing in decoder.losses(batch, micro).routings.items():
-                experts_S = routing.experts_TK.reshape(-1).cpu()
-                weights_S = (
-                    routing.weights_TK.reshape(-1).double().cpu()
-                    if by == "gate"
-                    else torch.ones(len(experts_S)).double()
-                )
-                totals[layer].index_add_(0, experts_S, weights_S)
+                add_relevance(totals[layer], routing, share_T, by)
     return {layer: total / total.sum() for layer, total in totals.items()}
+
+
+def add_relevance(total_E: Tensor, routing: Routing, share_T: Tensor, by: str) -> None:
+    """Add what the tokens' slots say, each token counted `share_T` times."""
+    experts_TK, weights_TK = routing.experts_TK.cpu(), routing.weights_TK.double().cpu()
+    counted_TK = share_T[:, None] * (weights_TK if by == "gate" else torch.ones_like(weights_TK))
+    total_E.index_add_(0, experts_TK.reshape(-1), counted_TK.reshape(-1))
 
 
 def choose(relevance_E: Tensor, share: float) -> list[int]:

@@ -1,7 +1,6 @@
 """A training run from outside: what can be checked beforehand, the Ray Train job, and its end."""
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -18,19 +17,16 @@ from cluster.session import LocalCluster, keep_private  # before anything that i
 from cluster.spec import ServiceSpec
 from experts.transport_kinds import check_transport
 from model.checkpoint import Checkpoint
-from services.training.data.training_data import TrainingData
-from services.training.data.training_tokenizer import TrainingTokenizer
 from services.training.initial import initial_checkpoint
+from services.training.inputs import count_steps, load_data
 from services.training.method import make_method
+from services.training.outcome import STOP, begin_outcome, read_outcome, told
 from services.training.progress import follow
 from services.training.recipe import Recipe
 from services.training.result import with_yarn
-from services.training.run import count_steps
 
 UPLOADED = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` sent
 IDLE_END_S = 120.0  # the hosts of a run that has no worker any more end so long after it
-DONE_FILE = "done.json"
-STOP_FILE = "stop"
 
 
 class TrainingFailed(RuntimeError):
@@ -56,30 +52,29 @@ def prepare(recipe: Recipe) -> tuple[Checkpoint, int]:
             f"{config.max_position_embeddings} tokens: use less, or yarn"
         )
     make_method(recipe, config, "checked")
-    data = load_data(recipe)
-    return checkpoint, count_steps(recipe, data)
-
-
-def load_data(recipe: Recipe) -> TrainingData:
-    """Raises ValueError naming the first problem."""
-    data = recipe.data
-    tokenizer = TrainingTokenizer.load(recipe.model)
-    return TrainingData.load(
-        data.files, tokenizer, data.sequence_length, data.format, data.overlong, data.packing, recipe.seed
-    )
+    return checkpoint, count_steps(recipe, load_data(recipe))
 
 
 def train(recipe: Recipe, console: Console) -> int:
     """Run to the end, on the Ray that this process belongs to, or a private one; the steps made.
 
-    SIGINT and SIGTERM end it after a snapshot. Raises what `prepare` raises, and TrainingFailed.
+    SIGINT and SIGTERM end it after a snapshot; a second one ends it at once. Raises what `prepare` raises, and
+    TrainingFailed.
     """
     recipe = absolute(recipe)
     checkpoint, steps = prepare(recipe)
-    for name in (STOP_FILE, DONE_FILE):
-        (recipe.output_dir / name).unlink(missing_ok=True)
-    with _ray(), _signals(recipe.output_dir / STOP_FILE, console):
-        return _train(recipe, checkpoint, steps, console)
+    before = read_outcome(recipe.output_dir)
+    if before is not None and before.result is not None and before.steps >= steps and Path(before.result).exists():
+        console.print(f"all {before.steps} steps were made before; {before.result} has the result", soft_wrap=True)
+        return before.steps
+    begin_outcome(recipe.output_dir)
+    _, known = told(recipe.output_dir)
+    try:
+        with _ray(), _signals(recipe.output_dir / STOP, console):
+            return _train(recipe, checkpoint, steps, console)
+    finally:
+        for line in told(recipe.output_dir, known)[0]:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def absolute(recipe: Recipe) -> Recipe:
@@ -114,7 +109,7 @@ def service_spec(recipe: Recipe, checkpoint: Checkpoint) -> ServiceSpec:
 
 def _train(recipe: Recipe, checkpoint: Checkpoint, steps: int, console: Console) -> int:
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from cluster.discovery import get_or_start_controller
@@ -128,13 +123,13 @@ def _train(recipe: Recipe, checkpoint: Checkpoint, steps: int, console: Console)
     resources = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"recipe": recipe.model_dump(mode="json"), "service": _plain(service)},
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "service": _plain(service), "steps": steps},
         scaling_config=ScalingConfig(
             num_workers=workers.least if most == workers.least else (workers.least, most),
             use_gpu=workers.gpus > 0,
             resources_per_worker=resources,
         ),
-        torch_config=TorchConfig(backend="nccl" if workers.gpus > 0 else "gloo"),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.gpus > 0 else "gloo"),
         run_config=RunConfig(
             name="ray",
             storage_path=str(recipe.output_dir),
@@ -147,21 +142,24 @@ def _train(recipe: Recipe, checkpoint: Checkpoint, steps: int, console: Console)
     watcher.start()
     try:
         trainer.fit()
-    except Exception as error:  # whatever Ray Train makes of what a worker raised
+    except TrainingFailedError as error:
         raise TrainingFailed(_reason(error)) from error
     finally:
         stop.set()
         watcher.join()
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(controller.shutdown.remote(), timeout=30)
-    done: dict[str, Any] = json.loads((recipe.output_dir / DONE_FILE).read_text(encoding="utf-8"))
-    if "failed" in done:
-        raise TrainingFailed(f"{done['failed']}; the snapshots in {recipe.output_dir / 'snapshots'} are kept")
-    if done["result"]:
-        console.print(f"{done['steps']} steps made; wrote {done['result']}", soft_wrap=True)
+    outcome = read_outcome(recipe.output_dir)
+    if outcome is None:
+        raise TrainingFailed("the workers ended without a word; Ray's logs say why")
+    if outcome.failed is not None:
+        raise TrainingFailed(f"{outcome.failed}; the snapshots in {recipe.output_dir / 'snapshots'} are kept")
+    wrote = f"; wrote {outcome.result}" if outcome.result is not None else ""
+    if outcome.steps < steps:
+        console.print(f"{outcome.steps} of {steps} steps made; the same command goes on from there")
     else:
-        console.print(f"{done['steps']} of {steps} steps made; the same command goes on from there")
-    return int(done["steps"])
+        console.print(f"{outcome.steps} steps made{wrote}", soft_wrap=True)
+    return outcome.steps
 
 
 def _plain(service: ServiceSpec) -> dict[str, Any]:
@@ -194,10 +192,13 @@ def _ray() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals(stop_file: Path, console: Console) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the run to end; after Ray, which sets its own."""
+    """SIGINT and SIGTERM ask the run to end, twice insist; set after Ray, which has handlers of its own."""
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop_file.exists():
+            raise KeyboardInterrupt
         stop_file.touch()
+        console.print("stopping after this step, with a snapshot; once more stops at once")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -205,5 +206,4 @@ def _signals(stop_file: Path, console: Console) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if stop_file.exists():
-            stop_file.unlink()
+        stop_file.unlink(missing_ok=True)

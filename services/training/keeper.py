@@ -27,8 +27,9 @@ class RunIdentity:
     """What a snapshot must be of, to be resumed."""
 
     run_id: str
-    fingerprint: str
-    recipe: Json
+    fingerprint: str  # of the model
+    data: str  # what the cursor counts: content and order
+    recipe: Json  # for the record; what may differ is not compared
 
 
 @dataclass(slots=True)
@@ -146,7 +147,7 @@ class Keeper:
                 self._tell(f"passed over a broken snapshot: {reason}")
             if found.snapshot is None:
                 return None
-            found.snapshot.check_same_run(fingerprint=self._identity.fingerprint, run_id=self._identity.run_id)
+            self._check(found.snapshot)
             try:
                 found.snapshot.verify()
             except SnapshotBroken as broken:
@@ -154,6 +155,15 @@ class Keeper:
                 self._tell(f"a damaged snapshot was moved to {aside.name}: {broken}")
             else:
                 return found.snapshot
+
+    def _check(self, snapshot: Snapshot) -> None:
+        identity, manifest = self._identity, snapshot.manifest
+        snapshot.check_same_run(fingerprint=identity.fingerprint, run_id=identity.run_id)
+        if manifest.extra.get("data") != identity.data:
+            raise SnapshotError(
+                f"{snapshot.directory} was trained on other data, or in another order: its position in them means "
+                "nothing here; give the same files and seed, or another output_dir"
+            )
 
     def restore_dense(self, snapshot: Snapshot) -> None:
         """Take this worker's parameters and its share of the optimizer's state."""
@@ -189,7 +199,7 @@ class Keeper:
             recipe=self._identity.recipe,
             rng={},  # every draw is a function of the recipe's seed and a position
             shards=shards,
-            extra=pending.extra,
+            extra={**pending.extra, "data": self._identity.data},
         )
 
     def _abandon(self, staging: Path) -> None:

@@ -28,24 +28,19 @@ def plan_step(
 
     With `protect_seed`, a tenth of the step's samples is protected from dropping, the same ones for any `world`.
     """
-    firsts = np.cumsum(
-        [0, *(len(row.segment_ends) for row in batch.rows)]
-    ).tolist()  # sample number of each row's first
-    dealt = [list(range(each, len(batch.rows), world)) for each in range(world)]
-    groups = [_group(batch.rows, numbers, micro_batch_tokens) for numbers in dealt]
-    micros = max(map(len, groups))
+    sequences = sum(len(row.segment_ends) for row in batch.rows)
+    groups = [_group(batch.rows, batch.dealt(each, world), micro_batch_tokens) for each in range(world)]
     mine = groups[rank]
-    micro_batches = [lay_flat([batch.rows[number] for number in group], device) for group in mine]
+    none = (None,) * (max(map(len, groups)) - len(mine))
     protected: tuple[Tensor | None, ...] = ()
     if protect_seed is not None:
-        protected = tuple(_protected(batch.rows, group, firsts, protect_seed, step, device) for group in mine) + (
-            None,
-        ) * (micros - len(mine))
+        kept = protected_sequences(protect_seed, step, 0, sequences)
+        protected = (*(_protected(batch.rows, group, kept, device) for group in mine), *none)
     return StepPlan(
         step=step,
-        micro_batches=tuple(micro_batches) + (None,) * (micros - len(mine)),
+        micro_batches=(*(lay_flat([batch.rows[number] for number in group], device) for group in mine), *none),
         targets=batch.targets,
-        sequences=firsts[-1],
+        sequences=sequences,
         learning_rate=learning_rate,
         protected=protected,
     )
@@ -84,13 +79,12 @@ def _group(rows: Sequence[PackedRow], numbers: Sequence[int], most: int) -> list
     return groups
 
 
-def _protected(
-    rows: Sequence[PackedRow], group: Sequence[int], firsts: Sequence[int], seed: int, step: int, device: str
-) -> Tensor:
+def _protected(rows: Sequence[PackedRow], group: Sequence[int], kept: npt.NDArray[np.bool_], device: str) -> Tensor:
+    """Of each token of a micro-batch, whether its sample is kept whole; `kept` has the step's samples, in row order."""
     parts: list[Tensor] = []
     for number in group:
+        first = sum(len(row.segment_ends) for row in rows[:number])
         ends = rows[number].segment_ends
         lengths = torch.tensor(np.diff([0, *ends]))
-        mask = torch.from_numpy(protected_sequences(seed, step, firsts[number], len(ends)))
-        parts.append(mask.repeat_interleave(lengths))
+        parts.append(torch.from_numpy(kept[first : first + len(ends)]).repeat_interleave(lengths))
     return torch.cat(parts).to(device)

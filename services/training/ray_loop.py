@@ -1,7 +1,6 @@
 """What each Ray Train worker runs: the parts of a run put together, and its loop."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from attention.training.worker import NotFinite, TrainingWorker
 from cluster.spec import ServiceSpec
 from cluster.threads import node_threads
 from cluster.training_hosts import TrainingHosts
+from experts.errors import ExpertError
 from experts.tls import TlsFiles
 from experts.training.coordinator import Coordinator
+from experts.training.spec import as_pairs
 from kernels.threads import set_threads
 from model.adapters.errors import AdapterError
 from model.adapters.identity import base_identity
@@ -29,22 +30,19 @@ from model.snapshots.errors import SnapshotError
 from router.holding import Pair
 from router.losses import BalanceCoefficients
 from services.training.choice import chosen_pairs, relevance
-from services.training.data.training_data import TrainingData
-from services.training.data.training_tokenizer import TrainingTokenizer
+from services.training.inputs import load_data
 from services.training.keeper import Keeper, RunIdentity
 from services.training.method import Method, make_method
+from services.training.outcome import STOP, Outcome, tell, write_outcome, write_whole
 from services.training.plans import lay_flat
 from services.training.recipe import Recipe, parse_recipe
 from services.training.result import TrainedModel, raw_with_yarn, with_yarn, write_result
-from services.training.run import Run, TooManySetbacks, count_steps
+from services.training.run import Run, TooManySetbacks
 from services.training.run_records import RunRecords
-
-STOP_FILE = "stop"  # in the output directory: whoever makes it asks the run to end after a snapshot
-DONE_FILE = "done.json"
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
-    """`config` has the recipe, the service, and the checkpoint's directory, as plain data."""
+    """`config` has the recipe, the service and the number of steps, as plain data."""
     recipe = parse_recipe(config["recipe"])
     service = ServiceSpec(**{**config["service"], "tls": _tls(config["service"]["tls"])})
     context = ray.train.get_context()
@@ -52,25 +50,22 @@ def train_worker(config: Mapping[str, Any]) -> None:
     set_threads(recipe.workers.threads or node_threads())
     torch.set_num_threads(recipe.workers.threads or node_threads())
     try:
-        _WorkerRun(recipe, service, ranks).run()
+        _WorkerRun(recipe, service, config["steps"], ranks).run()
     except (NotFinite, SnapshotError, AdapterError, CheckpointError, TooManySetbacks) as error:
         # Every worker is here, and would be again: an end, which Ray Train must not take for a worker's death.
         if ranks.rank == 0:
-            _write(recipe.output_dir / DONE_FILE, json.dumps({"failed": str(error)}))
+            write_outcome(recipe.output_dir, Outcome(failed=str(error)))
 
 
 class _WorkerRun:
-    def __init__(self, recipe: Recipe, service: ServiceSpec, ranks: Ranks) -> None:
+    def __init__(self, recipe: Recipe, service: ServiceSpec, steps: int, ranks: Ranks) -> None:
         self._recipe = recipe
+        self._steps = steps
         self._ranks = ranks
         self._device = "cuda" if recipe.workers.gpus > 0 else "cpu"
         self._checkpoint = Checkpoint.open(service.model)
         self._config = with_yarn(self._checkpoint.config, recipe.yarn)
-        tokenizer = TrainingTokenizer.load(recipe.model)
-        data = recipe.data
-        self._data = TrainingData.load(
-            data.files, tokenizer, data.sequence_length, data.format, data.overlong, data.packing, recipe.seed
-        )
+        self._data = load_data(recipe)
         self._hosts = TrainingHosts(service, self._config, ranks.rank, recipe.micro_batch_tokens)
         self._run_id = recipe.output_dir.name
 
@@ -84,7 +79,12 @@ class _WorkerRun:
         keeper = Keeper(
             recipe.output_dir / "snapshots",
             recipe.snapshots.keep,
-            RunIdentity(self._run_id, self._fingerprint(), self._recipe_json()),
+            RunIdentity(
+                run_id=self._run_id,
+                fingerprint=self._fingerprint(),
+                data=f"{self._data.fingerprint()}, seed {recipe.seed}",
+                recipe=recipe.model_dump(mode="json"),
+            ),
             ranks,
             dense,
             optimizer,
@@ -110,7 +110,7 @@ class _WorkerRun:
 
         run = Run(
             recipe,
-            count_steps(recipe, self._data),
+            self._steps,
             self._data,
             ranks,
             worker,
@@ -120,7 +120,7 @@ class _WorkerRun:
             coordinator,
             reset,
             records,
-            (recipe.output_dir / STOP_FILE).exists,
+            (recipe.output_dir / STOP).exists,
             self._tell,
             self._device,
         )
@@ -145,10 +145,16 @@ class _WorkerRun:
         kept = recipe.output_dir / "experts.json"
         message = ""
         if self._ranks.rank == 0:
-            if not kept.exists():
-                _write(kept, json.dumps(self._look(looking)))
-            message = kept.read_text(encoding="utf-8")
-        chosen = tuple((layer, expert) for layer, expert in json.loads(self._ranks.gather(message)[0]))
+            try:
+                if not kept.exists():
+                    write_whole(kept, json.dumps(self._look(looking)))
+                message = kept.read_text(encoding="utf-8")
+            except ExpertError as error:
+                self._tell(f"the experts cannot be looked at: {error}")
+        message = self._ranks.gather(message)[0]
+        if not message:
+            raise TooManySetbacks("the experts to train were not chosen: a host was lost meanwhile; begin again")
+        chosen = as_pairs(json.loads(message))
         self._tell(
             f"esft trains {len(chosen)} of {len(self._config.moe_layers) * self._config.n_routed_experts} experts"
         )
@@ -194,32 +200,20 @@ class _WorkerRun:
     def _finish(self, steps: int, method: Method, dense: DenseParameters) -> None:
         recipe, out = self._recipe, self._recipe.output_dir
         written: Path | None = None
-        if recipe.export and steps == count_steps(recipe, self._data):
-            model = TrainedModel(dense, self._hosts.client.hosts, self._hosts.peers, steps)
+        if recipe.export and steps == self._steps:
+            model = TrainedModel(dense, self._hosts.newest(wait=False), self._hosts.peers, steps)
             raw = raw_with_yarn(read_raw_config(self._checkpoint.directory), recipe.yarn)
             written = write_result(out, recipe, self._checkpoint, raw, method, model)
-        _write(out / DONE_FILE, json.dumps({"steps": steps, "result": str(written) if written else None}))
+        write_outcome(out, Outcome(steps, str(written) if written is not None else None))
 
     def _fingerprint(self) -> str:
         """Of the model that is trained: a fine-tune of the same shape is another."""
         return f"{self._checkpoint.fingerprint()}-{base_identity(self._checkpoint)[:16]}"
 
-    def _recipe_json(self) -> dict[str, Any]:
-        document: dict[str, Any] = self._recipe.model_dump(mode="json")
-        return document
-
     def _tell(self, message: str) -> None:
         if self._ranks.rank == 0:
-            with (self._recipe.output_dir / "log.txt").open("a", encoding="utf-8") as log:
-                log.write(message + "\n")
+            tell(self._recipe.output_dir, message)
 
 
 def _tls(raw: Mapping[str, Any] | None) -> TlsFiles | None:
     return TlsFiles(**raw) if raw is not None else None
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(text + "\n", encoding="utf-8")
-    staging.replace(path)

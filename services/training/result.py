@@ -1,6 +1,7 @@
 """What a run leaves: a checkpoint in Hugging Face's layout, a LoRA adapter, or a delta of the changed experts."""
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from attention.training.parameters import DenseParameters
-from experts.training.client import StepHosts, StepLost
+from experts.training.client import StepLost
+from experts.training.coordinator import Coordinator
 from experts.training.grpc_peer import GrpcPeers
 from experts.training.states import decode_state
 from model.adapters.delta import delta_names, write_delta
@@ -19,8 +21,10 @@ from model.adapters.spec import lora_tensors
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.export import export_checkpoint
+from model.rope_fields import RopeScaling
 from model.tensors import expected_tensors
 from router.holding import Pair
+from router.placement import Placement
 from services.training.method import Method
 from services.training.recipe import Recipe, Yarn
 
@@ -30,20 +34,21 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class TrainedModel:
     """The experts of the last step, read from their hosts one at a time, and the dense side."""
 
-    def __init__(self, dense: DenseParameters, hosts: StepHosts, peers: GrpcPeers, steps: int) -> None:
+    def __init__(self, dense: DenseParameters, placement: Placement, peers: GrpcPeers, steps: int) -> None:
         self._dense = dense
-        self._hosts = hosts
+        self._placement = placement
         self._peers = peers
         self._steps = steps
 
     def state(self, pair: Pair) -> dict[str, Tensor]:
         """Raises StepLost when no host has the expert after the run's last step."""
-        last = "none is left"
-        for index in self._hosts.placement.owners[pair[0]][pair[1]]:
-            host = self._hosts.placement.hosts[index]
-            if host in self._hosts.failed:
+        last = ""
+        for host in self._placement.holders(*pair):
+            try:
+                (message,) = self._peers.peer(host).states([pair])
+            except Coordinator.LOST as error:
+                last = str(error)
                 continue
-            (message,) = self._peers.peer(host).states([pair])
             _, version, state = decode_state(message)
             if version == self._steps:
                 return state
@@ -91,7 +96,7 @@ def write_result(
     method: Method,
     model: TrainedModel,
 ) -> Path:
-    """Write `out`/model, `out`/adapter or `out`/delta, whole or not at all; its directory.
+    """Write `out`/model, `out`/adapter or `out`/delta, whole or not at all; its directory. An earlier one is renamed.
 
     Raises CheckpointError, AdapterError or SnapshotError naming what is in the way, and StepLost.
     """
@@ -99,25 +104,33 @@ def write_result(
     if method.lora is not None:
         names = lora_tensors(config, method.lora)
         return write_adapter(
-            out / "adapter", method.lora, config, model.factors(iter(names)), str(checkpoint.directory)
+            _room(out / "adapter"), method.lora, config, model.factors(iter(names)), str(checkpoint.directory)
         )
     if recipe.method == "esft":
         experts: dict[int, list[int]] = defaultdict(list)
         for layer, expert in method.experts.only or ():
             experts[layer].append(expert)
         tensors = model.tensors(iter(delta_names(experts)))
-        return write_delta(out / "delta", checkpoint, experts, tensors, {"recipe": recipe.model_dump(mode="json")})
+        return write_delta(
+            _room(out / "delta"), checkpoint, experts, tensors, {"recipe": recipe.model_dump(mode="json")}
+        )
     wanted = DTYPES[config.dtype]
     tensors = ((name, tensor.to(wanted)) for name, tensor in model.tensors(iter(expected_tensors(config))))
-    return export_checkpoint(out / "model", raw_config, tensors, checkpoint.directory)
+    return export_checkpoint(_room(out / "model"), raw_config, tensors, checkpoint.directory)
+
+
+def _room(target: Path) -> Path:
+    """`target`, where an earlier result gets another name: the same run may have been shorter then."""
+    if target.exists():
+        names = (target.with_name(f"{target.name}-{number}") for number in itertools.count(1))
+        target.rename(next(name for name in names if not name.exists()))
+    return target
 
 
 def with_yarn(config: ModelConfig, yarn: Yarn | None) -> ModelConfig:
     """The config of the trained model where its context is extended."""
     if yarn is None:
         return config
-    from model.rope_fields import RopeScaling
-
     scaling = RopeScaling(**yarn.model_dump())
     length = int(yarn.factor * yarn.original_max_position_embeddings)
     return dataclasses.replace(config, rope_scaling=scaling, max_position_embeddings=length)

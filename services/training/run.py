@@ -187,15 +187,3 @@ def _cursor(snapshot: Snapshot) -> int:
     cursor = snapshot.manifest.position["cursor"]
     assert isinstance(cursor, int)
     return cursor
-
-
-def count_steps(recipe: Recipe, data: TrainingData) -> int:
-    """Steps of a run: as many as the recipe says, or as its epochs take."""
-    if recipe.steps is not None:
-        return recipe.steps
-    assert recipe.epochs is not None
-    cursor, steps = 0, 0
-    while cursor < recipe.epochs * len(data):
-        cursor = data.batch(cursor, batch_tokens=batch_tokens(recipe.stages, steps)).cursor_after
-        steps += 1
-    return steps

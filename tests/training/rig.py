@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,13 +24,13 @@ from experts.training.coordinator import Coordinator
 from experts.training.door import TrainingDoor
 from experts.training.grpc_peer import GrpcPeers
 from experts.training.host import TrainingHost
-from experts.training.local import LocalPeers
 from experts.training.peer import Peers
 from experts.training.spec import ExpertTraining
 from experts.training.store import TrainableExperts
 from experts.transport import Transport
 from model.checkpoint import Checkpoint
 from router.placement import Host, Placement, initial_placement
+from tests.training.local import LocalPeers
 
 TOKEN = "the-token-of-this-run"
 
@@ -104,9 +104,16 @@ class Rig:
     denses: list[DenseParameters]
     optimizers: list[DenseOptimizer]
     clients: list[TrainingClient]
+    lost: list[str] = field(default_factory=list)  # hosts, in all steps so far
 
     def step(self, plans: Sequence[StepPlan]) -> list[StepReport]:
         """One step of all workers; raises what they raise, which must be the same on all."""
+        reports = self._step(plans)
+        assert len({report.hosts_lost for report in reports}) == 1
+        self.lost.extend(reports[0].hosts_lost)
+        return reports
+
+    def _step(self, plans: Sequence[StepPlan]) -> list[StepReport]:
         if len(self.workers) == 1:
             return [self.workers[0].step(plans[0])]
         out: list[StepReport | Exception | None] = [None] * len(self.workers)

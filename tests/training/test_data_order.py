@@ -77,13 +77,15 @@ def test_each_sample_comes_once_an_epoch_at_any_sequence_of_worker_counts(
     cursor, computed = 0, []
     for world, budget in steps:
         batch = data.batch(cursor, **budget)
-        dealt = [row for rank in range(world) for row in data.rows_of(batch, rank, world)]
+        dealt = [batch.rows[number] for rank in range(world) for number in batch.dealt(rank, world)]
         # What the workers got, put into the order of the batch: by the tokens themselves, not by what the rows say.
         got = Counter(token for row in dealt for token in row.token_T.tolist())
         taken = Counter(batch.samples)
         assert got == Counter({index: times * lengths[index] for index, times in taken.items()})
         computed += batch.samples
         assert batch.cursor_after == cursor + len(batch.samples)
+        if "batch_tokens" in budget:
+            assert data.after(cursor, budget["batch_tokens"]) == batch.cursor_after
         assert batch.epoch == batch.cursor_after / len(lengths)
         cursor = batch.cursor_after
     count = len(lengths)
@@ -101,7 +103,7 @@ def test_batch_does_not_depend_on_the_workers(
     data = data_of(lengths, packing)
     data.batch(cursor + 7, **budget)
     batch = data.batch(cursor, **budget)
-    shares = [data.rows_of(batch, rank, world) for rank in range(world)]
+    shares = [[batch.rows[number] for number in batch.dealt(rank, world)] for rank in range(world)]
     again = data_of(lengths, packing).batch(cursor, **budget)
     assert batch.samples == again.samples
     assert len(batch.rows) == len(again.rows) == sum(map(len, shares))
@@ -176,7 +178,7 @@ def test_wrong_cursor_seed_and_rank_are_refused() -> None:
         data.batch(-1, batch_samples=1)
     for rank, world in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match="rank"):
-            data.rows_of(data.batch(0, batch_samples=2), rank, world)
+            data.batch(0, batch_samples=2).dealt(rank, world)
     for seed in (-1, 2**64):
         with pytest.raises(ValueError, match="seed"):
             SampleOrder(seed, 1)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.training.data.packing import IGNORED, first_fit, lay, pad
+from attention.training.segments import IGNORED
+from services.training.data.packing import first_fit, lay
 from services.training.data.samples import Sample
 
 LENGTHS = st.integers(1, 20).flatmap(
@@ -65,10 +66,9 @@ def test_a_row_by_hand() -> None:
     assert {array.dtype for array in (row.token_T, row.target_T, row.position_T)} == {np.dtype(np.int64)}
 
 
-@given(samples=SAMPLES, padding=st.integers(0, 3))
-def test_targets_stay_within_their_segment(samples: list[Sample], padding: int) -> None:
-    packed = lay(samples, range(len(samples)))
-    row = pad(packed, len(packed.token_T) + padding, token=1)
+@given(samples=SAMPLES)
+def test_targets_stay_within_their_segment(samples: list[Sample]) -> None:
+    row = lay(samples, range(len(samples)))
     assert len(row.token_T) == len(row.target_T) == len(row.position_T) == row.segment_ends[-1]
     begins = [0, *row.segment_ends][: len(samples)]
     for begin, end, one in zip(begins, row.segment_ends, samples, strict=False):
@@ -78,10 +78,4 @@ def test_targets_stay_within_their_segment(samples: list[Sample], padding: int) 
             follows = place + 1 < len(one.ids) and bool(one.mask[place + 1])
             assert row.target_T[begin + place] == (one.ids[place + 1] if follows else IGNORED)
     assert row.targets == sum(one.targets for one in samples)
-    assert (row.target_T[len(packed.token_T) :] == IGNORED).all()
-    assert len(row.segment_ends) == len(samples) + bool(padding)
-
-
-def test_row_is_not_padded_to_less_than_it_is() -> None:
-    with pytest.raises(ValueError, match="at least the row's own, 2"):
-        pad(lay([sample([1, 2], [True, True])], [0]), 1)
+    assert len(row.segment_ends) == len(samples)

@@ -60,7 +60,7 @@ def train(
 
 
 def write(out: Path, path: Path, recipe: Recipe, method: Method, rig: Rig, doors: Doors) -> Path:
-    model = TrainedModel(rig.denses[0], rig.clients[0].hosts, doors.peers, STEPS)
+    model = TrainedModel(rig.denses[0], rig.table.placement, doors.peers, STEPS)
     return write_result(out, recipe, Checkpoint.open(path), read_raw_config(path), method, model)
 
 
@@ -131,13 +131,28 @@ def test_esft_leaves_a_delta_of_the_chosen_experts_alone(
     assert not torch.equal(logits(path, PROMPT), logits(merged, PROMPT))
 
 
-@pytest.mark.parametrize("out", ["--out", None])
 def test_an_export_that_cannot_be_done_says_why(
-    checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str | None
+    checkpoint: Callable[[str], Path], tmp_path: Path, doors: Doors, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "file").touch()
-    target = tmp_path / ("used" if out else "new")
-    status = main(["export", str(checkpoint("mini")), "--adapter", str(tmp_path / "none"), "--out", str(target)])
-    assert status == 1
+    path = checkpoint("mini")
+    recipe, method, rig = train(path, doors, "esft", ((1, 2),))
+    delta = write(tmp_path, path, recipe, method, rig, doors)
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "file").write_text("kept")
+    assert main(["export", str(path), "--adapter", str(tmp_path / "none"), "--out", str(tmp_path / "new")]) == 1
     assert "none is no directory" in capsys.readouterr().err
+    assert main(["export", str(path), "--adapter", str(delta), "--out", str(used)]) == 1
+    assert "used exists and is not an empty directory" in capsys.readouterr().err
+    assert (used / "file").read_text() == "kept"
+
+
+def test_a_longer_run_leaves_its_shorter_ones_result(
+    checkpoint: Callable[[str], Path], tmp_path: Path, doors: Doors
+) -> None:
+    path = checkpoint("mini")
+    recipe, method, rig = train(path, doors, "full")
+    first = write(tmp_path, path, recipe, method, rig, doors)
+    kept = (first / "model.safetensors").read_bytes()
+    second = write(tmp_path, path, recipe, method, rig, doors)
+    assert (second, (tmp_path / "model-1" / "model.safetensors").read_bytes()) == (first, kept)

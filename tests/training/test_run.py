@@ -2,26 +2,31 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 
+from attention.training.parameters import DenseParameters
 from attention.training.ranks import OneRank
 from attention.training.worker import NotFinite
-from model.snapshots.errors import SnapshotError
+from model.checkpoint import Checkpoint
+from model.snapshots.errors import DiskFull, SnapshotError
 from model.snapshots.history import snapshots
-from services.training.data.training_data import TrainingData
-from services.training.data.training_tokenizer import TrainingTokenizer
+from model.snapshots.manifest import Shard
+from services.training import keeper as keeper_module
+from services.training.inputs import load_data
 from services.training.keeper import Keeper, RunIdentity
+from services.training.method import make_method
 from services.training.recipe import Recipe, parse_recipe
 from services.training.run import Made, Run, TooManySetbacks
 from tests.training.rig import Rig, make_rig
 from tests.training.test_steps import come_back, same, strike, weights
 
 STEPS = 6
+CHOSEN = ((1, 2), (2, 5))  # experts, for ESFT
 
 
 @dataclass
@@ -29,12 +34,13 @@ class Kept:
     """Records in memory."""
 
     losses: dict[int, float] = field(default_factory=dict)
-    seen: list[int] = field(default_factory=list)
+    epochs: list[float] = field(default_factory=list)
     resumes: list[int] = field(default_factory=list)
     after: Callable[[int], None] | None = None
 
     def made(self, made: Made) -> None:
         self.losses[made.steps] = made.report.loss
+        self.epochs.append(made.epoch)
         if self.after is not None:
             self.after(made.steps)
 
@@ -87,15 +93,25 @@ def begin(
         **given,
     }
     recipe = parse_recipe(raw)
-    rig = make_rig(model, hosts, replicas, clip=1.0)
-    data = TrainingData.load([data_file], TrainingTokenizer.load(model), 64)
+    method = make_method(recipe, Checkpoint.open(model).config, "run", CHOSEN)
+    rig = make_rig(
+        model,
+        hosts,
+        replicas,
+        training=method.experts,
+        clip=1.0,
+        make_dense=lambda checkpoint: DenseParameters.load(
+            checkpoint, method.trains_dense, method.factors, method.scale
+        ),
+    )
+    data = load_data(recipe)
     told: list[str] = []
     coordinator = rig.workers[0]._coordinator
     assert coordinator is not None
     keeper = Keeper(
         out / "snapshots",
         10,
-        RunIdentity("run", fingerprint, {}),
+        RunIdentity("run", fingerprint, data.fingerprint(), {}),
         OneRank(),
         rig.denses[0],
         rig.optimizers[0],
@@ -138,6 +154,11 @@ def undisturbed(checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Pa
 def test_snapshots_are_there_and_each_resumes_to_the_same_bits(
     checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup
 ) -> None:
+    data = load_data(undisturbed.recipe)
+    cursors = [0]
+    for _ in range(STEPS):
+        cursors.append(data.after(cursors[-1], undisturbed.recipe.batch_tokens))
+    assert undisturbed.kept.epochs == [cursor / len(data) for cursor in cursors[1:]]  # no sample twice, none left out
     found = snapshots(tmp_path / "undisturbed" / "snapshots")
     assert [path.name for path in found] == ["step-00000006", "step-00000004", "step-00000002"]
     for path in found[1:]:
@@ -239,6 +260,59 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_it_has(
     resumed = begin(checkpoint("mini"), tmp_path / "run", data_file)
     assert resumed.run.train() == STEPS
     assert resumed.kept.resumes == [2]
+
+
+@pytest.mark.parametrize("method", ["lora", "esft"])
+def test_other_methods_resume_to_the_same_bits_too(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, method: str
+) -> None:
+    whole = begin(checkpoint("mini"), tmp_path / "whole", data_file, method=method)
+    whole.run.train()
+    out = tmp_path / "resumed"
+    (out / "snapshots").mkdir(parents=True)
+    shutil.copytree(tmp_path / "whole" / "snapshots" / "step-00000004", out / "snapshots" / "step-00000004")
+    resumed = begin(checkpoint("mini"), out, data_file, hosts=3, method=method)
+    resumed.run.train()
+    assert resumed.kept.losses == {step: whole.kept.losses[step] for step in (5, 6)}
+    assert same(weights(resumed.rig), weights(whole.rig))
+
+
+def test_a_snapshot_of_another_method_is_refused_at_once(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup
+) -> None:
+    other = begin(checkpoint("mini"), tmp_path / "undisturbed", data_file, method="lora")
+    with pytest.raises(SnapshotError, match=r"has no tensor .*lora_A.*another model or way of training"):
+        other.run.train()
+
+
+def test_other_data_are_refused(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup
+) -> None:
+    data_file.write_text("".join(data_file.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(SnapshotError, match="was trained on other data"):
+        begin(checkpoint("mini"), tmp_path / "undisturbed", data_file).run.train()
+
+
+def test_a_full_disk_costs_a_snapshot_and_nothing_else(
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    data_file: Path,
+    undisturbed: Setup,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write = keeper_module.write_shard
+
+    def full(staging: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> Shard:
+        if "step-00000004" in staging.name:
+            raise DiskFull(f"{staging / name}: no room")
+        return write(staging, name, tensors)
+
+    monkeypatch.setattr(keeper_module, "write_shard", full)
+    setup = begin(checkpoint("mini"), tmp_path / "run", data_file)
+    assert setup.run.train() == STEPS
+    assert [path.name for path in snapshots(tmp_path / "run" / "snapshots")] == ["step-00000006", "step-00000002"]
+    assert any("no snapshot of step 4" in line and "no room" in line for line in setup.told)
+    assert setup.kept.losses == undisturbed.kept.losses
 
 
 def test_a_snapshot_of_another_model_is_refused(

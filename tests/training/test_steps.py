@@ -95,7 +95,15 @@ def test_the_same_run_twice_and_on_other_hosts_has_the_same_bits(checkpoint: Cal
     runs = [make_rig(path, hosts, replicas, clip=1.0) for hosts, replicas in ((2, 1), (2, 1), (3, 1), (2, 2))]
     losses = [train(rig, 4) for rig in runs]
     assert losses[1:] == [losses[0]] * 3
+    assert all(rig.lost == [] for rig in runs)
     assert all(same(weights(rig), weights(runs[0])) for rig in runs[1:])
+
+
+def test_a_host_that_no_row_goes_to_takes_part_all_the_same(checkpoint: Callable[[str], Path]) -> None:
+    rig = make_rig(checkpoint("mini"), 8)
+    rig.step(plans(0, [[samples(512, (2,), 1)]], RATE))
+    assert rig.lost == []
+    assert {version for host in rig.hosts.values() for version in host.status().versions.values()} == {1}
 
 
 def lose(rig: Rig, host_id: str) -> None:
@@ -120,6 +128,7 @@ def test_a_host_lost_within_a_step_whose_experts_have_replicas_changes_no_bit(
 
     assert train(rig, 4, disturb) == expected
     assert same(weights(rig), weights(undisturbed))
+    assert (undisturbed.lost, rig.lost) == ([], ["host-1"])
     assert len(rig.hosts) == 3
 
 

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from attention.training.segments import IGNORED
 from services.training.data.samples import Sample
-
-IGNORED = -100
-"""The target of a position from which nothing is learned; torch's cross entropy leaves it out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,22 +67,6 @@ def lay(samples: Sequence[Sample], indices: Sequence[int]) -> PackedRow:
         position_T=np.concatenate([np.arange(len(sample.ids), dtype=np.int64) for sample in samples]),
         segment_ends=tuple(int(end) for end in np.cumsum([len(sample.ids) for sample in samples])),
         samples=tuple(indices),
-    )
-
-
-def pad(row: PackedRow, length: int, token: int = 0) -> PackedRow:
-    """The row with a last segment of `token`, from which nothing is learned; raises ValueError for a longer row."""
-    missing = length - len(row.token_T)
-    if missing < 0:
-        raise ValueError(f"length {length} given; expected at least the row's own, {len(row.token_T)}")
-    if missing == 0:
-        return row
-    return PackedRow(
-        token_T=np.append(row.token_T, np.full(missing, token, dtype=np.int64)),
-        target_T=np.append(row.target_T, np.full(missing, IGNORED, dtype=np.int64)),
-        position_T=np.append(row.position_T, np.arange(missing, dtype=np.int64)),
-        segment_ends=(*row.segment_ends, length),
-        samples=row.samples,
     )
 
 

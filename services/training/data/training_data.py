@@ -30,6 +30,15 @@ class GlobalBatch:
     cursor_after: int
     epoch: float
 
+    def dealt(self, rank: int, world: int) -> range:
+        """Numbers of the rows of one of `world` workers, in turn; none where there are fewer rows than workers.
+
+        Raises ValueError for a rank outside 0 to world - 1.
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world} workers given; expected 0 to {world - 1}")
+        return range(rank, len(self.rows), world)
+
 
 class TrainingData:
     """Samples, their order, and how they are laid into rows of at most `sequence_length` tokens."""
@@ -76,6 +85,30 @@ class TrainingData:
         Raises ValueError unless exactly one of the two is given, for a count below 1, and for a token budget that
         might not hold one sample.
         """
+        taken = self._taken(cursor, batch_samples, batch_tokens)
+        rows = self._rows(taken)
+        after = cursor + len(taken)
+        return GlobalBatch(rows, tuple(taken), sum(row.targets for row in rows), after, after / len(self))
+
+    def fingerprint(self) -> str:
+        """Hex digest of what is learned, for snapshots: of the data's content and of how it was rendered and encoded.
+
+        Seed, packing and sequence_length are not in it; they are the recipe's.
+        """
+        return self.samples.fingerprint()
+
+    def _rows(self, taken: Sequence[int]) -> tuple[PackedRow, ...]:
+        lengths = [int(self.samples.length_S[index]) for index in taken]
+        groups = first_fit(lengths, self.sequence_length) if self.packing else [[place] for place in range(len(taken))]
+        return tuple(
+            lay([self.samples[taken[place]] for place in group], [taken[place] for place in group]) for group in groups
+        )
+
+    def after(self, cursor: int, batch_tokens: int) -> int:
+        """The cursor after the batch that begins there, which is not laid out for it; raises what `batch` raises."""
+        return cursor + len(self._taken(cursor, None, batch_tokens))
+
+    def _taken(self, cursor: int, batch_samples: int | None, batch_tokens: int | None) -> list[int]:
         if (batch_samples is None) == (batch_tokens is None):
             raise ValueError("expected exactly one of batch_samples and batch_tokens")
         following = self.order.following(cursor)
@@ -95,29 +128,4 @@ class TrainingData:
                 if batch_tokens < 0:
                     break
                 taken.append(index)
-        rows = self._rows(taken)
-        after = cursor + len(taken)
-        return GlobalBatch(rows, tuple(taken), sum(row.targets for row in rows), after, after / len(self))
-
-    def rows_of(self, batch: GlobalBatch, rank: int, world: int) -> tuple[PackedRow, ...]:
-        """The rows of one of `world` workers, dealt in turn: none for some, where there are fewer rows than workers.
-
-        Raises ValueError for a rank outside 0 to world - 1.
-        """
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} of {world} workers given; expected 0 to {world - 1}")
-        return batch.rows[rank::world]
-
-    def fingerprint(self) -> str:
-        """Hex digest of what is learned, for snapshots: of the data's content and of how it was rendered and encoded.
-
-        Seed, packing and sequence_length are not in it; they are the recipe's.
-        """
-        return self.samples.fingerprint()
-
-    def _rows(self, taken: Sequence[int]) -> tuple[PackedRow, ...]:
-        lengths = [int(self.samples.length_S[index]) for index in taken]
-        groups = first_fit(lengths, self.sequence_length) if self.packing else [[place] for place in range(len(taken))]
-        return tuple(
-            lay([self.samples[taken[place]] for place in group], [taken[place] for place in group]) for group in groups
-        )
+        return taken

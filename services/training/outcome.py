@@ -1,0 +1,59 @@
+"""Files by which a run's command and its workers speak: to stop, how it ended, and what a person should know."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+STOP = "stop"  # whoever makes it asks the run to end after a snapshot
+DONE = "done.json"
+LOG = "log.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended; `failed` says why it could not go on, `result` where what it made lies."""
+
+    steps: int = 0  # made
+    result: str | None = None
+    failed: str | None = None
+
+
+def write_outcome(output_dir: Path, outcome: Outcome) -> None:
+    write_whole(output_dir / DONE, json.dumps(asdict(outcome)))
+
+
+def read_outcome(output_dir: Path) -> Outcome | None:
+    """None where no worker came to an end."""
+    try:
+        return Outcome(**json.loads((output_dir / DONE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def begin_outcome(output_dir: Path) -> None:
+    """Forget how an earlier attempt ended."""
+    for name in (STOP, DONE):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def tell(output_dir: Path, message: str) -> None:
+    """Add a line for people."""
+    with (output_dir / LOG).open("a", encoding="utf-8") as log:
+        log.write(message + "\n")
+
+
+def told(output_dir: Path, since: int = 0) -> tuple[list[str], int]:
+    """Lines told after the first `since` bytes, and how many bytes there are."""
+    try:
+        raw = (output_dir / LOG).read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    return raw[since:].decode(errors="replace").splitlines(), len(raw)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    staging.write_text(text + "\n", encoding="utf-8")
+    staging.replace(path)

@@ -1,0 +1,153 @@
+"""A training host: what it refuses, what may be asked again, and rows that are never computed with another's."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from experts.errors import HostRefused
+from experts.host import ExpertHost
+from experts.messages import ForwardRequest
+from experts.training.host import TrainingHost
+from experts.training.messages import BackwardRequest
+from experts.training.spec import ExpertTraining
+from experts.training.store import TrainableExperts
+from model.checkpoint import Checkpoint
+from router.placement import Host
+from tests.training.rig import make_host
+
+PAIRS = ((1, 0), (1, 1), (2, 3))
+
+
+@pytest.fixture
+def opened(checkpoint: Callable[[str], Path]) -> Checkpoint:
+    return Checkpoint.open(checkpoint("mini"))
+
+
+@pytest.fixture
+def host(opened: Checkpoint) -> TrainingHost:
+    _, made = make_host(opened, Host("host-0", 1, "local"), PAIRS)
+    return made
+
+
+def request(layer: int = 1, expert: int = 0, micro: int = 0, step: int = 0, **changed: int) -> BackwardRequest:
+    generator = torch.Generator().manual_seed(micro + 10 * layer)
+    given = {"generation": 1, "rank": 0} | changed
+    return BackwardRequest(
+        generation=given["generation"],
+        step=step,
+        micro=micro,
+        rank=given["rank"],
+        layer=layer,
+        x_RD=torch.randn(3, given.get("hidden", 64), generator=generator),
+        dout_RD=torch.randn(3, given.get("hidden", 64), generator=generator),
+        pair_row_P=torch.tensor([0, given.get("row", 2)], dtype=torch.int32),
+        pair_expert_P=torch.tensor([expert, expert], dtype=torch.int32),
+        pair_weight_P=torch.tensor([0.5, 0.25]),
+        answer_P=torch.tensor([1, 0], dtype=torch.int32),
+    )
+
+
+def fill(host: TrainingHost) -> None:
+    host.backward(request(1, 0))
+    host.backward(request(1, 1, micro=1))
+    host.backward(request(2, 3))
+    host.backward(request(2, 3, micro=1))
+
+
+def test_a_step_asked_for_twice_is_made_once(host: TrainingHost) -> None:
+    host.configure(ExpertTraining("run"))
+    host.begin(0, 2, 1, PAIRS)
+    fill(host)
+    before = {pair: host.expert(pair).down.clone() for pair in PAIRS}
+    host.apply(0, 1e-2, 1.0)
+    once = {pair: host.expert(pair).down.clone() for pair in PAIRS}
+    host.apply(0, 1e-2, 1.0)
+    assert all(not torch.equal(before[pair], once[pair]) for pair in PAIRS)
+    assert all(torch.equal(host.expert(pair).down, once[pair]) for pair in PAIRS)
+    assert set(host.status().versions.values()) == {1}
+
+
+def test_a_request_asked_for_twice_counts_once_and_is_answered_twice(host: TrainingHost) -> None:
+    host.configure(ExpertTraining("run"))
+    host.begin(0, 2, 1, PAIRS)
+    first = host.backward(request())
+    grad = host.expert((1, 0)).parameters["down_proj"].grad
+    assert grad is not None
+    kept = grad.clone()
+    second = host.backward(request())
+    assert torch.equal(first.dx_AD, second.dx_AD)
+    assert first.dx_AD.shape == (1, 64)
+    assert torch.equal(grad, kept)
+
+
+def test_norms_are_not_told_before_everything_came(host: TrainingHost) -> None:
+    host.configure(ExpertTraining("run"))
+    host.begin(0, 2, 1, PAIRS)
+    host.backward(request())
+    with pytest.raises(HostRefused, match="micro-batch 1 of worker 0 is missing in layer 1"):
+        host.squared_norms(0)
+    host.begin(0, 2, 1, PAIRS)
+    fill(host)
+    assert set(host.squared_norms(0)) == set(PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("bad", "code", "told"),
+    [
+        (request(generation=2), "wrong_generation", "generation 1; the request was for 2"),
+        (request(step=4), "not_ready", "in step 0; the call was for step 4"),
+        (request(expert=5), "not_held", "does not train \\(1, 5\\)"),
+        (request(row=3), "bad_request", "outside the 3 rows"),
+        (request(row=-1), "bad_request", "outside the 3 rows"),
+        (request(hidden=32), "bad_request", "32 wide; expected 64"),
+        (request(micro=2), "bad_request", "micro-batch 2 of worker 0"),
+        (request(rank=1), "bad_request", "of worker 1"),
+    ],
+)
+def test_a_request_that_does_not_fit_is_refused_and_counts_for_nothing(
+    host: TrainingHost, bad: BackwardRequest, code: str, told: str
+) -> None:
+    host.configure(ExpertTraining("run"))
+    host.begin(0, 2, 1, PAIRS)
+    with pytest.raises(HostRefused, match=told) as refused:
+        host.backward(bad)
+    assert refused.value.code == code
+    assert all(trained.grad is None for pair in PAIRS for trained in host.expert(pair).parameters.values())
+
+
+def test_rows_are_refused_outside_a_step(host: TrainingHost) -> None:
+    rows = ForwardRequest(
+        1, 1, 1, torch.zeros(1, 64), torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    )
+    for moment in (lambda: None, lambda: host.configure(ExpertTraining("run"))):
+        moment()
+        with pytest.raises(HostRefused, match="not_ready"):
+            host.host.forward(rows)
+    host.begin(0, 1, 1, PAIRS)
+    assert host.host.forward(rows).y_PD.shape == (1, 64)
+    with pytest.raises(HostRefused, match="at step 0; step 1 was to begin"):
+        host.begin(1, 1, 1, PAIRS)
+
+
+def test_requests_of_several_workers_are_computed_apart(opened: Checkpoint) -> None:
+    """A matrix product's bits depend on its rows: whoever asks at the same time must not matter."""
+    sizes: list[int] = []
+
+    class Watched(TrainableExperts):
+        def __call__(self, x_RD: Tensor, *rest: Tensor) -> Tensor:  # type: ignore[override]
+            sizes.append(len(x_RD))
+            return super().__call__(x_RD, *rest)
+
+    host = ExpertHost(opened.config, "host-0", 1, make_store=Watched)
+    host.load(opened, PAIRS)
+    requests = [
+        ForwardRequest(
+            1, 1, 1, torch.ones(rows, 64), torch.arange(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+        )
+        for rows in (2, 5)
+    ]
+    host.forward_batch(requests)
+    assert sizes == [2, 5]
