@@ -5,7 +5,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.expert_actor import ExpertActor
+from cluster.nodes import Node
 from cluster.spec import ServiceSpec
 from cluster.threads import thread_environment
 
+PLACE = 0.001  # of the resource that marks a node: no more than to be there
 REST_S = 1.0  # after anything happened, before another stand-by is made: the hosts come first
 log = logging.getLogger("shoal.fleet")
 
@@ -27,16 +29,19 @@ class Process:
 
     name: str
     actor: Any
-    node: str | None = None  # where it was meant to start; None: where Ray liked
+    node: str | None = None  # where it was meant to start; None: where Ray likes
     pid: int | None = None
 
 
 class ActorPool:
     """All expert actors of a service by name. A life takes a stand-by where one is warm, and a new process else."""
 
-    def __init__(self, spec: ServiceSpec, token: str, remember: Callable[[], None]) -> None:
-        """`remember` saves `names`; it is called before a new actor matters to anybody."""
+    def __init__(
+        self, spec: ServiceSpec, token: str, nodes: Callable[[], Collection[Node]], remember: Callable[[], None]
+    ) -> None:
+        """`nodes`: where hosts may live now. `remember` saves `names`, before a new actor matters to anybody."""
         self._spec = spec
+        self._nodes = nodes
         self._token = token
         self._remember = remember
         self._known: dict[str, Process] = {}
@@ -57,9 +62,11 @@ class ActorPool:
     def take(self, threads: int) -> Process:
         """A process for a life, made for so many threads if it must be made."""
         self._rest_until_s = time.monotonic() + REST_S
-        if not self._waiting:
-            return self._make(threads)
-        process = next((each for each in self._waiting if each.pid is not None), self._waiting[0])
+        node = self._node_for_life()
+        able = [each for each in self._waiting if node is None or each.node == node]
+        if not able:
+            return self._make(threads, node)
+        process = next((each for each in able if each.pid is not None), able[0])
         self._waiting.remove(process)
         return process
 
@@ -79,12 +86,15 @@ class ActorPool:
 
     def short(self, now_s: float) -> bool:
         """Whether a stand-by is missing, and things are quiet."""
-        full = self._spec.reserves or len(self._waiting) >= self._spec.standby
-        return not full and now_s >= self._rest_until_s and all(process.pid is not None for process in self._waiting)
+        if self._spec.reserves or now_s < self._rest_until_s or any(process.pid is None for process in self._waiting):
+            return False
+        if self._spec.node_resource is None:
+            return len(self._waiting) < self._spec.standby
+        return self._node_for_standby() is not None
 
     def refill(self, threads: int) -> None:
         """Begin to warm a stand-by, made for so many threads."""
-        process = self._make(threads)
+        process = self._make(threads, self._node_for_standby() if self._spec.node_resource is not None else None)
         self._waiting.append(process)
         task = asyncio.create_task(self._warm(process))
         self._tasks.add(task)
@@ -108,18 +118,32 @@ class ActorPool:
             self._known.pop(process.name, None)
             self._rest_until_s = time.monotonic() + REST_S
 
-    def _emptiest_node(self) -> str:
+    def _emptiest_node(self) -> str | None:
         """The node with the fewest of these actors for its cores. Ray itself would not spread what reserves nothing."""
         crowd = Counter(process.node for process in self._known.values())
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        emptiest = min(
-            nodes, key=lambda node: (crowd[node["NodeID"]] + 1) / max(1.0, node["Resources"].get("CPU", 0.0))
-        )
-        return str(emptiest["NodeID"])
+        nodes = {node.id: (crowd[node.id] + 1) / max(1.0, node.cpus) for node in self._nodes()}
+        return min(nodes, key=lambda node: nodes[node], default=None)
 
-    def _make(self, threads: int) -> Process:
+    def _node_for_life(self) -> str | None:
+        """Where the next life shall be; None: wherever a stand-by is, or Ray finds what it reserves."""
+        if self._spec.node_resource is None:
+            return None
+        serving = Counter(process.node for process in self._known.values() if process not in self._waiting)
+        node = min((each.id for each in self._nodes()), key=lambda each: serving[each], default=None)
+        return None if self._spec.reserves and serving[node] else node
+
+    def _node_for_standby(self) -> str | None:
+        """A node that lacks one; each has its own, so that a host comes back where it was."""
+        waiting = Counter(process.node for process in self._waiting)
+        return next((node.id for node in self._nodes() if waiting[node.id] < self._spec.standby), None)
+
+    def _make(self, threads: int, node: str | None) -> Process:
         name = f"expert:{secrets.token_hex(8)}"
-        node = None if self._spec.reserves else self._emptiest_node()
+        resources = dict(self._spec.resources)
+        if self._spec.node_resource is not None:  # wherever else there is room, this process must not go
+            resources[self._spec.node_resource] = PLACE
+        elif node is None and not self._spec.reserves:
+            node = self._emptiest_node()
         actor = (
             ray.remote(ExpertActor)
             .options(
@@ -130,7 +154,7 @@ class ActorPool:
                 max_concurrency=12,
                 num_cpus=self._spec.cpus,
                 num_gpus=self._spec.gpus,
-                resources=dict(self._spec.resources),
+                resources=resources,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False) if node else "SPREAD",
                 runtime_env={"env_vars": thread_environment(threads)},
             )

@@ -40,9 +40,9 @@ class Phase(StrEnum):
 class Wish:
     """What somebody asked for. `None` leaves a thing as it is."""
 
-    kind: str  # scale, drain, replicas or rebalance
+    kind: str  # scale, drain, replicas, rebalance or follow
     hosts: int | None = None
-    leaving: tuple[str, ...] = ()  # hosts that go first
+    leaving: tuple[str, ...] = ()  # hosts that go first; of `follow`, exactly those that go, and others come for them
     replicas: int | None = None  # hosts that hold each expert, at least
     extra: int | None = None  # further replicas a layer, of its busiest experts
 

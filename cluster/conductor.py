@@ -37,6 +37,7 @@ class Conductor:
         With `saved`, tell of the hosts that are still there by `host_ready` before the first `act`.
         """
         self.events = events
+        self.shape = shape
         self.roster = Roster(saved.generations if saved is not None else None)
         self.epoch = saved.epoch if saved is not None else 0
         self.placement: Placement | None = None

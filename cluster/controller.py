@@ -1,13 +1,15 @@
 """The controller: the conductor's body. Carries out what it decides, lets everybody know, ends with its service."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import secrets
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -21,7 +23,11 @@ from cluster.conductor import Conductor
 from cluster.describe import describe_events, describe_hosts, describe_service
 from cluster.events import Event, EventLog
 from cluster.fleet import Fleet
+from cluster.following import LOOK_S, Following
+from cluster.node_follower import Desired
+from cluster.nodes import living_nodes
 from cluster.plan import ModelShape
+from cluster.room import make_room
 from cluster.saved import Committed, SavedState
 from cluster.spec import ServiceSpec
 from cluster.state import ControllerState, delete_state, load_state, save_state
@@ -45,12 +51,16 @@ class Controller:
         self._pool: ActorPool | None = None  # until it is known which actors there are
         self._state = saved or ControllerState(secrets.token_hex(16))
         self._balance: Balance | None = None
+        self._following: Following | None = None
+        if spec.node_resource is not None:
+            self._following = Following(spec.node_resource, self._state.desired, self._remember_desired)
         self._placement: Placement | None = None
         self._published = asyncio.Condition()  # a table, the workers, or a change
         self._changed = asyncio.Event()  # something that the conductor should act on
         self._events = EventLog(_log_event)
         self._workers = Workers(self._events)
-        self._reason: str | None = None
+        self._reason: str | None = None  # why the service cannot start
+        self._waiting: str | None = None  # for what, before it can
         self._stopping = False
         self._application_came = False
         self._tasks = [self._supervised(self._run())]
@@ -65,12 +75,8 @@ class Controller:
         def newer() -> bool:
             return self._placement is not None and self._placement.epoch > epoch
 
-        try:
-            async with asyncio.timeout(timeout_s), self._published:
-                await self._published.wait_for(newer)
-        except TimeoutError:
-            return None
-        return self._placement.to_json() if self._placement else None
+        await self._until(newer, timeout_s)
+        return self._placement.to_json() if self._placement is not None and newer() else None
 
     async def heartbeat(self, worker: dict[str, Any]) -> None:
         """An attention worker is alive at worker["address"], and uses no table older than worker["epoch"]."""
@@ -95,11 +101,7 @@ class Controller:
 
     async def watch_workers(self, version: int, timeout_s: float) -> tuple[int, dict[str, str]]:
         """Attention workers, id to address, once they differ from `version`, or after `timeout_s` seconds."""
-        try:
-            async with asyncio.timeout(timeout_s), self._published:
-                await self._published.wait_for(lambda: self._workers.version != version)
-        except TimeoutError:
-            pass
+        await self._until(lambda: self._workers.version != version, timeout_s)
         return self._workers.version, self._workers.addresses()
 
     def report(self, host_id: str, generation: int, reason: str) -> None:
@@ -129,16 +131,20 @@ class Controller:
         self._changed.set()
         return change.describe()
 
+    async def make_room(self, hosts: int | None, node: str | None) -> dict[str, Any]:
+        """See `cluster.room.make_room`."""
+        if self._conductor is None or self._fleet is None or self._stopping:
+            raise ChangeRefused("the service is not ready: ask again when it is", busy=True)
+        answer = make_room(self._conductor, self._following, self._fleet.homes(), hosts, node, time.monotonic())
+        self._changed.set()
+        return answer
+
     async def watch_change(self, change_id: str, seen: int, timeout_s: float) -> dict[str, Any] | None:
         """A change as soon as its version differs from `seen`, or after `timeout_s` seconds; None for an unknown id."""
         change = self._conductor.find_change(change_id) if self._conductor is not None else None
         if change is None:
             return None
-        try:
-            async with asyncio.timeout(timeout_s), self._published:
-                await self._published.wait_for(lambda: change.version != seen)
-        except TimeoutError:
-            pass
+        await self._until(lambda: change.version != seen, timeout_s)
         return change.describe()
 
     def events(self, after: int, limit: int) -> list[dict[str, Any]]:
@@ -151,11 +157,12 @@ class Controller:
             "epoch": self._placement.epoch if self._placement else 0,
             "model": self._spec.model,
             "state": self._state_name(),
-            "reason": self._reason,
+            "reason": self._reason or self._waiting,
             "expert_hosts": describe_hosts(self._conductor, self._fleet, self._balance),
             "attention_workers": self._workers.describe(),
             "standby": [{"pid": pid} for pid in self._fleet.standby] if self._fleet is not None else [],
             "controller": {"pid": os.getpid()},
+            "nodes": self._following.describe() if self._following is not None else None,
             **describe_service(self._conductor, self._balance),
         }
 
@@ -196,7 +203,8 @@ class Controller:
     async def _run(self) -> None:
         try:
             checkpoint = open_with_adapters(self._spec.model, self._spec.adapters)
-            blank = [Host(f"host-{index}", 1, "") for index in range(self._spec.hosts)]
+            hosts = await self._first_hosts(checkpoint.config.n_routed_experts)
+            blank = [Host(f"host-{index}", 1, "") for index in range(hosts)]
             owners = initial_placement(checkpoint.config, blank, self._spec.replicas).owners
         except ValueError as error:
             self._reason = str(error)
@@ -211,12 +219,15 @@ class Controller:
             self._events,
             self._state.core,
         )
-        pool = ActorPool(self._spec, self._state.token, self._remember)
+        nodes = self._following.usable if self._following is not None else partial(living_nodes, None)
+        pool = ActorPool(self._spec, self._state.token, nodes, self._remember)
         self._fleet = fleet = Fleet(self._spec, pool, self._state.stamps, conductor, self._changed)
         await fleet.adopt(self._state.actors)
         self._pool = pool
         self._tasks.append(self._supervised(self._follow_application()))
         self._tasks.append(self._supervised(self._follow_progress(fleet)))
+        if self._following is not None:
+            self._tasks.append(self._supervised(self._follow_nodes(self._following, conductor, fleet)))
         while not self._stopping and self._reason is None:
             self._changed.clear()
             await self._act(conductor, fleet, self._balance)
@@ -224,6 +235,18 @@ class Controller:
                 await asyncio.wait_for(self._changed.wait(), TICK_S)
             except TimeoutError:
                 continue
+
+    async def _first_hosts(self, most: int) -> int:
+        """How many hosts a new service begins with."""
+        if self._following is None or self._state.core is not None:
+            return self._spec.hosts
+
+        def tell(waiting: str | None) -> None:
+            self._waiting = waiting
+
+        nodes = await self._following.wait_for(self._spec.hosts, tell)
+        tell(None)
+        return max(self._spec.hosts, min(nodes, most))
 
     async def _act(self, conductor: Conductor, fleet: Fleet, balance: Balance) -> None:
         now_s = time.monotonic()
@@ -252,6 +275,15 @@ class Controller:
         self._state = replace(self._state, core=core or self._state.core)
         save_state(self._spec.name, self._state)
 
+    def _remember_desired(self, desired: Desired) -> None:
+        self._state = replace(self._state, desired=desired)
+        save_state(self._spec.name, self._state)
+
+    async def _until(self, holds: Callable[[], bool], timeout_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._published:
+                await self._published.wait_for(holds)
+
     async def _notify(self) -> None:
         async with self._published:
             self._published.notify_all()
@@ -261,6 +293,15 @@ class Controller:
         while not self._stopping:
             await fleet.refresh_progress()
             await asyncio.sleep(TICK_S)
+
+    async def _follow_nodes(self, following: Following, conductor: Conductor, fleet: Fleet) -> None:
+        """One host on each node, as far as nobody wants it otherwise."""
+        experts = max(1, conductor.shape.experts) if conductor.shape.moe_layers else len(conductor.committed.members)
+        while not self._stopping:
+            await following.look()
+            if following.consider(conductor, fleet.homes(), experts):
+                self._changed.set()
+            await asyncio.sleep(LOOK_S)
 
     async def _follow_application(self) -> None:
         if self._spec.follow_application:

@@ -19,7 +19,7 @@ def get_or_start_controller(spec: ServiceSpec) -> Any:
             get_if_exists=True,
             max_restarts=-1,
             max_concurrency=1000,
-            num_cpus=0,
+            num_cpus=spec.control_cpus,
         )
         .remote(spec)
     )

@@ -8,13 +8,13 @@ from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.actions import Abandon, Load, Probe, Retire, StartHost, StopHost
 from cluster.actor_pool import ActorPool, Process
 from cluster.conductor import Conductor
 from cluster.expert_actor import ExpertActor, HostInfo
+from cluster.nodes import living_nodes
 from cluster.processes import end_process
 from cluster.spec import ServiceSpec
 from cluster.threads import host_threads
@@ -66,6 +66,12 @@ class Fleet:
 
     def find(self, host_id: str, generation: int) -> Life | None:
         return self.lives.get((host_id, generation))
+
+    def homes(self) -> dict[str, str | None]:
+        """The node of each member, the oldest first; None between two lives, or until Ray finds one."""
+        members, views = self._conductor.committed.members, self._conductor.roster.views
+        lives = {host_id: self.find(host_id, views[host_id].generation) for host_id in members}
+        return {host_id: life.process.node if life is not None else None for host_id, life in lives.items()}
 
     def carry_out(self, action: StartHost | Load | Abandon | Retire | StopHost | Probe) -> None:
         """Begin an action; its outcome is told later."""
@@ -125,8 +131,7 @@ class Fleet:
         self._pool.stop()
 
     def _threads(self, hosts: int) -> int:
-        nodes = sum(node["Alive"] for node in ray.nodes())
-        return self._spec.threads or host_threads(max(1, hosts), max(1, nodes))
+        return self._spec.threads or host_threads(max(1, hosts), max(1, len(living_nodes(self._spec.node_resource))))
 
     def _start(self, action: StartHost) -> None:
         threads = self._threads(len(self._conductor.roster.views))
@@ -160,7 +165,7 @@ class Fleet:
         except RayActorError as error:
             self._died(life, reason_of(error))
             return
-        life.info = info
+        life.info, life.process.node = info, info.node
         self.stamps.setdefault(info.node, info.stamps)
         life.progress = (len(info.report.held), len(info.report.held))
         self._conductor.host_ready(info.report, time.monotonic())

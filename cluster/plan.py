@@ -31,7 +31,7 @@ class Membership:
 def membership(wish: Wish, members: Sequence[str], replicas: int, extra: int, shape: ModelShape) -> Membership:
     """Who joins and leaves; raises ChangeRefused for a wish that this service cannot have.
 
-    Hosts leave in the order in which they are named, then the youngest first.
+    Hosts leave in the order in which they are named, then the youngest first; of `follow`, those that are named.
     """
     unknown = [host_id for host_id in wish.leaving if host_id not in members]
     if unknown:
@@ -47,6 +47,8 @@ def membership(wish: Wish, members: Sequence[str], replicas: int, extra: int, sh
     more = extra if wish.extra is None else wish.extra
     if more < 0:
         raise ChangeRefused(f"{more} extra replicas a layer; use at least 0")
+    if wish.kind == "follow":
+        return Membership(max(0, count - len(members) + len(wish.leaving)), wish.leaving, copies, more)
     others = [host_id for host_id in reversed(members) if host_id not in wish.leaving]
     gone = (*wish.leaving, *others)[: max(0, len(members) - count)]
     surplus_names = len(wish.leaving) - len(gone)

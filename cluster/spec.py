@@ -20,10 +20,12 @@ class ServiceSpec:
     cpus: float = 0.0  # Ray CPUs that each host reserves
     gpus: float = 0.0  # Ray GPUs that each host reserves
     resources: Mapping[str, float] = field(default_factory=dict)  # Ray's custom ones that each host reserves
-    standby: int = 1  # processes that wait to become the next life of a host; none where hosts reserve anything
+    node_resource: str | None = None  # custom Ray resource: one host lives on each node that has it, and no other
+    standby: int = 1  # processes that wait to be a host's next life (on each such node); none where hosts reserve
     auto_rebalance: bool = False  # move experts by themselves when that is worth it
     transport: TransportKind = "auto"  # of rows between attention workers and expert hosts
     tls: TlsFiles | None = None  # between nodes; the same paths on every node
+    control_cpus: float = 0.0  # Ray CPUs that the controller reserves
     follow_application: bool = True  # end when the Serve application of this name is gone
     trains: bool = False  # hosts keep their experts in a form that can be stepped, and serve nobody
     idle_end_s: float | None = None  # end when no worker was heard of for so long
@@ -39,6 +41,10 @@ class ServiceSpec:
             raise ValueError(f"experts.transport is {self.transport!r}; expected one of {', '.join(TRANSPORT_KINDS)}")
         if self.standby < 0:
             raise ValueError(f"experts.standby is {self.standby}; expected at least 0")
+        if self.node_resource is not None and self.node_resource in self.resources:
+            raise ValueError(
+                f"experts.resources and experts.node_resource both name {self.node_resource!r}; give one of them"
+            )
         if self.cpus < 0 or self.gpus < 0 or any(amount < 0 for amount in self.resources.values()):
             amounts = {"cpus": self.cpus, "gpus": self.gpus, **self.resources}
             raise ValueError(f"experts reserve {amounts}; none may be negative")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
+from cluster.node_follower import Desired
 from cluster.saved import SavedState
 from model.checkpoint import Stamps
 
@@ -20,6 +21,7 @@ class ControllerState:
     core: SavedState | None = None  # None before the first host was started
     stamps: Mapping[str, Stamps] = field(default_factory=dict)  # by node, each of which may have files of its own
     actors: tuple[str, ...] = ()  # names of all that were started and are not known to have ended
+    desired: Desired = field(default_factory=Desired)  # of hosts that follow nodes
 
 
 def save_state(service: str, state: ControllerState) -> None:
@@ -28,6 +30,7 @@ def save_state(service: str, state: ControllerState) -> None:
         "stamps": {node: dict(stamps) for node, stamps in state.stamps.items()},
         "core": state.core.to_json() if state.core is not None else None,
         "actors": list(state.actors),
+        "desired": state.desired.to_json(),
     }
     _internal_kv_put(service.encode(), json.dumps(raw).encode(), overwrite=True, namespace=KV_NAMESPACE)
 
@@ -46,6 +49,7 @@ def load_state(service: str) -> ControllerState | None:
             for node, stamps in raw["stamps"].items()
         },
         actors=tuple(map(str, raw["actors"])),
+        desired=Desired.from_json(raw["desired"]),
     )
 
 

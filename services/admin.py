@@ -1,5 +1,7 @@
 """Admin routes: the expert hosts, the changes that an operator asks for, and what happened."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
@@ -24,6 +26,7 @@ EXPERT_FIELDS = (
     "extra",
     "members",
     "expert_hosts",
+    "nodes",
     "load",
     "change",
     "changes",
@@ -65,6 +68,19 @@ class Drain(Strict):
         return self
 
 
+class Room(Strict):
+    """Before nodes go: no more hosts than `hosts`, or none on `node`, a node's id, address or name."""
+
+    hosts: Annotated[int, Field(ge=1, le=MAX_HOSTS)] | None = None
+    node: HostId | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Room":
+        if (self.hosts is None) == (self.node is None):
+            raise ValueError("give 'hosts', how many there may be, or 'node', the one that shall have none")
+        return self
+
+
 class Replicas(Strict):
     """So many hosts hold each expert, and `extra` further copies a layer go to the busiest; null: as many as now."""
 
@@ -90,15 +106,22 @@ class EventsQuery(BaseModel):
     limit: int = Field(200, ge=1, le=MAX_EVENTS)
 
 
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the controller refuses, as the client is told."""
+    try:
+        yield
+    except ChangeRefused as refused:
+        status, code = (409, "change_under_way") if refused.busy else (400, "change_refused")
+        raise ApiError(str(refused), status, code=code) from None
+
+
 def add_admin_routes(app: FastAPI, backend: Backend) -> None:
     """Routes under /admin, which the application guards."""
 
     async def begin(request: Request, wish: Wish) -> Response:
-        try:
+        with _refusals():
             change = await backend.begin_change(wish)
-        except ChangeRefused as refused:
-            status, code = (409, "change_under_way") if refused.busy else (400, "change_refused")
-            raise ApiError(str(refused), status, code=code) from None
         root = str(request.scope.get("root_path", "")).rstrip("/")
         return JSONResponse(change, 202, {"Location": f"{root}/admin/changes/{change['id']}"})
 
@@ -119,6 +142,11 @@ def add_admin_routes(app: FastAPI, backend: Backend) -> None:
     async def drain(body: Drain, request: Request) -> Response:
         leaving = tuple(body.hosts or ()) if body.host is None else (body.host,)
         return await begin(request, Wish("drain", leaving=leaving))
+
+    @app.post("/admin/experts/room")
+    async def room(body: Room) -> dict[str, Any]:
+        with _refusals():
+            return await backend.make_room(body.hosts, body.node)
 
     @app.post("/admin/experts/replicas", status_code=202)
     async def replicas(body: Replicas, request: Request) -> Response:

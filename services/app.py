@@ -12,7 +12,7 @@ from cluster.threads import node_threads, thread_environment
 from experts.tls import TlsFiles
 from experts.transport_kinds import TransportKind
 from model.adapters.overlay import open_with_adapters
-from services.replicas import AttentionReplica, Ingress, IngressSpec
+from services.replicas import SHORTEST_KEY, AttentionReplica, Ingress, IngressSpec
 
 
 class ExpertArgs(BaseModel):
@@ -26,6 +26,11 @@ class ExpertArgs(BaseModel):
     cpus: float = Field(0.0, ge=0, description="Ray CPUs that each host reserves")
     gpus: float = Field(0.0, ge=0)
     resources: dict[str, float] = Field({}, description="custom Ray resources that each host reserves")
+    node_resource: str | None = Field(
+        None,
+        min_length=1,
+        description="custom Ray resource: one host lives on each node that has it, hosts at least, and follows nodes",
+    )
     transport: TransportKind = Field("auto", description="of rows to the hosts: nixl, grpc, or nixl where installed")
     standby: int = Field(1, ge=0, description="that wait to replace a lost host; none where hosts reserve anything")
     auto_rebalance: bool = Field(False, description="move experts between hosts by themselves when the load is uneven")
@@ -68,8 +73,11 @@ class AppArgs(BaseModel):
     adapters: tuple[str, ...] = Field((), description="directories of LoRA adapters and deltas, applied in this order")
     name: str = Field("shoal", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the Serve application's")
     served_name: str | None = Field(None, description="model id that clients ask for; default: the directory's name")
-    api_key: str | None = Field(None, min_length=8)
-    admin_token: str | None = Field(None, min_length=8)
+    api_key: str | None = Field(
+        None, min_length=SHORTEST_KEY, description="default: SHOAL_API_KEY where the ingress runs"
+    )
+    admin_token: str | None = Field(None, min_length=SHORTEST_KEY, description="default: SHOAL_ADMIN_TOKEN there")
+    control_cpus: float = Field(0.0, ge=0, description="Ray CPUs that the controller and each ingress reserve")
     ingress_replicas: int = Field(1, ge=1)
     max_in_flight: int = Field(256, ge=1, description="requests in one ingress before it answers 429")
     experts: ExpertArgs = ExpertArgs()
@@ -117,10 +125,12 @@ def service_spec(args: AppArgs) -> ServiceSpec:
         cpus=args.experts.cpus,
         gpus=args.experts.gpus,
         resources=args.experts.resources,
+        node_resource=args.experts.node_resource,
         transport=args.experts.transport,
         tls=tls,
         standby=args.experts.standby,
         auto_rebalance=args.experts.auto_rebalance,
+        control_cpus=args.control_cpus,
     )
 
 
@@ -166,7 +176,7 @@ def build(args: AppArgs) -> Application:
         max_ongoing_requests=4 * args.max_in_flight,
         health_check_period_s=1.0,
         graceful_shutdown_timeout_s=5.0,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": thread_environment(1)}},
+        ray_actor_options={"num_cpus": args.control_cpus, "runtime_env": {"env_vars": thread_environment(1)}},
     )
     application: Application = door.bind(ingress, attention.bind(service, worker))
     return application

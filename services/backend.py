@@ -69,6 +69,12 @@ class Backend(Protocol):
         Raises ChangeRefused when the wish cannot be had, and GenerationFailed while the controller is away.
         """
 
+    async def make_room(self, hosts: int | None, node: str | None) -> dict[str, Any]:
+        """Go on with `hosts` at most, or without any on `node`: {"done", "change"}; asked again until it is done.
+
+        Raises ChangeRefused when it cannot be had, and GenerationFailed while the controller is away.
+        """
+
     async def watch_change(self, change_id: str, seen: int, timeout_s: float) -> dict[str, Any] | None:
         """A change's document once its version is another than `seen`, or after `timeout_s`; None: no such change.
 

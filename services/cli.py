@@ -18,6 +18,7 @@ examples:
   shoal status --json                             hosts, workers and epoch, for scripts
   shoal experts scale 4 --wait                    go on with 4 expert hosts; no request notices
   shoal experts drain host-1 --wait               empty a host and end it
+  shoal experts drain --to 2 --wait               before nodes go: with two hosts
   shoal experts replicas 2 --extra 4              two holders of each expert, more of the busiest
   shoal experts events --follow                   faults and changes as they happen
   shoal train examples/sft.yaml lr=1e-5           fine-tune, with the experts in actors
@@ -28,6 +29,17 @@ examples:
   shoal doctor DIR                                what is missing or misconfigured
   shoal bench --quick                             measure it beside transformers
 """
+
+REMOTE = (
+    commands.chat,
+    commands.status,
+    experts_command.status,
+    experts_command.scale,
+    experts_command.rebalance,
+    experts_command.drain,
+    experts_command.replicas,
+    experts_command.events,
+)  # what can be asked of a service on another machine
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,6 +85,13 @@ def _add(
 ) -> argparse.ArgumentParser:
     command = commands_.add_parser(name, help=help_text, description=help_text)
     command.add_argument("--port", type=int, default=8000, metavar="P", help="which service (default 8000)")
+    if run in REMOTE:
+        command.add_argument(
+            "--address",
+            default=os.environ.get("SHOAL_URL"),
+            metavar="URL",
+            help="a service that another machine runs, with its $SHOAL_ADMIN_TOKEN (default: $SHOAL_URL)",
+        )
     command.set_defaults(run=run)
     return command
 
@@ -133,7 +152,11 @@ def _add_experts(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]
     rebalance = _add(actions, "rebalance", experts_command.rebalance, "Spread the experts by the load that was seen.")
 
     drain = _add(actions, "drain", experts_command.drain, "Empty hosts and end them.")
-    drain.add_argument("hosts", nargs="+", metavar="HOST", help="id of a host, such as host-1")
+    which = drain.add_mutually_exclusive_group(required=True)
+    which.add_argument("hosts", nargs="*", default=[], metavar="HOST", help="id of a host, such as host-1")
+    which.add_argument("--to", type=count, metavar="N", help="those beyond N, before their nodes go")
+    which.add_argument("--node", metavar="NODE", help="those on this Ray node, by its id, address or name")
+    drain.add_argument("--if-running", action="store_true", help="do nothing, and succeed, where no service answers")
 
     replicas = _add(actions, "replicas", experts_command.replicas, "Change how many hosts hold each expert.")
     replicas.add_argument("replicas", type=int, metavar="R", help="hosts that hold each expert")
@@ -149,6 +172,14 @@ def _add_experts(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]
     events = _add(actions, "events", experts_command.events, "Show what happened to the hosts, and why.")
     events.add_argument("--follow", action="store_true", help="and what happens from now on, until Ctrl-C")
     events.add_argument("--json", action="store_true", help="one object a line, for scripts")
+
+
+def count(text: str) -> int:
+    """A command line's number of things; argparse shows this name for what is no number."""
+    given = int(text)
+    if given < 1:
+        raise argparse.ArgumentTypeError(f"{text} given; expected at least 1")
+    return given
 
 
 def seconds(text: str) -> float:

@@ -22,6 +22,10 @@ class CommandError(Exception):
     """A message for the person at the terminal."""
 
 
+class NoService(CommandError):
+    """Nothing runs where it was looked for."""
+
+
 def serve(options: argparse.Namespace) -> int:
     """Run in the foreground, or start the same in the background and wait until it answers."""
     from services.launch import LaunchError, LaunchOptions, check, serve_foreground
@@ -92,13 +96,13 @@ def chat(options: argparse.Namespace) -> int:
     """One question, or a conversation until end of input."""
     from services.chat import converse
 
-    url = find_service(options.port).url
+    url = find_service(options).url
     return converse(options, url, Console(highlight=False))
 
 
 def status(options: argparse.Namespace) -> int:
     """Print what the service says of itself."""
-    record = find_service(options.port)
+    record = find_service(options)
     report = fetch_status(record)
     if options.json:
         print(json.dumps(report, indent=2))
@@ -123,14 +127,15 @@ def fetch_status(record: ServiceRecord) -> dict[str, Any]:
         answer = httpx.get(f"{record.url}/admin/status", headers=headers, timeout=15, trust_env=False)
         answer.raise_for_status()
     except httpx.HTTPError as error:
-        raise CommandError(f"{record.url} does not answer yet ({error}); it may still be starting") from error
+        raise CommandError(f"{record.url} does not answer ({error}); it may still be starting") from error
     report: dict[str, Any] = answer.json()
     return {"url": record.url, "pid": record.pid, "log": record.log} | report
 
 
 def stop(options: argparse.Namespace) -> int:
     """SIGTERM the service's process and wait until it is gone."""
-    record = find_service(options.port)
+    record = find_here(options.port)
+    assert record.pid is not None
     os.kill(record.pid, signal.SIGTERM)
     deadline = time.monotonic() + options.timeout
     while is_running(record.pid):
@@ -154,15 +159,25 @@ def doctor(options: argparse.Namespace) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
-def find_service(port: int) -> ServiceRecord:
-    """The running service on a port; raises CommandError, with what else runs, when there is none."""
+def find_service(options: argparse.Namespace) -> ServiceRecord:
+    """The service at --address, or the one that runs here on --port; raises NoService when there is none."""
+    if not options.address:
+        return find_here(options.port)
+    if not options.address.startswith(("http://", "https://")):
+        raise CommandError(f"--address {options.address}: expected a URL, such as http://10.0.0.7:8000")
+    token = os.environ.get("SHOAL_ADMIN_TOKEN", "")
+    return ServiceRecord(options.port, options.address.rstrip("/"), None, "", token)
+
+
+def find_here(port: int) -> ServiceRecord:
+    """The service that runs here on a port; raises NoService, with what else runs, when there is none."""
     record = read_record(port)
     if record is None:
         others = ", ".join(str(other.port) for other in running_services())
         hint = (
             f"services run on port {others}: name one with --port" if others else "start one with `shoal serve MODEL`"
         )
-        raise CommandError(f"no service runs on port {port}; {hint}")
+        raise NoService(f"no service runs on port {port}; {hint}")
     return record
 
 

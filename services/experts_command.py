@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from services.admin_client import AdminClient, NotAnswered
-from services.commands import CommandError, find_service
+from services.commands import CommandError, NoService, find_service
 from services.follow_change import follow, shown, summary, to_type
+from services.make_room import listens, make_room
+from services.state import ServiceRecord
 
 EVENTS = 500  # that are asked for at once: as many as the service remembers
 FOLLOW_S = 1.0
@@ -19,7 +22,7 @@ FOLLOW_S = 1.0
 
 def status(options: argparse.Namespace) -> int:
     """Print the hosts, what each holds and computes, and the last changes."""
-    report = AdminClient(find_service(options.port)).get("/admin/experts")
+    report = AdminClient(find_service(options)).get("/admin/experts")
     if options.json:
         print(json.dumps(report, indent=2))
         return 0
@@ -29,6 +32,8 @@ def status(options: argparse.Namespace) -> int:
     counts["imbalance"] = None if imbalance is None else f"{imbalance:.2f}"
     words = [f"{name} {'-' if value is None else value}" for name, value in counts.items()]
     console.print("  ".join((report["state"], *words)), soft_wrap=True)
+    if report["nodes"]:
+        console.print(_following(report["nodes"]), markup=False, soft_wrap=True)
     if report["reason"]:
         console.print(report["reason"], markup=False, soft_wrap=True)
     table = Table()
@@ -56,8 +61,19 @@ def rebalance(options: argparse.Namespace) -> int:
 
 
 def drain(options: argparse.Namespace) -> int:
-    """Without some hosts."""
-    return _change(options, "drain", {"hosts": options.hosts})
+    """Without some hosts: those that are named, those beyond --to, or those on --node."""
+    try:
+        record = find_service(options)
+        if options.if_running and not listens(record):
+            raise NoService(f"{record.url} does not answer")
+        if options.hosts:
+            return _change(options, "drain", {"hosts": options.hosts})
+        return make_room(options)
+    except NoService as error:
+        if not options.if_running:
+            raise
+        print(f"nothing to drain: {error}", file=sys.stderr)
+        return 0
 
 
 def replicas(options: argparse.Namespace) -> int:
@@ -68,7 +84,7 @@ def replicas(options: argparse.Namespace) -> int:
 
 def events(options: argparse.Namespace) -> int:
     """Print what the service remembers, and with --follow what comes, a line each."""
-    client = AdminClient(find_service(options.port))
+    client = AdminClient(find_service(options))
     happened = _follow_events(client) if options.follow else client.get("/admin/events", {"limit": EVENTS})["events"]
     for event in happened:
         print(json.dumps(event) if options.json else _event_line(event), flush=True)
@@ -77,14 +93,14 @@ def events(options: argparse.Namespace) -> int:
 
 def _change(options: argparse.Namespace, action: str, body: dict[str, Any]) -> int:
     """Begin a change, and with --wait see it through; raises CommandError when it is refused, undone or late."""
-    client = AdminClient(find_service(options.port))
+    client = AdminClient(find_service(options))
     try:
         change = client.post(f"/admin/experts/{action}", body)
     except NotAnswered as error:
-        check = to_type("status", options.port)
+        check = to_type("status", client.record)
         raise CommandError(f"{error}; if the change has begun nevertheless, `{check}` shows it") from error
     if not options.wait:
-        print(json.dumps(change, indent=2) if options.json else _begun(change, options.port))
+        print(json.dumps(change, indent=2) if options.json else _begun(change, client.record))
         return 0
     console = Console(stderr=options.json, highlight=False)
     with shown(console, lines=not options.json) as show:
@@ -98,11 +114,21 @@ def _change(options: argparse.Namespace, action: str, body: dict[str, Any]) -> i
     return 0
 
 
-def _begun(change: dict[str, Any], port: int) -> str:
+def _begun(change: dict[str, Any], record: ServiceRecord) -> str:
     return (
-        f"{change['id']} ({change['kind']}) has begun: `{to_type('status', port)}` shows it, "
-        f"`{to_type('events --follow', port)}` what happens"
+        f"{change['id']} ({change['kind']}) has begun: `{to_type('status', record)}` shows it, "
+        f"`{to_type('events --follow', record)}` what happens"
     )
+
+
+def _following(nodes: dict[str, Any]) -> str:
+    """Desired and actual, where hosts follow nodes."""
+    words = [f"one host on each node with {nodes['resource']}: {nodes['nodes']} nodes, {nodes['wanted']} hosts wanted"]
+    if nodes["at_most"] is not None:
+        words.append(f"at most {nodes['at_most']} until nodes have gone")
+    if nodes["emptied"]:
+        words.append(f"{len(nodes['emptied'])} nodes being emptied")
+    return "; ".join(words)
 
 
 def _follow_events(client: AdminClient) -> Iterator[dict[str, Any]]:

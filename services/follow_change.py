@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from services.admin_client import AdminClient, NotAnswered, NotFound
-from services.state import is_running
+from services.state import ServiceRecord
 
 PHASES = ("plan", "prepare", "commit", "retire")
 POLL_S = 20.0
@@ -40,7 +40,7 @@ def follow(client: AdminClient, change: Document, timeout_s: float, show: Show) 
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
             late = f"{change['id']} is not over after {timeout_s:g} s, in phase '{change['phase']}'; it goes on"
-            return Outcome(change, f"{late}: `{to_type('status', client.record.port)}` shows it")
+            return Outcome(change, f"{late}: `{to_type('status', client.record)}` shows it")
         wait_s = min(POLL_S, left_s)
         path = f"/admin/changes/{change['id']}"
         try:
@@ -48,7 +48,7 @@ def follow(client: AdminClient, change: Document, timeout_s: float, show: Show) 
         except NotFound:
             return _forgotten(client, change)
         except NotAnswered as error:
-            if not is_running(client.record.pid):
+            if client.record.ended:
                 return Outcome(change, f"the service has ended, and {change['id']} with it: {error}")
             time.sleep(min(RETRY_S, wait_s))
             continue
@@ -65,13 +65,13 @@ def _forgotten(client: AdminClient, change: Document) -> Outcome:
     return Outcome(
         change,
         f"{change['id']} is not known any more: the controller was restarted after phase '{change['phase']}' began, "
-        f"and undoes what was not committed; `{to_type('status', client.record.port)}` shows what holds",
+        f"and undoes what was not committed; `{to_type('status', client.record)}` shows what holds",
     )
 
 
-def to_type(action: str, port: int) -> str:
+def to_type(action: str, record: ServiceRecord) -> str:
     """The command for the same service."""
-    return f"shoal experts {action}" + ("" if port == 8000 else f" --port {port}")
+    return f"shoal experts {action}{record.options}"
 
 
 @contextmanager

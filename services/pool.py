@@ -161,6 +161,11 @@ class WorkerPool:
             change: dict[str, Any] = await find_controller(self._namespace).begin_change.remote(asked)
         return change
 
+    async def make_room(self, hosts: int | None, node: str | None) -> dict[str, Any]:
+        with _answering():
+            answer: dict[str, Any] = await find_controller(self._namespace).make_room.remote(hosts, node)
+        return answer
+
     async def watch_change(self, change_id: str, seen: int, timeout_s: float) -> dict[str, Any] | None:
         with _answering():
             controller = find_controller(self._namespace)

@@ -1,5 +1,6 @@
 """The two Serve deployments: an attention worker, and the ingress that speaks HTTP."""
 
+import os
 import time
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from model.tokenizer import Tokenizer
 from services.api import create_app
 from services.backend import ServedModel
 from services.pool import WorkerPool
+
+SHORTEST_KEY = 8
 
 
 class AttentionReplica:
@@ -61,7 +64,15 @@ async def open_app(spec: IngressSpec) -> FastAPI:
         defaults=read_generation_defaults(checkpoint.directory),
     )
     pool = WorkerPool(model, spec.service.namespace, spec.max_in_flight, spec.service.tls)
-    return create_app(pool, spec.api_key, spec.admin_token)
+    return create_app(pool, spec.api_key or secret("SHOAL_API_KEY"), spec.admin_token or secret("SHOAL_ADMIN_TOKEN"))
+
+
+def secret(name: str) -> str | None:
+    """A key from the environment; None where it is not set or empty. Raises ValueError for one that is too short."""
+    value = os.environ.get(name) or None
+    if value is not None and len(value) < SHORTEST_KEY:
+        raise ValueError(f"{name} has {len(value)} characters; expected at least {SHORTEST_KEY}")
+    return value
 
 
 @serve.ingress()

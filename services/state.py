@@ -9,14 +9,26 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class ServiceRecord:
-    """Enough to find, ask and stop a service that `shoal serve` started."""
+    """Enough to find and ask a service, and to stop one that `shoal serve` started here."""
 
     port: int
     url: str
-    pid: int  # of the `shoal serve` process
+    pid: int | None  # of the `shoal serve` process; None: it runs elsewhere
     model: str
     admin_token: str
     log: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is known to be gone."""
+        return self.pid is not None and not is_running(self.pid)
+
+    @property
+    def options(self) -> str:
+        """What a command must be given to find it again, with a space before."""
+        if self.pid is None:
+            return f" --address {self.url}"
+        return "" if self.port == 8000 else f" --port {self.port}"
 
 
 def state_dir() -> Path:
@@ -43,7 +55,7 @@ def read_record(port: int) -> ServiceRecord | None:
         record = ServiceRecord(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    if is_running(record.pid):
+    if not record.ended:
         return record
     remove_record(port)
     return None

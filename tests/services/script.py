@@ -36,6 +36,8 @@ class Script:
         self.report: dict[str, Any] = {"epoch": 4}  # of the controller
         self.away = False  # the controller
         self.wishes: list[Wish] = []
+        self.rooms: list[tuple[int | None, str | None]] = []  # that were asked for
+        self.room_answers: list[dict[str, Any]] = [{"done": True, "change": None}]  # the last stays
         self.refusal: Exception | None = None  # of every wish
         self.watched: list[tuple[str, int, float]] = []
         # What a change shows, first to whoever begins it, then to whoever watches; the last stays. None: not known
@@ -92,6 +94,12 @@ class Script:
         assert begun is not None
         return begun
 
+    async def make_room(self, hosts: int | None, node: str | None) -> dict[str, Any]:
+        self.rooms.append((hosts, node))
+        if self.refusal is not None:
+            raise self.refusal
+        return self.room_answers.pop(0) if len(self.room_answers) > 1 else self.room_answers[0]
+
     async def watch_change(self, change_id: str, seen: int, timeout_s: float) -> dict[str, Any] | None:
         self.watched.append((change_id, seen, timeout_s))
         return self._next()
@@ -143,6 +151,7 @@ def service_report(**fields: Any) -> dict[str, Any]:
         "replicas": 2,
         "extra": 1,
         "members": ["host-0", "host-1"],
+        "nodes": None,
         "expert_hosts": [
             {"id": "host-0", "state": "ready", "generation": 1, "experts": 8, "bytes": 640, "load_share": 0.75} | host,
             {"id": "host-1", "state": "dead", "generation": 5, "experts": 0, "bytes": 0, "load_share": None} | host,

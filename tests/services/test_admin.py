@@ -66,6 +66,10 @@ def test_a_wish_arrives_and_its_change_can_be_found(
         ("drain", {}, "give 'host', the id of one expert host, or 'hosts'", None),
         ("drain", {"host": "a", "hosts": ["b"]}, "give 'host'", None),
         ("drain", {"hosts": []}, "at least 1 item", "hosts"),
+        ("room", {}, "give 'hosts', how many there may be, or 'node'", None),
+        ("room", {"hosts": 2, "node": "a"}, "give 'hosts'", None),
+        ("room", {"hosts": 0}, "given 0", "hosts"),
+        ("room", {"node": ""}, "at least 1 character", "node"),
         ("replicas", {"replicas": 0}, "given 0", "replicas"),
         ("replicas", {"replicas": 1, "extra": -1}, "given -1", "extra"),
         ("replicas", {"replicas": True}, "given True", "replicas"),
@@ -76,6 +80,19 @@ def test_a_bad_wish_is_refused_by_name(
 ) -> None:
     assert_error(admin(app, "POST", f"experts/{action}", json=body), 400, said, param)
     assert script.wishes == []
+    assert script.rooms == []
+
+
+def test_room_is_asked_for_as_often_as_it_takes(app: FastAPI, script: Script) -> None:
+    script.room_answers = [{"done": False, "change": change_document()}, {"done": True, "change": None}]
+    for body, done in (({"hosts": 2}, False), ({"node": "10.0.0.7"}, True)):
+        answer = admin(app, "POST", "experts/room", json=body)
+        assert (answer.status_code, answer.json()["done"]) == (200, done)
+    assert script.rooms == [(2, None), (None, "10.0.0.7")]
+    script.refusal = ChangeRefused("node a is the last one")
+    assert_error(admin(app, "POST", "experts/room", json={"node": "a"}), 400, "node a is the last one")
+    script.refusal = ChangeRefused("not ready", busy=True)
+    assert_error(admin(app, "POST", "experts/room", json={"hosts": 1}), 409, "not ready")
 
 
 def test_a_refused_change_says_why_and_whether_to_come_back(app: FastAPI, script: Script) -> None:

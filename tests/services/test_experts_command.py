@@ -196,7 +196,10 @@ def test_a_value_out_of_range_is_named(
         ([], "required: ACTION"),
         (["scale"], "required: N"),
         (["scale", "two"], "argument N: invalid int value: 'two'"),
-        (["drain"], "required: HOST"),
+        (["drain"], "one of the arguments HOST --to --node is required"),
+        (["drain", "host-1", "--to", "2"], "argument --to: not allowed with argument HOST"),
+        (["drain", "--to", "0"], "argument --to: 0 given; expected at least 1"),
+        (["drain", "--to", "few"], "argument --to: invalid count value: 'few'"),
         (["rebalance", "--timeout", "0"], "--timeout: 0 given; expected a number of seconds above 0"),
         (["rebalance", "--timeout", "soon"], "invalid seconds value: 'soon'"),
         (["fly"], "invalid choice: 'fly'"),
@@ -237,7 +240,8 @@ def test_a_change_that_a_new_controller_does_not_know(door: Door, capsys: pytest
 def test_a_service_that_ends_is_not_waited_for(
     door: Door, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.follow_change.is_running", lambda pid: False)
+    seen = iter([True])  # while it is found
+    monkeypatch.setattr("services.state.is_running", lambda pid: next(seen, False))
     door.script.story = [DONE[0], AWAY]
     assert "the service has ended, and change-3 with it" in fails(capsys, door, "scale", 2, "--wait")
 

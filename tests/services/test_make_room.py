@@ -1,0 +1,143 @@
+"""`shoal experts drain --to` and `--node`, and services on other machines, against the application itself."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.change import ChangeRefused, Wish
+from services.cli import main
+from services.state import ServiceRecord, write_record
+from tests.services.script import change_document, service_report
+from tests.services.test_experts_command import AWAY, DONE, ROLLED_BACK, Door, door, fails, run
+
+__all__ = ["door"]
+
+UNDER_WAY = {"done": False, "change": DONE[0]}
+NOT_YET: dict[str, Any] = {"done": False, "change": None}
+ALL_DONE: dict[str, Any] = {"done": True, "change": None}
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.make_room.POLL_S", 0.01)
+    monkeypatch.setattr("services.make_room.GONE_S", 0.05)
+    for name in ("SHOAL_URL", "SHOAL_ADMIN_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def closed() -> Iterator[int]:
+    """A port where nothing listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+def test_waiting_asks_again_until_it_is_done(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    door.script.room_answers = [NOT_YET, UNDER_WAY, NOT_YET, ALL_DONE]
+    door.script.story = [DONE[4]]
+    assert run(door, "drain", "--to", 2, "--wait") == 0
+    assert door.script.rooms == [(2, None)] * 4
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "plan: host-2 joins, host-0 leaves"
+    assert lines[-2:] == ["change-3 (scale) done at epoch 8 after 3.5 s", "done"]
+
+
+def test_a_node_is_named_as_it_was_given(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    door.script.room_answers = [UNDER_WAY]
+    assert run(door, "drain", "--node", "10.0.0.7") == 0
+    assert door.script.rooms == [(None, "10.0.0.7")]
+    assert capsys.readouterr().out.startswith("change-3 (scale) plan with 0 of 4")
+    door.script.room_answers = [NOT_YET]
+    assert run(door, "drain", "--node", "10.0.0.7") == 0
+    assert "--wait shows it through" in capsys.readouterr().out
+
+
+def test_scripts_get_the_answer(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    door.script.room_answers = [UNDER_WAY, ALL_DONE]
+    door.script.story = [DONE[4]]
+    assert run(door, "drain", "--to", 2, "--wait", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == ALL_DONE
+
+
+def test_what_goes_wrong_is_said(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    door.script.refusal = ChangeRefused("node a is the last one for expert hosts: add another before it is emptied")
+    assert "is the last one" in fails(capsys, door, "drain", "--node", "a", "--wait")
+    door.script.refusal = None
+    door.script.room_answers, door.script.story = [UNDER_WAY], [ROLLED_BACK]
+    assert "host-2 was lost" in fails(capsys, door, "drain", "--to", 1, "--wait")
+    door.script.room_answers = [NOT_YET]
+    assert "not done after 0.05 s; it goes on" in fails(capsys, door, "drain", "--to", 1, "--wait", "--timeout", "0.05")
+
+
+def test_a_controller_that_is_away_is_waited_for(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    door.script.refusal = AWAY
+    assert "not done after 0.2 s" in fails(capsys, door, "drain", "--to", 1, "--wait", "--timeout", "0.2")
+    assert len(door.script.rooms) > 2
+    assert "ask again" in fails(capsys, door, "drain", "--to", 1)
+
+
+@pytest.mark.parametrize("which", [["--to", "2"], ["--node", "a"], ["host-1"]])
+def test_where_nothing_runs_there_is_nothing_to_drain(
+    which: list[str], closed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    command = ["experts", "drain", *which, "--wait", "--port", str(closed)]
+    assert main(command) == 1
+    assert "no service runs" in capsys.readouterr().err
+    assert main([*command, "--if-running"]) == 0
+    assert "nothing to drain: no service runs" in capsys.readouterr().err
+    monkeypatch.setenv("SHOAL_URL", f"http://127.0.0.1:{closed}")
+    assert main([*command, "--if-running"]) == 0
+    assert f"nothing to drain: http://127.0.0.1:{closed} does not answer" in capsys.readouterr().err
+    write_record(ServiceRecord(closed, f"http://127.0.0.1:{closed}", os.getpid(), "m", "the-admin-token"))
+    monkeypatch.delenv("SHOAL_URL")
+    assert main([*command, "--if-running"]) == 0
+
+
+def test_a_service_that_ends_meanwhile_needs_no_draining(
+    door: Door, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door.script.refusal = AWAY
+    monkeypatch.setattr("services.make_room.listens", lambda record: False)
+    assert "has ended" in fails(capsys, door, "drain", "--to", 1, "--wait")
+    monkeypatch.setattr("services.experts_command.listens", lambda record: True)
+    assert run(door, "drain", "--to", 1, "--wait", "--if-running") == 0
+    assert "nothing to drain" in capsys.readouterr().err
+
+
+def test_a_service_elsewhere_is_found_by_its_address(
+    door: Door, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"http://127.0.0.1:{door.port}"
+    monkeypatch.setenv("SHOAL_ADMIN_TOKEN", "the-admin-token")
+    assert main(["experts", "scale", "3", "--address", url + "/"]) == 0
+    assert door.script.wishes == [Wish("scale", hosts=3)]
+    assert f"`shoal experts status --address {url}` shows it" in capsys.readouterr().out
+    monkeypatch.setenv("SHOAL_URL", url)
+    door.script.report = service_report()
+    for command in (["status"], ["experts", "status"]):
+        assert main(command) == 0
+        assert "epoch 7" in capsys.readouterr().out
+    door.script.story = [change_document(), AWAY, DONE[4]]
+    assert main(["experts", "rebalance", "--wait"]) == 0  # no process of it is known here, and it has not ended
+    monkeypatch.setenv("SHOAL_ADMIN_TOKEN", "another")
+    assert main(["experts", "status"]) == 1
+    assert "with this service's key" in capsys.readouterr().err
+    assert main(["experts", "status", "--address", "10.0.0.7:8000"]) == 1
+    assert "expected a URL, such as http://" in capsys.readouterr().err
+
+
+def test_status_shows_what_is_wanted_of_the_nodes(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = {"resource": "shoal_expert", "nodes": 4, "wanted": 2, "at_most": 2, "emptied": ["ab"]}
+    door.script.report = service_report(nodes=nodes)
+    assert run(door, "status") == 0
+    assert (
+        "one host on each node with shoal_expert: 4 nodes, 2 hosts wanted; at most 2 until nodes have gone; "
+        "1 nodes being emptied" in capsys.readouterr().out
+    )
