@@ -1,0 +1,108 @@
+{{- /* What the schema cannot say. Each message names the value, and what to do. */}}
+{{- define "shoal.checks" -}}
+{{- include "shoal.checkNames" . -}}
+{{- include "shoal.checkModel" . -}}
+{{- include "shoal.checkScaling" . -}}
+{{- include "shoal.checkMemory" . -}}
+{{- include "shoal.checkReach" . -}}
+{{- include "shoal.checkSecret" . -}}
+{{- end -}}
+
+{{- define "shoal.checkNames" -}}
+{{- $name := include "shoal.name" . -}}
+{{- if or (gt (len $name) 40) (not (regexMatch "^[a-z]" $name)) -}}
+{{- fail (printf "fullnameOverride: the release would be named %s; KubeRay takes at most 40 characters here, the first a letter: set fullnameOverride" $name) -}}
+{{- end -}}
+{{- range .Values.jobs -}}
+{{- if gt (len (printf "%s-%s" $name (include "shoal.jobName" .))) 47 -}}
+{{- fail (printf "jobs: %s-%s is longer than the 47 characters that KubeRay takes: shorten the job's name, or set fullnameOverride" $name (include "shoal.jobName" .)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "shoal.checkModel" -}}
+{{- $model := .Values.model -}}
+{{- $needs := dict "pvc" (list "model.pvc.claim" $model.pvc.claim) "image" (list "model.image.reference" $model.image.reference) "objectStore" (list "model.objectStore.url" $model.objectStore.url) -}}
+{{- with get $needs $model.source -}}
+{{- if not (last .) -}}
+{{- fail (printf "%s is empty, which model.source=%s needs: set it, or set model.source=bundled" (first .) $model.source) -}}
+{{- end -}}
+{{- if not (regexMatch "^/models(/|$)" $model.path) -}}
+{{- fail (printf "model.path is %s; with model.source=%s the files are under /models: set model.path=/models or a directory in it" $model.path $model.source) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (eq .Values.ray.gcs.faultTolerance "redis") (not .Values.ray.gcs.redisAddress) -}}
+{{- fail "ray.gcs.redisAddress is empty, which ray.gcs.faultTolerance=redis needs: set host:port" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "shoal.checkScaling" -}}
+{{- $experts := .Values.experts -}}
+{{- $none := kindIs "invalid" $experts.replicas -}}
+{{- if and .Values.autoscaling.enabled .Values.keda.enabled -}}
+{{- fail "autoscaling.enabled and keda.enabled both scale the expert pods: set one of them to false" -}}
+{{- else if and .Values.autoscaling.enabled (not $none) -}}
+{{- fail (printf "experts.replicas is %d while autoscaling.enabled lets KubeRay choose: set experts.replicas=null, and experts.minReplicas and experts.maxReplicas as bounds" (int $experts.replicas)) -}}
+{{- else if and $none (not .Values.autoscaling.enabled) -}}
+{{- fail "experts.replicas is null and nothing else scales the expert pods: set experts.replicas to a number, or autoscaling.enabled=true" -}}
+{{- end -}}
+{{- $least := include "shoal.minReplicas" . | int -}}
+{{- $wanted := ternary $least (int $experts.replicas) $none -}}
+{{- if gt $wanted (int $experts.maxReplicas) -}}
+{{- fail (printf "%s is %d, above experts.maxReplicas=%d: raise experts.maxReplicas" (ternary "experts.minReplicas" "experts.replicas" $none) $wanted (int $experts.maxReplicas)) -}}
+{{- end -}}
+{{- if and $experts.minReplicas (lt $wanted $least) -}}
+{{- fail (printf "experts.replicas is %d, below experts.minReplicas=%d: lower experts.minReplicas, or leave it null" $wanted $least) -}}
+{{- end -}}
+{{- if lt $wanted (int $experts.copies) -}}
+{{- fail (printf "experts.copies is %d with %d hosts: each copy needs a host of its own; set experts.replicas=%d, or fewer copies" (int $experts.copies) $wanted (int $experts.copies)) -}}
+{{- end -}}
+{{- $most := int .Values.model.shape.routedExperts -}}
+{{- if and $most (gt $wanted $most) -}}
+{{- fail (printf "experts.replicas is %d; the model has %d experts a layer: use at most so many" $wanted $most) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "shoal.checkMemory" -}}
+{{- $experts := include "shoal.expertBytes" . | int64 -}}
+{{- $room := include "shoal.roomBytes" . | int64 -}}
+{{- $least := include "shoal.fewestHosts" . | int -}}
+{{- $hosts := .Values.experts.minReplicas | default .Values.experts.replicas | default $least | int -}}
+{{- $checked := or (eq (int .Values.experts.gpus) 0) (ne .Values.experts.gpuMemory "") -}}
+{{- if and $checked (gt $experts 0) (gt $experts (mul $hosts $room)) -}}
+{{- $cpu := eq (int .Values.experts.gpus) 0 -}}
+{{- $which := ternary "experts.memory" "experts.gpuMemory" $cpu -}}
+{{- $given := ternary .Values.experts.memory .Values.experts.gpuMemory $cpu -}}
+{{- $each := divf $experts $hosts -}}
+{{- $enough := ternary (addf $each 2147483648) (divf $each (mulf 0.9 (max 1 (int .Values.experts.gpus)))) $cpu -}}
+{{- $more := ternary (printf ", or experts.replicas (and experts.minReplicas, if set) to %d" $least) "" (and (gt $room 0) (le $least (int .Values.model.shape.routedExperts))) -}}
+{{- fail (printf "%s is %s, which leaves %s for experts; with %d hosts each holds %s of them: raise %s to %dGi%s" $which $given (include "shoal.gibibytes" $room) $hosts (include "shoal.gibibytes" $each) $which (divf $enough 1073741824 | ceil | int) $more) -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Whether what a feature must reach can be reached. */}}
+{{- define "shoal.checkReach" -}}
+{{- $reads := ternary "keda.enabled" "monitoring.rules" .Values.keda.enabled -}}
+{{- if and (or .Values.keda.enabled .Values.monitoring.rules) (not .Values.monitoring.podMonitor) -}}
+{{- fail (printf "%s reads metrics by a label that the chart's PodMonitor gives them: set monitoring.podMonitor=true" $reads) -}}
+{{- end -}}
+{{- $who := list -}}
+{{- if .Values.autoscaling.enabled }}{{ $who = append $who "autoscaling.enabled needs the API server" }}{{ end -}}
+{{- if eq .Values.model.source "objectStore" }}{{ $who = append $who "model.source=objectStore needs the object store" }}{{ end -}}
+{{- if eq .Values.ray.gcs.faultTolerance "redis" }}{{ $who = append $who "ray.gcs.faultTolerance=redis needs redis" }}{{ end -}}
+{{- if and .Values.networkPolicy.enabled (ne .Values.service.type "ClusterIP") (not .Values.networkPolicy.clients) -}}
+{{- fail (printf "networkPolicy.clients is empty, but service.type=%s lets callers from outside in: add them, such as {ipBlock: {cidr: 0.0.0.0/0}}, or set networkPolicy.enabled=false" .Values.service.type) -}}
+{{- end -}}
+{{- if and .Values.networkPolicy.enabled $who (not .Values.networkPolicy.egressCIDRs) -}}
+{{- fail (printf "networkPolicy.egressCIDRs is empty, but %s: add its addresses (0.0.0.0/0 allows all), or set networkPolicy.enabled=false" (first $who)) -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Helm knows here whether it talks to a cluster: every namespace has kube-root-ca.crt. */}}
+{{- define "shoal.checkSecret" -}}
+{{- if lookup "v1" "ConfigMap" .Release.Namespace "kube-root-ca.crt" -}}
+{{- if not (lookup "v1" "Secret" .Release.Namespace .Values.auth.existingSecret) -}}
+{{- fail (printf "auth.existingSecret: there is no secret %s in namespace %s. Create it: kubectl --namespace %s create secret generic %s --from-literal=%s=$(openssl rand -hex 24) --from-literal=%s=$(openssl rand -hex 24)" .Values.auth.existingSecret .Release.Namespace .Release.Namespace .Values.auth.existingSecret .Values.auth.apiKeyEntry .Values.auth.adminTokenEntry) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

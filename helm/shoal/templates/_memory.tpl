@@ -1,0 +1,41 @@
+{{- /* Bytes of a quantity such as 64Gi. */}}
+{{- define "shoal.bytes" -}}
+{{- $units := dict "" 1 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- mulf (regexFind "^[0-9.]+" . | float64) (get $units (regexFind "[A-Za-z]*$" .)) | int64 -}}
+{{- end -}}
+
+{{- /* Bytes of all routed experts with their copies, as hosts hold them: fp32 on CPUs, 16 bits on GPUs. 0: unknown. */}}
+{{- define "shoal.expertBytes" -}}
+{{- $shape := .Values.model.shape -}}
+{{- $width := ternary 2 4 (gt (int .Values.experts.gpus) 0) -}}
+{{- $expert := mul 3 (int64 $shape.hiddenSize) (int64 $shape.moeIntermediateSize) $width -}}
+{{- mul $expert (int64 $shape.routedExperts) (int64 $shape.moeLayers) (int64 .Values.experts.copies) -}}
+{{- end -}}
+
+{{- /* Bytes that a host may fill with experts: its memory less 2 GiB, or its GPUs' less a tenth. 0: unchecked. */}}
+{{- define "shoal.roomBytes" -}}
+{{- if eq (int .Values.experts.gpus) 0 -}}
+{{- max 0 (sub (include "shoal.bytes" .Values.experts.memory | int64) 2147483648) -}}
+{{- else if .Values.experts.gpuMemory -}}
+{{- mulf (int .Values.experts.gpus) 0.9 (include "shoal.bytes" .Values.experts.gpuMemory | float64) | int64 -}}
+{{- else -}}
+0
+{{- end -}}
+{{- end -}}
+
+{{- /* Hosts that the experts need at least. */}}
+{{- define "shoal.fewestHosts" -}}
+{{- $experts := include "shoal.expertBytes" . | int64 -}}
+{{- $room := include "shoal.roomBytes" . | int64 -}}
+{{- $fit := ternary (div (add $experts $room -1) (max 1 $room)) 1 (and (gt $experts 0) (gt $room 0)) -}}
+{{- max 1 $fit (int64 .Values.experts.copies) -}}
+{{- end -}}
+
+{{- /* Hosts with which the service starts, and below which KubeRay never goes. */}}
+{{- define "shoal.minReplicas" -}}
+{{- .Values.experts.minReplicas | default (include "shoal.fewestHosts" .) | int64 -}}
+{{- end -}}
+
+{{- define "shoal.gibibytes" -}}
+{{- printf "%.1f GiB" (divf (float64 .) 1073741824.0) -}}
+{{- end -}}

@@ -1,0 +1,95 @@
+{{- /* Environment of a Ray node; argument as of shoal.pod. */}}
+{{- define "shoal.nodeEnv" -}}
+{{ include "shoal.env" (dict "root" .root "api" true "admin" true) }}
+- name: POD_IP
+  valueFrom:
+    fieldRef:
+      fieldPath: status.podIP
+- name: RAY_USAGE_STATS_ENABLED
+  value: "0"
+- name: RAY_worker_niceness # else Ray runs its actors at almost the lowest priority
+  value: "0"
+- name: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO
+  value: "0"
+{{- if .command }}
+{{- include "shoal.rayTokenEnv" .root | nindent 0 }}
+{{- end }}
+{{- end -}}
+
+{{- /* What Ray's commands need where KubeRay does not set it. */}}
+{{- define "shoal.rayTokenEnv" -}}
+{{- if .Values.ray.tokenAuth -}}
+- name: RAY_AUTH_MODE
+  value: token
+- name: RAY_AUTH_TOKEN
+  valueFrom:
+    secretKeyRef:
+      name: {{ .Values.ray.tokenSecret | default (include "shoal.name" .) }}
+      key: auth_token
+{{- end }}
+{{- end -}}
+
+{{- define "shoal.nodeMounts" -}}
+{{ include "shoal.scratchMounts" . }}
+{{- if ne .Values.model.source "bundled" }}
+- name: model
+  mountPath: /models
+  readOnly: true
+  {{- if and (eq .Values.model.source "pvc") .Values.model.pvc.subPath }}
+  subPath: {{ .Values.model.pvc.subPath }}
+  {{- end }}
+{{- end }}
+{{- if .Values.tls.secret }}
+- name: tls
+  mountPath: /etc/shoal/tls
+  readOnly: true
+{{- end }}
+- name: recipes
+  mountPath: /etc/shoal/recipes
+  readOnly: true
+{{- if .Values.outputs.claim }}
+- name: outputs
+  mountPath: /outputs
+{{- end }}
+{{- end -}}
+
+{{- define "shoal.nodeVolumes" -}}
+{{ include "shoal.scratchVolumes" .root }}
+{{- with .root.Values.model }}
+{{- if eq .source "pvc" }}
+- name: model
+  persistentVolumeClaim:
+    claimName: {{ .pvc.claim }}
+    readOnly: true
+{{- else if eq .source "image" }}
+- name: model
+  image:
+    reference: {{ .image.reference }}
+    pullPolicy: {{ $.root.Values.image.pullPolicy }}
+{{- else if eq .source "objectStore" }}
+- name: model
+  emptyDir:
+    sizeLimit: {{ .objectStore.size }}
+{{- end }}
+{{- end }}
+{{- with .root.Values.tls.secret }}
+- name: tls
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+{{- end }}
+- name: recipes # there or not: a job that is added later finds its recipe here without a restart
+  configMap:
+    name: {{ include "shoal.name" .root }}-recipes
+    optional: true
+{{- with .root.Values.outputs.claim }}
+- name: outputs
+  persistentVolumeClaim:
+    claimName: {{ . }}
+{{- end }}
+{{- if .command }}
+- name: shared-mem # KubeRay adds it to its own pods
+  emptyDir:
+    medium: Memory
+{{- end }}
+{{- end -}}

@@ -1,0 +1,153 @@
+"""Values that cannot work are refused before anything is installed: the message names them and says what to do."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import helm_python as helm
+import pytest
+
+from tests.helm.charts import EXAMPLES, Values, chart, example, merge, render
+
+V2_LITE = {"hiddenSize": 2048, "moeIntermediateSize": 1408, "routedExperts": 64, "moeLayers": 26}
+SHAPE: Values = {"model": {"shape": V2_LITE}}
+SCALED: Values = {
+    "autoscaling": {"enabled": True},
+    "experts": {"replicas": None},
+    "networkPolicy": {"egressCIDRs": ["10.0.0.0/8"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "fix"),
+    [
+        ({"experts": {"replicas": -1}}, "/experts/replicas", "got -1, want 1"),
+        ({"experts": {"replicas": 0}}, "/experts/replicas", "got 0, want 1"),
+        ({"experts": {"replicas": "two"}}, "/experts/replicas", "want null or integer"),
+        ({"experts": {"replicas": 1.5}}, "/experts/replicas", "want null or integer"),
+        ({"attention": {"replicas": None}}, "/attention", "missing property 'replicas'"),
+        ({"ray": None}, "at ''", "missing property 'ray'"),
+        ({"expert": {"replicas": 2}}, "'expert' not allowed", ""),
+        ({"experts": {"replica": 2}}, "/experts", "'replica' not allowed"),
+        ({"model": {"pvc": {"name": "m"}}}, "/model/pvc", "'name' not allowed"),
+        ({"model": {"source": "s3"}}, "/model/source", "'bundled', 'pvc', 'image', 'objectStore'"),
+        ({"experts": {"memory": "lots"}}, "/experts/memory", "does not match pattern"),
+        ({"experts": {"cpu": "500m"}}, "/experts/cpu", "want integer"),
+        ({"experts": {"transport": "udp"}}, "/experts/transport", "'auto', 'nixl', 'grpc'"),
+        ({"ray": {"gcs": {"faultTolerance": "etcd"}}}, "/ray/gcs/faultTolerance", "'none', 'embedded', 'redis'"),
+        ({"service": {"port": 0}}, "/service/port", "got 0, want 1"),
+        ({"jobs": [{"name": "sft"}]}, "/jobs/0", "missing property 'recipe'"),
+        ({"jobs": [{"name": "sft", "file": "/a", "recipe": {"a": 1}}]}, "/jobs/0", "oneOf"),
+        ({"jobs": [{"name": "sft", "file": "/a", "args": ["seed=$(id)"]}]}, "/jobs/0/args/0", "does not match pattern"),
+        ({"networkPolicy": {"egressCIDRs": ["everywhere"]}}, "/networkPolicy/egressCIDRs/0", "does not match pattern"),
+        ({"experts": {"tolerations": [{"key": "a", "effects": "NoSchedule"}]}}, "/experts/tolerations/0", "'effects'"),
+        ({"security": {"user": 0}}, "/security/user", "got 0, want 1"),
+    ],
+)
+def test_the_schema_refuses(values: Values, key: str, fix: str) -> None:
+    with pytest.raises(helm.HelmValuesError) as refused:
+        render(values)
+    assert key in str(refused.value)
+    assert fix in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "fix"),
+    [
+        ({"autoscaling": {"enabled": True}}, "experts.replicas is 2", "set experts.replicas=null"),
+        ({"experts": {"replicas": None}}, "experts.replicas is null", "autoscaling.enabled=true"),
+        (
+            merge(SCALED, {"keda": {"enabled": True}}),
+            "autoscaling.enabled and keda.enabled",
+            "set one of them to false",
+        ),
+        ({"keda": {"enabled": True}}, "keda.enabled", "set monitoring.podMonitor=true"),
+        ({"monitoring": {"rules": True}}, "monitoring.rules", "set monitoring.podMonitor=true"),
+        ({"experts": {"replicas": 9, "maxReplicas": 8}}, "experts.replicas is 9", "raise experts.maxReplicas"),
+        ({"experts": {"replicas": 2, "minReplicas": 3}}, "experts.minReplicas=3", "lower experts.minReplicas"),
+        (merge(SCALED, {"experts": {"minReplicas": 9, "maxReplicas": 8}}), "experts.minReplicas is 9", "raise"),
+        ({"experts": {"copies": 3}}, "experts.copies is 3", "set experts.replicas=3"),
+        (
+            merge(SHAPE, {"experts": {"replicas": 65, "maxReplicas": 70}}),
+            "experts.replicas is 65",
+            "use at most so many",
+        ),
+        ({"model": {"source": "pvc", "path": "/models"}}, "model.pvc.claim is empty", "set it"),
+        ({"model": {"source": "image", "path": "/models"}}, "model.image.reference is empty", "set it"),
+        ({"model": {"source": "objectStore", "path": "/models"}}, "model.objectStore.url is empty", "set it"),
+        ({"model": {"source": "pvc", "pvc": {"claim": "m"}}}, "model.path is /opt", "model.path=/models"),
+        ({"ray": {"gcs": {"faultTolerance": "redis"}}}, "ray.gcs.redisAddress is empty", "set host:port"),
+        (merge(SCALED, {"networkPolicy": {"egressCIDRs": []}}), "networkPolicy.egressCIDRs", "add its addresses"),
+        ({"service": {"type": "LoadBalancer"}}, "networkPolicy.clients is empty", "ipBlock"),
+        ({"jobs": [{"name": "a-long-job-name", "file": "/a"}], "fullnameOverride": "a" * 30}, "jobs:", "shorten"),
+    ],
+)
+def test_contradictions_are_refused(values: Values, key: str, fix: str) -> None:
+    with pytest.raises(helm.HelmRenderError) as refused:
+        render(values)
+    assert key in str(refused.value)
+    assert fix in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["1st", "a" * 41 + "-shoal"])
+def test_release_names_that_kuberay_refuses_are_refused(name: str) -> None:
+    with pytest.raises(helm.HelmRenderError, match="set fullnameOverride"):
+        render(name=name)
+    render({"fullnameOverride": "fine"}, name=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "enough"),
+    [
+        ({"memory": "28Gi", "replicas": 2}, "raise experts.memory to 29Gi, or experts.replicas"),  # 53.6 GiB in fp32
+        ({"memory": "2Gi", "replicas": 4}, "raise experts.memory to 16Gi"),
+        ({"memory": "10G", "replicas": 4}, "or experts.replicas (and experts.minReplicas, if set) to 8"),
+        ({"memory": "16Gi", "replicas": 4, "copies": 2}, "raise experts.memory to 29Gi"),
+        ({"memory": "29Gi", "replicas": 4, "minReplicas": 1}, "with 1 hosts each holds 53.6 GiB"),
+        ({"gpus": 1, "gpuMemory": "24Gi", "replicas": 1}, "raise experts.gpuMemory to 30Gi, or experts.replicas"),
+        ({"gpus": 2, "gpuMemory": "14Gi", "replicas": 1}, "raise experts.gpuMemory to 15Gi"),
+    ],
+)
+def test_memory_too_small_for_a_nodes_experts_is_refused_with_what_would_do(change: Values, enough: str) -> None:
+    with pytest.raises(helm.HelmRenderError) as refused:
+        render(merge(SHAPE, {"experts": change}))
+    assert enough in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"memory": "29Gi", "replicas": 2},
+        {"memory": "16Gi", "replicas": 4},
+        {"memory": "29Gi", "replicas": 4, "copies": 2},
+        {"gpus": 1, "gpuMemory": "30Gi", "replicas": 1},
+        {"gpus": 2, "gpuMemory": "15Gi", "replicas": 1},
+        {"gpus": 1, "gpuMemory": "", "memory": "2Gi", "replicas": 1},
+    ],
+)
+def test_memory_that_does_is_taken(change: Values) -> None:
+    render(merge(SHAPE, {"experts": change}))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_would_not_fit_into_less_memory(path: Path) -> None:
+    values = example(path)
+    key = "gpuMemory" if "gpuMemory" in values["experts"] else "memory"
+    half: Values = {"experts": {key: "2Gi" if key == "memory" else "16Gi"}}
+    with pytest.raises(helm.HelmRenderError, match=f"experts.{key}"):
+        render(merge(values, half))
+
+
+def open_objects(schema: Any, path: str = "") -> Iterator[str]:
+    """Where a schema lets unknown keys in."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "object" and "additionalProperties" not in schema:
+            yield path
+        for name, value in schema.items():
+            yield from open_objects(value, f"{path}/{name}")
+
+
+def test_no_key_is_unknown_anywhere_but_in_a_recipe() -> None:
+    schema = chart().schema
+    assert list(open_objects(schema)) == ["/properties/jobs/items/properties/recipe"]
+    assert list(open_objects({"properties": {"a": {"type": "object"}}})) == ["/properties/a"]

@@ -1,0 +1,105 @@
+"""The Serve config that the chart writes, as Ray Serve and the application read it."""
+
+import pytest
+from pydantic import ValidationError
+from ray.serve._private.deploy_utils import get_app_code_version
+from ray.serve.schema import ServeDeploySchema
+
+from services.app import AppArgs, build
+from tests.helm.charts import EXAMPLES, Values, example, render, serve_config
+
+NOT_YET = {"control_cpus", "experts.node_resource"}  # arguments that the application does not take
+ALL: Values = {
+    "tls": {"secret": "pem", "serverName": "shoal"},
+    "experts": {"autoRebalance": True, "gpus": 1},
+    "attention": {"gpus": 1},
+}
+
+
+def deployed(values: Values | None = None) -> ServeDeploySchema:
+    return ServeDeploySchema.model_validate(serve_config(render(values)))
+
+
+@pytest.mark.parametrize("values", [{}, ALL, *map(example, EXAMPLES)])
+def test_serve_takes_it(values: Values) -> None:
+    (application,) = deployed(values).applications
+    assert application.import_path == f"{build.__module__}:{build.__name__}"
+    assert application.route_prefix == "/"
+    assert application.args["name"] == application.name
+    assert [deployment.name for deployment in application.deployments] == ["attention", "ingress"]
+
+
+@pytest.mark.parametrize("values", [{}, ALL, *map(example, EXAMPLES)])
+def test_the_application_takes_its_arguments(values: Values) -> None:
+    arguments = deployed(values).applications[0].args
+    try:
+        AppArgs.model_validate(arguments)
+    except ValidationError as refused:
+        wrong = {".".join(map(str, error["loc"])) for error in refused.errors()}
+        if wrong <= NOT_YET:
+            pytest.xfail(f"the application does not take {sorted(wrong)} yet")
+        raise
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"experts": {"replicas": 7}},
+        {"attention": {"replicas": 3}},
+        {"serve": {"ingressReplicas": 2}},
+        {"experts": {"drainSeconds": 1, "labels": {"a": "b"}}},
+        {"service": {"port": 80}},
+        {"auth": {"existingSecret": "other"}},
+    ],
+)
+def test_scaling_replaces_no_worker(values: Values) -> None:
+    """Serve builds the application anew, and replaces its replicas, when this version changes."""
+    first, then = (deployed(each).applications[0] for each in (None, values))
+    assert get_app_code_version(first) == get_app_code_version(then)
+
+
+def test_numbers_of_replicas_are_given_to_serve() -> None:
+    values: Values = {"attention": {"replicas": 3}, "serve": {"ingressReplicas": 2}}
+    attention, ingress = deployed(values).applications[0].deployments
+    assert (attention.num_replicas, attention.max_replicas_per_node, ingress.num_replicas) == (3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("experts", "fewest"),
+    [
+        ({"memory": "29Gi", "replicas": 4}, 2),
+        ({"memory": "16Gi", "replicas": 6}, 4),
+        ({"memory": "60Gi", "replicas": 6}, 1),
+        ({"memory": "60Gi", "replicas": 6, "copies": 3}, 3),
+        ({"memory": "60Gi", "replicas": 6, "minReplicas": 5}, 5),
+        ({"gpus": 1, "gpuMemory": "16Gi", "replicas": 6}, 2),
+    ],
+)
+def test_the_service_starts_with_as_few_hosts_as_hold_the_model(experts: Values, fewest: int) -> None:
+    shape = {"hiddenSize": 2048, "moeIntermediateSize": 1408, "routedExperts": 64, "moeLayers": 26}
+    values: Values = {"model": {"shape": shape}, "experts": experts}
+    assert deployed(values).applications[0].args["experts"]["hosts"] == fewest
+
+
+def test_the_bundled_example_names_the_bundled_models_shape() -> None:
+    from model.bundled import bundled_config
+
+    config = bundled_config()
+    (path,) = (path for path in EXAMPLES if path.stem == "bundled-cpu")
+    assert example(path)["model"]["shape"] == {
+        "hiddenSize": config["hidden_size"],
+        "moeIntermediateSize": config["moe_intermediate_size"],
+        "routedExperts": config["n_routed_experts"],
+        "moeLayers": config["num_hidden_layers"] - config["first_k_dense_replace"],
+    }
+
+
+def test_an_expert_takes_the_memory_that_the_chart_counts() -> None:
+    """The refusals name 53.6 GiB for V2-Lite's 26 layers of 64 experts."""
+    import torch
+
+    from kernels.swiglu import PackedExperts
+
+    store = PackedExperts(2048, 1408)
+    store.load(0, torch.zeros(1408, 2048), torch.zeros(1408, 2048), torch.zeros(2048, 1408))
+    assert round(store.nbytes * 26 * 64 / 2**30, 1) == 53.6
