@@ -57,6 +57,16 @@ SERVICE_GAUGES: tuple[Series, ...] = (
     ),
     ("shoal_placement_epoch", "Epoch of the newest placement table", itemgetter("epoch")),
     (
+        "shoal_expert_hosts_wanted",
+        "Expert hosts that there shall be: where they follow nodes, what nodes and operators want",
+        lambda status: status["nodes"]["wanted"] if status["nodes"] else len(status["members"]),
+    ),
+    (
+        "shoal_expert_nodes",
+        "Ray nodes for expert hosts, where these follow nodes",
+        lambda status: status["nodes"]["nodes"] if status["nodes"] else None,
+    ),
+    (
         "shoal_change_in_progress",
         "1 while the expert hosts are being changed",
         lambda status: float(status["change"] is not None),

@@ -14,7 +14,7 @@ import httpx
 
 from cluster.session import LOOPBACK, OBJECT_STORE_BYTES, keep_private  # before anything that imports ray
 from tests.end_to_end.clients import free_port, wait_until
-from tests.end_to_end.ray_nodes import HEAD, RayNode
+from tests.end_to_end.ray_nodes import HEAD, RayNode, join, wait_joined
 
 ADMIN = "admin-token-of-the-tests"
 NAME = "tested"
@@ -128,9 +128,9 @@ class Deployment:
 
     def add_expert_node(self) -> RayNode:
         """A node for expert hosts alone, which any thread may add."""
-        node = RayNode(self._cluster.address, {EXPERT_NODE: 1}, {})
+        node = join(self._cluster.address, {EXPERT_NODE: 1})
         self._joined.append(node)
-        return node
+        return wait_joined(node)
 
     def remove_node(self, node: Any) -> None:
         """Kill a node and all that runs on it."""

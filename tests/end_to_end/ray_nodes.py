@@ -7,51 +7,84 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from cluster.session import OBJECT_STORE_BYTES
-from tests.end_to_end.clients import wait_until
+from tests.end_to_end.clients import free_port, wait_until
 
 HEAD = "127.0.0.2"  # for 127.0.0.1, who joins would take the machine's outer address
 NUMBERS = itertools.count(3)  # of further loopback addresses
+SETTINGS = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # else a node refuses to join
+    "RAY_raylet_start_wait_time_s": "120",  # a busy machine needs more than the usual 30
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+STARTED = b"Ray runtime started"
+COMMANDS = Path(sys.executable).parent
 
 
 class RayNode:
-    """One node that has joined the cluster at `head`, with an address of its own."""
+    """A process of `ray start --block`, and all that it starts.
 
-    def __init__(self, head: str, resources: Mapping[str, float], labels: Mapping[str, str], cpus: int = 0) -> None:
-        self.address = f"127.0.0.{next(NUMBERS)}"
-        command = [
-            str(Path(sys.executable).parent / "ray"),
-            "start",
-            f"--address={head}",
-            f"--node-ip-address={self.address}",
-            f"--num-cpus={cpus}",
-            f"--resources={json.dumps(dict(resources))}",
-            *([f"--labels={','.join(f'{name}={value}' for name, value in labels.items())}"] if labels else []),
-            f"--object-store-memory={OBJECT_STORE_BYTES}",
-            "--block",
-        ]
-        environment = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}  # else the command refuses to join
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=environment
-        )
-        wait_until(lambda: self.id is not None, 60)
+    It is waited for: nodes that start on one machine at the same moment take the same names for their sockets.
+    """
 
-    @property
-    def id(self) -> str | None:
-        """Ray's id of the node; None while, or once, it is not one of the cluster's."""
-        import ray
-
-        return next((n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == self.address), None)
+    def __init__(self, address: str, arguments: list[str], environment: Mapping[str, str]) -> None:
+        self.address = address
+        command = [str(COMMANDS / "ray"), "start", f"--node-ip-address={address}", *arguments, "--block"]
+        command += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--dashboard-agent-listen-port={free_port()}"]
+        variables = os.environ | SETTINGS | dict(environment)
+        with tempfile.TemporaryFile() as said:
+            self._process = subprocess.Popen(
+                command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True, env=variables
+            )
+            wait_until(lambda: not self.alive or STARTED in _read(said), 120)
+            assert self.alive, _read(said).decode(errors="replace")
 
     def kill(self) -> None:
         """SIGKILL all its processes: nothing is said to anybody."""
-        for pid in (self.process.pid, *descendants(self.process.pid)):
+        for pid in (self._process.pid, *descendants(self._process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait()
+        self._process.wait()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+
+def _read(said: IO[bytes]) -> bytes:
+    """What is in a file that another process writes, whose position there is not moved."""
+    return os.pread(said.fileno(), 1 << 20, 0)
+
+
+def join(
+    head: str,
+    resources: Mapping[str, float],
+    cpus: int = 0,
+    labels: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> RayNode:
+    """A node that joins the cluster at `head`, with an address of its own."""
+    marks = ",".join(f"{name}={value}" for name, value in (labels or {}).items())
+    arguments = [f"--address={head}", f"--num-cpus={cpus}", f"--resources={json.dumps(dict(resources))}"]
+    address = f"127.0.0.{next(NUMBERS)}"
+    return RayNode(address, arguments + ([f"--labels={marks}"] if marks else []), environment or {})
+
+
+def node_id(node: RayNode) -> str | None:
+    """Ray's id of a node; None while, or once, it is not one of the cluster's that this process is connected to."""
+    import ray
+
+    return next((n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == node.address), None)
+
+
+def wait_joined(node: RayNode) -> RayNode:
+    wait_until(lambda: node_id(node) is not None)
+    return node
 
 
 def descendants(pid: int) -> list[int]:

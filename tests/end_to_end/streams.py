@@ -44,15 +44,19 @@ Body = dict[str, Any]
 
 
 def run_streams(
-    url: str, bodies: Sequence[Body], midway: Callable[[], None] | None = None, after: float = 0.25
+    url: str,
+    bodies: Sequence[Body],
+    midway: Callable[[], None] | None = None,
+    after: float = 0.25,
+    key: str | None = None,
 ) -> tuple[list[Stream], float]:
     """POST every body to /v1/completions at once, streamed; `midway` runs in a thread of its own when the share
     `after` of all events has come. Also when it began, by the monotonic clock."""
-    return asyncio.run(_run(url, bodies, midway, after))
+    return asyncio.run(_run(url, bodies, midway, after, key))
 
 
 async def _run(
-    url: str, bodies: Sequence[Body], midway: Callable[[], None] | None, after: float
+    url: str, bodies: Sequence[Body], midway: Callable[[], None] | None, after: float, key: str | None
 ) -> tuple[list[Stream], float]:
     streams = [Stream() for _ in bodies]
     at = int(after * sum(body["max_tokens"] * body.get("n", 1) for body in bodies))
@@ -69,7 +73,8 @@ async def _run(
 
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(TIMEOUT_S)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+    headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
         await asyncio.gather(
             *(_follow(session, url, body, stream, on_event) for body, stream in zip(bodies, streams, strict=True))
         )

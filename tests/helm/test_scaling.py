@@ -139,7 +139,7 @@ def test_the_command_line_takes_what_the_chart_calls(ending: str) -> None:
         stop = container(groups(find(objects, "RayCluster"))["experts"]["template"])["lifecycle"]["preStop"]
         line = stop["exec"]["command"][-1]
     _, *arguments = shlex.split(line)
-    try:
-        parser().parse_args(arguments)
-    except SystemExit:
-        pytest.xfail("`shoal experts drain` has neither --to nor --node yet")
+    options = parser().parse_args(arguments)
+    assert options.if_running
+    assert options.wait
+    assert (options.to, options.node) in ((2, None), (None, "$POD_IP"))

@@ -72,6 +72,7 @@ def test_every_number_is_the_one_that_was_counted(app: FastAPI, script: Script) 
         ("shoal_expert_load_share", "host-0"): 0.75,
         ("shoal_expert_imbalance",): 1.5,
         ("shoal_placement_epoch",): 7,
+        ("shoal_expert_hosts_wanted",): 2,
         ("shoal_change_in_progress",): 0,
         ("shoal_events_total", "epoch"): 7,
         ("shoal_events_total", "host_died"): 4,
@@ -84,6 +85,9 @@ def test_every_number_is_the_one_that_was_counted(app: FastAPI, script: Script) 
         ({"change": change_document()}, ("shoal_change_in_progress",), 1),
         ({"load": {"total": 0.0, "imbalance": None}}, ("shoal_expert_imbalance",), None),
         ({"expert_hosts": []}, ("shoal_expert_hosts", "ready"), 0),
+        ({}, ("shoal_expert_nodes",), None),
+        ({"nodes": {"nodes": 4, "wanted": 3}}, ("shoal_expert_nodes",), 4),
+        ({"nodes": {"nodes": 4, "wanted": 3}}, ("shoal_expert_hosts_wanted",), 3),
         ({"attention_workers": []}, ("shoal_dispatches_total", "attention-a"), None),
     ],
 )

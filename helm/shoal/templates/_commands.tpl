@@ -37,7 +37,7 @@ experts:
   {{- end }}
 attention:
   threads: {{ int .Values.attention.cpu }}
-  cpus: 1
+  cpus: 0.5 # so that controller and ingress find room beside it on a node of one CPU
   gpus: {{ int .Values.attention.gpus }}
   max_length: {{ int .Values.attention.maxLength }}
   cache_tokens: {{ int .Values.attention.cacheTokens }}
