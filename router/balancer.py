@@ -61,6 +61,8 @@ def balance(
         unit=experts // groups if whole else 1,
     )
     index = {host.id: number for number, host in enumerate(hosts)}
+    compute_H = np.array([host.compute for host in hosts], np.float64)
+    total_H = np.zeros(len(hosts), np.int64)  # pairs of the layers so far
     owners: dict[int, Owners] = {}
     for layer, room_H in zip(layers, room_LH, strict=True):
         before = (current or {}).get(layer)
@@ -71,10 +73,17 @@ def balance(
         for expert, holders in enumerate(listed or ()):
             assert held_EH is not None
             held_EH[expert, holders] = True
+        # Where hosts are equally good, what one has too much of in a layer another has in the next.
+        turn_H = np.argsort(total_H / compute_H, kind="stable")
+        turned_EH = held_EH[:, turn_H] if held_EH is not None else None
         load_E = np.asarray(loads[layer], np.float64)
-        compute_H = np.array([host.compute for host in hosts], np.float64)
-        one = _Layer(load_E, compute_H, room_H, groups, replicas, extra, held_EH)
-        owners[layer] = _in_order(one.place(), listed, one.share_E / one.copies_E, compute_H, groups)
+        one = _Layer(load_E, compute_H[turn_H], room_H[turn_H], groups, replicas, extra, turned_EH)
+        placed_EH = one.place()
+        if turned_EH is None or not turned_EH.any():
+            placed_EH = _exchanged(placed_EH, compute_H[turn_H], room_H[turn_H])
+        placed_EH = placed_EH[:, np.argsort(turn_H)]
+        owners[layer] = _in_order(placed_EH, listed, one.share_E / one.copies_E, compute_H, groups)
+        total_H += placed_EH.sum(0)
     return owners
 
 
@@ -237,6 +246,16 @@ class _Layer:
             renamed_EH[:, host] = fresh_EH[:, role]
             shared_HH[role, :] = shared_HH[:, host] = -2
         return renamed_EH
+
+
+def _exchanged(held_EH: Bools, compute_H: Floats, room_H: Ints) -> Bools:
+    """The same with equal hosts exchanged, so that among these the first hold the most."""
+    exchanged_EH = held_EH.copy()
+    count_H = held_EH.sum(0)
+    for kind in {(compute, room) for compute, room in zip(compute_H.tolist(), room_H.tolist(), strict=True)}:
+        (equal,) = np.nonzero((compute_H == kind[0]) & (room_H == kind[1]))
+        exchanged_EH[:, equal] = held_EH[:, equal[np.argsort(-count_H[equal], kind="stable")]]
+    return exchanged_EH
 
 
 def _in_order(

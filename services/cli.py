@@ -6,7 +6,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from services import bench_command, commands, data_command, experts_command, export_command, train_command
+from services import (
+    bench_command,
+    commands,
+    data_command,
+    experts_command,
+    export_command,
+    plan_command,
+    train_command,
+)
 from services.commands import CommandError
 
 DESCRIPTION = "Serve DeepSeek-V2-family models with their experts in separate Ray actors."
@@ -25,6 +33,7 @@ examples:
   shoal serve DIR --adapter runs/lora/adapter     serve it with what was trained
   shoal export DIR --adapter A --out NEW          the two in one checkpoint
   shoal data check FILE --model DIR               what is wrong with training data, and what is learned of it
+  shoal plan DIR --expert-hosts 4                 memory and traffic of each actor, from config.json
   shoal stop                                      end it, and everything it started
   shoal doctor DIR                                what is missing or misconfigured
   shoal bench --quick                             measure it beside transformers
@@ -65,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     train_command.add_parser(commands_)
     export_command.add_parser(commands_)
     data_command.add_parser(commands_)
+    plan_command.add_parser(commands_)
 
     stop = _add(commands_, "stop", commands.stop, "End a running service and everything that it started.")
     stop.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait (default 60)")

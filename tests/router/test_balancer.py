@@ -457,3 +457,14 @@ def test_moving_must_be_worth_it(mean: float, worst: float, moved: int, rows: fl
     verdict = worth_moving(Quality(1.5, 2.0, 1, 1), Quality(mean, worst, 1, 1), moved, rows)
     assert verdict.worth is worth
     assert reason in verdict.reason
+
+
+@pytest.mark.parametrize("hosts", [3, 5, 7, 14])
+@pytest.mark.parametrize("skew", [0.0, 3.0])
+def test_what_hosts_hold_evens_out_over_the_layers(hosts: int, skew: float) -> None:
+    """One of seven hosts must hold two of eight groups, and it is another one in each layer."""
+    rng = np.random.default_rng(0)
+    loads = {layer: (rng.random(160) ** skew).tolist() for layer in range(59)}
+    owners = balance(loads, [HostCapacity(f"host-{number}") for number in range(hosts)], groups=8)
+    held = np.bincount([host for layer in owners.values() for expert in layer for host in expert], minlength=hosts)
+    assert held.max() <= 59 * 160 / hosts + 20
