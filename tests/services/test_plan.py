@@ -66,7 +66,7 @@ def test_parameters_are_the_papers(raw: dict[str, Any], total: float, active: fl
     assert sum(by_kind(config).values()) == needs.parameters == needs.dense + needs.experts
 
 
-@pytest.mark.parametrize("shape", ["tiny", "lite"])
+@pytest.mark.parametrize("shape", ["tiny", "tiny-lite"])
 def test_sizes_are_those_of_the_parts(checkpoint: Callable[[str], Path], shape: str) -> None:
     config = read_config(checkpoint(shape))
     needs = footprint(config, Layout(hosts=2, cache_tokens=64))
