@@ -118,6 +118,11 @@ class Controller:
         """Start on a wish, and describe the change; raises ChangeRefused, which says why and what to do."""
         if self._conductor is None or self._stopping:
             raise ChangeRefused("the service is not ready: ask again when it is")
+        if self._following is not None and wish["kind"] in ("scale", "drain"):
+            raise ChangeRefused(
+                "expert hosts follow the nodes here: add nodes, or make room before nodes go "
+                "(shoal experts drain --to N, or --node NODE)"
+            )
         change = self._conductor.request(
             Wish(
                 kind=wish["kind"],

@@ -68,3 +68,9 @@ def test_a_node_is_emptied_and_the_last_is_not(service: Deployment) -> None:
     assert homes(service) == [node_id(second)]
     refused = service.begin("room", node=second.address)
     assert (refused.status_code, "is the last one" in refused.text) == (400, True)
+
+
+def test_hosts_that_follow_nodes_are_not_counted_by_hand(service: Deployment) -> None:
+    for route, wish in (("scale", {"hosts": 2}), ("drain", {"host": "host-0"})):
+        refused = service.begin(route, **wish)
+        assert (refused.status_code, "follow the nodes" in refused.text) == (400, True)
