@@ -390,3 +390,17 @@ def test_what_older_lives_and_changes_tell_is_ignored() -> None:
         tell()
         assert of(StartHost, service.act()) == []
     assert service.held() == held
+
+
+def test_hosts_that_follow_nodes_leave_and_come_in_one_change() -> None:
+    service = Service(2)
+    service.settle()
+    change = service.begin(Wish("follow", hosts=2, leaving=("host-0",)))
+    assert (list(change.joining), change.leaving) == (["host-2"], ("host-0",))
+    service.settle()
+    assert change.phase is Phase.DONE
+    assert service.conductor.committed.members == ("host-1", "host-2")
+    placement = service.conductor.placement
+    assert placement is not None
+    assert [host.id for host in placement.hosts] == ["host-1", "host-2"]
+    assert service.conductor.committed.holding.held_by("host-2")

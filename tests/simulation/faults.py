@@ -224,9 +224,12 @@ class Faults:
         rng = self._world.rng
         conductor = self._world.shell.conductor
         members = conductor.committed.members if conductor is not None else ("host-0",)
-        kind = rng.choice(("scale", "scale", "drain", "replicas", "rebalance"))
+        kind = rng.choice(("scale", "scale", "follow", "drain", "replicas", "rebalance"))
         if kind == "scale":
             return Wish("scale", hosts=rng.randint(1, 5))
+        if kind == "follow":  # hosts leave and others come at once
+            leaving = rng.sample(members, rng.randint(0, min(2, len(members))))
+            return Wish("follow", hosts=rng.randint(1, 5), leaving=tuple(leaving))
         if kind == "drain":
             return Wish("drain", leaving=(rng.choice(members),))
         if kind == "replicas":
