@@ -14,24 +14,19 @@ import httpx
 
 from cluster.session import LOOPBACK, OBJECT_STORE_BYTES, keep_private  # before anything that imports ray
 from tests.end_to_end.clients import free_port, wait_until
-from tests.end_to_end.ray_nodes import HEAD, RayNode, join, wait_joined
 
 ADMIN = "admin-token-of-the-tests"
 NAME = "tested"
-EXPERT_NODE = "expert_node"  # the resource that marks one
 
 
 class Deployment:
     """Owns one Ray and one Serve application on it. A context manager."""
 
-    def __init__(self, model: Path, expert_nodes: int = 0, **arguments: Any) -> None:
-        """`arguments` as `services.app.AppArgs` takes them; `expert_nodes` join before the service starts."""
-        self._expert_nodes = expert_nodes
+    def __init__(self, model: Path, **arguments: Any) -> None:
+        """`arguments` as `services.app.AppArgs` takes them."""
         self._arguments: dict[str, Any] = {"model": str(model), "name": NAME, "admin_token": ADMIN, **arguments}
         self._temp_dir = Path(tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp"))
         self.url = ""
-        self.expert_nodes: list[RayNode] = []
-        self._joined: list[RayNode] = []
         self._cluster: Any = None
 
     def __enter__(self) -> "Deployment":
@@ -48,11 +43,8 @@ class Deployment:
         self.url = f"http://{LOOPBACK}:{port}/{NAME}"
         try:
             head = {"num_cpus": 4, "temp_dir": str(self._temp_dir), "include_dashboard": False, **_node()}
-            if self._expert_nodes:
-                head["node_ip_address"] = HEAD
             self._cluster = Cluster(initialize_head=True, head_node_args=head)
             ray.init(address=self._cluster.address, log_to_driver=False, logging_level="ERROR")
-            self.expert_nodes = [self.add_expert_node() for _ in range(self._expert_nodes)]
             serve.start(http_options=HTTPOptions(host=LOOPBACK, port=port))
             serve.run(build(AppArgs.model_validate(self._arguments)), name=NAME, route_prefix=f"/{NAME}")
             workers = self._arguments.get("attention", {}).get("replicas", 1)
@@ -79,8 +71,6 @@ class Deployment:
         with contextlib.suppress(Exception):  # whatever it was, the processes must end
             serve.shutdown()
         ray.shutdown()
-        for node in self._joined:
-            node.kill()
         if self._cluster is not None:
             self._cluster.shutdown()
         shutil.rmtree(self._temp_dir, ignore_errors=True)
@@ -125,12 +115,6 @@ class Deployment:
     def add_node(self) -> Any:
         """Another Ray node, on which new actors may start; `node_id` names it."""
         return self._cluster.add_node(num_cpus=4, **_node())
-
-    def add_expert_node(self) -> RayNode:
-        """A node for expert hosts alone, which any thread may add."""
-        node = join(self._cluster.address, {EXPERT_NODE: 1})
-        self._joined.append(node)
-        return wait_joined(node)
 
     def remove_node(self, node: Any) -> None:
         """Kill a node and all that runs on it."""

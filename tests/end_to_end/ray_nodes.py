@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -59,32 +58,6 @@ class RayNode:
 def _read(said: IO[bytes]) -> bytes:
     """What is in a file that another process writes, whose position there is not moved."""
     return os.pread(said.fileno(), 1 << 20, 0)
-
-
-def join(
-    head: str,
-    resources: Mapping[str, float],
-    cpus: int = 0,
-    labels: Mapping[str, str] | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> RayNode:
-    """A node that joins the cluster at `head`, with an address of its own."""
-    marks = ",".join(f"{name}={value}" for name, value in (labels or {}).items())
-    arguments = [f"--address={head}", f"--num-cpus={cpus}", f"--resources={json.dumps(dict(resources))}"]
-    address = f"127.0.0.{next(NUMBERS)}"
-    return RayNode(address, arguments + ([f"--labels={marks}"] if marks else []), environment or {})
-
-
-def node_id(node: RayNode) -> str | None:
-    """Ray's id of a node; None while, or once, it is not one of the cluster's that this process is connected to."""
-    import ray
-
-    return next((n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == node.address), None)
-
-
-def wait_joined(node: RayNode) -> RayNode:
-    wait_until(lambda: node_id(node) is not None)
-    return node
 
 
 def descendants(pid: int) -> list[int]:

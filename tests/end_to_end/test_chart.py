@@ -1,6 +1,8 @@
 """The chart's promise on real Ray nodes: Helm scales expert hosts, pods go and die, and no stream notices."""
 
 import base64
+import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -44,14 +46,23 @@ class Release:
         self.config.upgrade(CHART, RELEASE, self.values(replicas), timeout=300, reset_values=True)
 
     def status(self) -> dict[str, Any]:
+        """An error's document while the controller is away."""
         headers = {"Authorization": f"Bearer {ADMIN}"}
         report: dict[str, Any] = httpx.get(f"{self.kubernetes.url}/admin/status", headers=headers, timeout=30).json()
         return report
 
+    def begin(self, route: str, **wish: Any) -> httpx.Response:
+        """Ask for a change of the expert hosts."""
+        headers = {"Authorization": f"Bearer {ADMIN}"}
+        return httpx.post(f"{self.kubernetes.url}/admin/experts/{route}", headers=headers, json=wish, timeout=30)
+
+    def make_room(self, **wish: Any) -> None:
+        wait_until(lambda: bool(self.begin("room", **wish).json()["done"]))
+
     def homes(self) -> list[str]:
         """The nodes of the hosts that serve, if all do and nothing is under way."""
         report = self.status()
-        ready = report["state"] == "ready" and report["change"] is None
+        ready = report.get("state") == "ready" and report["change"] is None
         return sorted(host["node"] for host in report["expert_hosts"]) if ready else []
 
     def settle(self, hosts: int) -> None:
@@ -142,6 +153,46 @@ def test_a_lost_pod_is_replaced_and_no_stream_notices(release: Release, bodies: 
         wait_until(lambda: release.homes() != before and len(set(release.homes())) == 2, 90)
 
     meanwhile(release, bodies, expected, lose)
+
+
+def test_a_standby_waits_on_each_node_and_the_dead_come_back_where_they_were(release: Release) -> None:
+    wait_until(lambda: len(release.status()["standby"]) == 2)
+    before = release.status()["expert_hosts"]
+    for index, host in enumerate(before):
+        os.kill(host["pid"], signal.SIGKILL)
+
+        def is_back(index: int = index, host: dict[str, Any] = host) -> bool:
+            now = release.status()["expert_hosts"][index]
+            return now["generation"] > host["generation"] and len(release.homes()) == 2
+
+        wait_until(is_back)
+    assert [host["node"] for host in release.status()["expert_hosts"]] == [host["node"] for host in before]
+
+
+def test_what_was_asked_for_outlives_the_controller(release: Release) -> None:
+    release.make_room(hosts=1)
+    controller = release.status()["controller"]["pid"]
+    os.kill(controller, signal.SIGKILL)
+    wait_until(lambda: release.status().get("controller", {}).get("pid", controller) != controller)
+    wait_until(lambda: len(release.homes()) == 1)
+    nodes = {"resource": "shoal_expert", "nodes": 2, "wanted": 1, "at_most": 1, "emptied": []}
+    assert release.status()["nodes"] == nodes
+    release.make_room(hosts=2)
+    wait_until(lambda: len(release.homes()) == 2)
+
+
+def test_the_last_node_is_not_emptied_and_hosts_are_not_counted_by_hand(release: Release) -> None:
+    first, second = release.kubernetes.experts()
+    release.make_room(node=first.address)
+    assert len(release.homes()) == 1
+    for route, wish, said in (
+        ("room", {"node": second.address}, "is the last one"),
+        ("room", {"node": "10.9.9.9"}, "no node for expert hosts called '10.9.9.9'"),
+        ("scale", {"hosts": 2}, "follow the nodes"),
+        ("drain", {"host": "host-0"}, "follow the nodes"),
+    ):
+        refused = release.begin(route, **wish)
+        assert (refused.status_code, said in refused.text) == (400, True), refused.text
 
 
 def test_helms_own_test_asks_for_a_completion(release: Release) -> None:
