@@ -68,7 +68,7 @@ class Release:
     def settle(self, hosts: int) -> None:
         """Until there are so many hosts, each on a node of its own, and as many nodes."""
         wait_until(
-            lambda: len(homes := self.homes()) == len(set(homes)) == hosts == self.status()["nodes"]["nodes"], 90
+            lambda: len(homes := self.homes()) == len(set(homes)) == hosts == self.status()["nodes"]["nodes"], 180
         )
 
 
@@ -150,7 +150,7 @@ def test_a_lost_pod_is_replaced_and_no_stream_notices(release: Release, bodies: 
     def lose() -> None:
         before = release.homes()
         release.kubernetes.experts()[0].kill()
-        wait_until(lambda: release.homes() != before and len(set(release.homes())) == 2, 90)
+        wait_until(lambda: release.homes() != before and len(set(release.homes())) == 2, 180)
 
     meanwhile(release, bodies, expected, lose)
 
