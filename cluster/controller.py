@@ -23,7 +23,7 @@ from cluster.conductor import Conductor
 from cluster.describe import describe_events, describe_hosts, describe_service
 from cluster.events import Event, EventLog
 from cluster.fleet import Fleet
-from cluster.following import LOOK_S, Following
+from cluster.following import Following
 from cluster.node_follower import Desired
 from cluster.nodes import living_nodes
 from cluster.plan import ModelShape
@@ -191,6 +191,9 @@ class Controller:
         task.add_done_callback(ended)
         return task
 
+    def _wait(self, reason: str | None) -> None:
+        self._waiting = reason
+
     def _end(self) -> None:
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
@@ -208,7 +211,9 @@ class Controller:
     async def _run(self) -> None:
         try:
             checkpoint = open_with_adapters(self._spec.model, self._spec.adapters)
-            hosts = await self._first_hosts(checkpoint.config.n_routed_experts)
+            hosts = self._spec.hosts
+            if self._following is not None and self._state.core is None:
+                hosts = await self._following.first_hosts(hosts, checkpoint.config.n_routed_experts, self._wait)
             blank = [Host(f"host-{index}", 1, "") for index in range(hosts)]
             owners = initial_placement(checkpoint.config, blank, self._spec.replicas).owners
         except ValueError as error:
@@ -240,18 +245,6 @@ class Controller:
                 await asyncio.wait_for(self._changed.wait(), TICK_S)
             except TimeoutError:
                 continue
-
-    async def _first_hosts(self, most: int) -> int:
-        """How many hosts a new service begins with."""
-        if self._following is None or self._state.core is not None:
-            return self._spec.hosts
-
-        def tell(waiting: str | None) -> None:
-            self._waiting = waiting
-
-        nodes = await self._following.wait_for(self._spec.hosts, tell)
-        tell(None)
-        return max(self._spec.hosts, min(nodes, most))
 
     async def _act(self, conductor: Conductor, fleet: Fleet, balance: Balance) -> None:
         now_s = time.monotonic()
@@ -301,12 +294,9 @@ class Controller:
 
     async def _follow_nodes(self, following: Following, conductor: Conductor, fleet: Fleet) -> None:
         """One host on each node, as far as nobody wants it otherwise."""
-        experts = max(1, conductor.shape.experts) if conductor.shape.moe_layers else len(conductor.committed.members)
         while not self._stopping:
-            await following.look()
-            if following.consider(conductor, fleet.homes(), experts):
+            if await following.follow(conductor, fleet.homes):
                 self._changed.set()
-            await asyncio.sleep(LOOK_S)
 
     async def _follow_application(self) -> None:
         if self._spec.follow_application:

@@ -31,12 +31,20 @@ class Following:
         """Where hosts may live, as Ray knows it now."""
         return [node for node in living_nodes(self._resource) if node.id not in self._follower.desired.emptied]
 
-    async def wait_for(self, nodes: int, tell: Callable[[str], None]) -> int:
-        """Return how many nodes there are once there are so many; `tell` what is waited for meanwhile."""
-        while len(there := living_nodes(self._resource)) < nodes:
-            tell(f"waiting for {nodes} nodes with the resource {self._resource}; there are {len(there)}")
+    async def first_hosts(self, least: int, most: int, tell: Callable[[str | None], None]) -> int:
+        """With how many hosts a service begins: as many as nodes, once there are `least`; `tell` what is waited for."""
+        while len(there := living_nodes(self._resource)) < least:
+            tell(f"waiting for {least} nodes with the resource {self._resource}; there are {len(there)}")
             await asyncio.sleep(LOOK_S)
-        return len(there)
+        tell(None)
+        return max(least, min(len(there), most))
+
+    async def follow(self, conductor: Conductor, homes: Callable[[], Mapping[str, str | None]]) -> bool:
+        """Look, and after a while return whether a change was begun; `homes` has each member's node."""
+        await asyncio.sleep(LOOK_S)
+        await self.look()
+        most = conductor.shape.experts if conductor.shape.moe_layers else len(conductor.committed.members)
+        return self.consider(conductor, homes(), most)
 
     async def look(self) -> None:
         """See which nodes there are now."""

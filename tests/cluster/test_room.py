@@ -158,15 +158,17 @@ def test_an_undone_change_is_begun_again_after_a_rest(followed: Followed, monkey
 def test_a_service_waits_for_its_first_nodes(
     followed: Followed, nodes: list[Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
+    told: list[str | None] = []
 
     async def sleep(seconds: float) -> None:
         nodes.append(node(f"late-{len(nodes)}"))
 
     monkeypatch.setattr(following_module.asyncio, "sleep", sleep)
-    assert asyncio.run(followed.following.wait_for(4, told.append)) == 4
+    assert asyncio.run(followed.following.first_hosts(4, 9, told.append)) == 4
     assert told[0] == "waiting for 4 nodes with the resource shoal_expert; there are 2"
-    assert len(told) == 2
+    assert told[2:] == [None]
+    assert asyncio.run(followed.following.first_hosts(2, 9, told.append)) == 4  # as many as there are
+    assert asyncio.run(followed.following.first_hosts(2, 3, told.append)) == 3  # a model has so many experts
 
 
 def test_a_node_is_known_by_each_of_its_names_and_by_one_node_only() -> None:
