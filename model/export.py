@@ -46,6 +46,8 @@ def export_checkpoint(
         _check(config, index.shapes)
         _name_shards(staging, index)
         _write_json(staging / "config.json", dict(config))
+        for shard in staging.glob("*.safetensors"):  # which safetensors writes for its owner alone
+            shutil.copymode(staging / "config.json", shard)
         for name in COMPANIONS if companions_from is not None else ():
             if companions_from is not None and (companions_from / name).is_file():
                 shutil.copyfile(companions_from / name, staging / name)

@@ -175,3 +175,9 @@ def test_empty_or_deep_new_directory_is_filled(small: Path, tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "a" / "b" / "new"):
         assert_same_tensors(small, export(small, out))
+
+
+def test_weights_can_be_read_by_whoever_reads_the_config(small: Path, tmp_path: Path) -> None:
+    out = export(small, tmp_path / "out", shard_bytes=40_000)
+    assert len({path.stat().st_mode for path in out.glob("model*")}) == 1
+    assert (out / "config.json").stat().st_mode in {path.stat().st_mode for path in out.glob("*.safetensors")}
