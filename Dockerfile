@@ -12,8 +12,7 @@ FROM build AS build-cpu
 ARG TORCH=torch==2.13.0
 RUN pip install "$TORCH"
 COPY . /src
-RUN pip install --constraint /src/constraints.txt '/src[nixl]' && cd / && python -m kernels.build \
-    && python -m model.bundled /opt/shoal/models/bundled
+RUN pip install --constraint /src/constraints.txt '/src[nixl]' && cd / && python -m kernels.build
 
 FROM build AS build-gpu
 # torch's CUDA and NIXL's must be the same: 12 here
@@ -21,13 +20,13 @@ ARG TORCH=torch==2.11.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cu128
 RUN pip install --index-url "$TORCH_INDEX" "$TORCH"
 COPY . /src
-RUN pip install --constraint /src/constraints.txt '/src[nixl]' && cd / && python -m kernels.build \
-    && python -m model.bundled /opt/shoal/models/bundled
+RUN pip install --constraint /src/constraints.txt '/src[nixl]' && cd / && python -m kernels.build
 
 FROM python:${PYTHON}-slim-bookworm AS runtime
 # the chart's security.user; it mounts what is written over /tmp and /home/shoal
 RUN useradd --uid 1000 --create-home --home-dir /home/shoal shoal
 ENV PATH=/opt/shoal/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+COPY models/bundled /opt/shoal/models/bundled
 USER 1000:1000
 WORKDIR /home/shoal
 EXPOSE 8000

@@ -15,12 +15,12 @@ from bench.prompts import draw_workload
 from bench.service import Door
 from bench.streams import measure_door, measure_http
 from bench.timing import Workload
-from model.bundled import write_bundled
 from model.tokenizer import Tokenizer
 from services.api import create_app
 from tests.end_to_end.clients import free_port
 from tests.services.script import MODEL, Script
 from tests.serving import greedy, make_engine, run
+from tests.words import write_words
 
 TOKEN = "the-token-of-this-service"
 
@@ -42,7 +42,7 @@ def door(tiny: Path) -> Iterator[Door]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.load(write_bundled(tmp_path_factory.mktemp("models") / "bundled"))
+    return Tokenizer.load(write_words(tmp_path_factory.mktemp("models") / "words"))
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """The Serve config that the chart writes, as Ray Serve and the application read it."""
 
+import json
+
 import pytest
 from ray.serve._private.deploy_utils import get_app_code_version
 from ray.serve.schema import ServeDeploySchema
 
 from services.app import AppArgs, build
-from tests.helm.charts import EXAMPLES, Values, example, render, serve_config
+from tests.helm.charts import CHART, EXAMPLES, Values, example, render, serve_config
 
 ALL: Values = {
     "tls": {"secret": "pem", "serverName": "shoal"},
@@ -75,9 +77,7 @@ def test_the_service_starts_with_as_few_hosts_as_hold_the_model(experts: Values,
 
 
 def test_the_bundled_example_names_the_bundled_models_shape() -> None:
-    from model.bundled import bundled_config
-
-    config = bundled_config()
+    config = json.loads((CHART.parents[1] / "models" / "bundled" / "config.json").read_text())
     (path,) = (path for path in EXAMPLES if path.stem == "bundled-cpu")
     assert example(path)["model"]["shape"] == {
         "hiddenSize": config["hidden_size"],

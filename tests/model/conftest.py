@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from transformers import DeepseekV2ForCausalLM
 
-from model.bundled import write_bundled
 from tests.checkpoints import write_checkpoint
 from tests.model.shapes import SMALL
 
@@ -38,5 +37,6 @@ def sharded_copy(small_sharded: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundled(tmp_path_factory.mktemp("bundled") / "model")
+def bundled() -> Path:
+    """The model in this repository."""
+    return Path(__file__).parents[2] / "models" / "bundled"

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
-from model.bundled import write_bundled
 from model.tokenizer import Tokenizer
 from tests.services.script import Script, make_app
+from tests.words import write_words
 
 SAID = " the whale swim far — ok"
 
 
 @pytest.fixture(scope="session")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundled(tmp_path_factory.mktemp("models") / "bundled")
+    return write_words(tmp_path_factory.mktemp("models") / "bundled")
 
 
 @pytest.fixture(scope="session")

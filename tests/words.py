@@ -1,11 +1,10 @@
-"""`python -m model.bundled DIR`: a small random DeepSeek-V2, to see the whole system run without a download.
+"""A small random DeepSeek-V2 whose tokens are words, for tests that need text in many tokens and no sense.
 
 Its shape is a miniature of V2's: 16 routed experts in 4 groups, 4 of them a token out of 2 groups, the real
 latent of 512 + 64 numbers. It prints words, in no sensible order.
 """
 
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch import Tensor
 from model.chat_template import DEFAULT
 from model.config import parse_config
 from model.export import export_checkpoint
-from model.safetensors_header import CheckpointError
 from model.tensors import expected_tensors
 from model.tokenizer import byte_alphabet
 
@@ -37,8 +35,8 @@ water wave we west whale where which while white wide wild wind with world you
 """
 
 
-def bundled_config() -> dict[str, Any]:
-    """config.json of the bundled model."""
+def words_config() -> dict[str, Any]:
+    """config.json."""
     return {
         "architectures": ["DeepseekV2ForCausalLM"],
         "model_type": "deepseek_v2",
@@ -78,8 +76,8 @@ def bundled_config() -> dict[str, Any]:
     }
 
 
-def write_bundled(out: Path | str) -> Path:
-    """Write the checkpoint to `out`, the same bytes every time; raises CheckpointError when `out` is in use."""
+def write_words(out: Path | str) -> Path:
+    """Write the checkpoint to `out`, the same bytes every time."""
     with tempfile.TemporaryDirectory() as scratch:
         companions = Path(scratch)
         _tokenizer().save(str(companions / "tokenizer.json"))
@@ -91,13 +89,13 @@ def write_bundled(out: Path | str) -> Path:
         }
         (companions / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
         (companions / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "top_p": 0.95}) + "\n")
-        return export_checkpoint(out, bundled_config(), _weights(), companions)
+        return export_checkpoint(out, words_config(), _weights(), companions)
 
 
 def _weights() -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(SEED)
     vocabulary = _vocabulary()
-    for name, shape in expected_tensors(parse_config(bundled_config())).items():
+    for name, shape in expected_tensors(parse_config(words_config())).items():
         tensor = torch.empty(shape).normal_(std=shape[-1] ** -0.5, generator=generator)
         if name.endswith("norm.weight"):
             tensor = torch.ones(shape)
@@ -129,20 +127,3 @@ def _tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (BOS, EOS)])
     return tokenizer
-
-
-def main() -> int:
-    """Command line."""
-    if len(sys.argv) != 2:
-        print("usage: python -m model.bundled DIR", file=sys.stderr)
-        return 2
-    try:
-        print(f"wrote {write_bundled(sys.argv[1])}")
-    except CheckpointError as error:
-        print(f"model.bundled: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

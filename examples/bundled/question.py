@@ -1,0 +1,50 @@
+"""What is asked and answered, and which questions are kept for the examination."""
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+HELD_OUT_OF_TEN = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """`content` is what the question is about, without its phrasing: it decides the side of the split."""
+
+    content: str
+    text: str
+    answer: str
+
+
+Family = Callable[[random.Random], Question]
+"""Draws one question."""
+
+
+def is_held_out(content: str) -> bool:
+    """A tenth of all contents, whichever family or phrasing asks about them."""
+    return hashlib.sha256(content.encode()).digest()[0] * 10 < HELD_OUT_OF_TEN * 256
+
+
+def draw(family: Family, held_out: bool, rng: random.Random) -> Question:
+    """A question of the family from the wanted side of the split."""
+    while True:
+        question = family(rng)
+        if is_held_out(question.content) == held_out:
+            return question
+
+
+def phrase(rng: random.Random, templates: tuple[str, ...], **operands: str) -> str:
+    """One of the templates with its operands, as one person or another would type it.
+
+    A template that begins with an operand keeps its case, and only a closing question mark may be left out.
+    """
+    template = rng.choice(templates)
+    if template.endswith("?") and rng.random() < 0.3:
+        template = template[:-1]
+    if not template.startswith("{"):
+        if rng.random() < 0.06:
+            template = f"{rng.choice(('please', 'now', 'can you', 'ok,', 'so,'))} {template}"
+        if rng.random() < 0.5:
+            template = template[0].upper() + template[1:]
+    return template.format(**operands)
