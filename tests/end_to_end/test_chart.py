@@ -150,12 +150,14 @@ def test_a_lost_pod_is_replaced_and_no_stream_notices(release: Release, bodies: 
     def lose() -> None:
         before = release.homes()
         release.kubernetes.experts()[0].kill()
-        wait_until(lambda: release.homes() != before and len(set(release.homes())) == 2, 180)
+        wait_until(lambda: len(homes := release.homes()) == len(set(homes)) == 2 and homes != before, 180)
+        release.settle(2)
 
     meanwhile(release, bodies, expected, lose)
 
 
 def test_a_standby_waits_on_each_node_and_the_dead_come_back_where_they_were(release: Release) -> None:
+    release.settle(2)
     wait_until(lambda: len(release.status()["standby"]) == 2)
     before = release.status()["expert_hosts"]
     for index, host in enumerate(before):

@@ -20,7 +20,7 @@ from tests.serving import greedy, make_engine, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
-STEPS = 20
+STEPS = 60
 WAIT_S = 200.0
 
 
