@@ -229,7 +229,8 @@ class Faults:
             return Wish("scale", hosts=rng.randint(1, 5))
         if kind == "follow":  # hosts leave and others come at once
             leaving = rng.sample(members, rng.randint(0, min(2, len(members))))
-            return Wish("follow", hosts=rng.randint(1, 5), leaving=tuple(leaving))
+            staying = max(1, len(members) - len(leaving))
+            return Wish("follow", hosts=rng.randint(staying, max(5, staying)), leaving=tuple(leaving))
         if kind == "drain":
             return Wish("drain", leaving=(rng.choice(members),))
         if kind == "replicas":
