@@ -35,7 +35,7 @@ check: env
 
 # the model in models/bundled anew, by its recipes: two hours on two cores; docs/training.md says how it is examined
 bundled: env
-	$(BIN)/python -m examples.bundled.untrained models/untrained
+	test -e models/untrained || $(BIN)/python -m examples.bundled.untrained models/untrained
 	$(BIN)/python -m examples.bundled.generate runs/bundled-data
 	$(BIN)/shoal train examples/bundled/train.yaml
 	$(BIN)/shoal train examples/bundled/last.yaml

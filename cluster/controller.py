@@ -219,6 +219,8 @@ class Controller:
         except ValueError as error:
             self._reason = str(error)
             return
+        if self._following is not None:
+            await self._following.look()  # before anybody can ask for room
         config, ids = checkpoint.config, tuple(host.id for host in blank)
         shape = ModelShape(config.moe_layers, config.n_routed_experts, config.n_group)
         self._balance = Balance(shape, self._spec.auto_rebalance)

@@ -40,7 +40,7 @@ class Following:
         return max(least, min(len(there), most))
 
     async def follow(self, conductor: Conductor, homes: Callable[[], Mapping[str, str | None]]) -> bool:
-        """Look, and after a while return whether a change was begun; `homes` has each member's node."""
+        """Wait a while, look, and return whether a change was begun; `homes` has each member's node."""
         await asyncio.sleep(LOOK_S)
         await self.look()
         most = conductor.shape.experts if conductor.shape.moe_layers else len(conductor.committed.members)

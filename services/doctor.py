@@ -1,6 +1,7 @@
 """What a person needs to know before a service can start here."""
 
 import importlib.metadata
+import math
 import os
 import shutil
 import sys
@@ -91,7 +92,7 @@ def _checkpoint(model: str) -> list[Finding]:
         Tokenizer.load(checkpoint.directory)
     except ValueError as error:
         return [Finding("checkpoint", False, str(error))]
-    numbers = sum(_numbers(entry.shape) for entry in checkpoint.entries.values())
+    numbers = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
     needed = 4 * numbers
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = needed < memory
@@ -100,10 +101,3 @@ def _checkpoint(model: str) -> list[Finding]:
         Finding("checkpoint", True, f"{model}: {numbers / 1e6:.1f} M parameters, {checkpoint.config.dtype}"),
         Finding("memory", fits, size if fits else f"{size}; spread the experts over several nodes"),
     ]
-
-
-def _numbers(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -68,7 +68,7 @@ def drain(options: argparse.Namespace) -> int:
             raise NoService(f"{record.url} does not answer")
         if options.hosts:
             return _change(options, "drain", {"hosts": options.hosts})
-        return make_room(options)
+        return make_room(record, options)
     except NoService as error:
         if not options.if_running:
             raise

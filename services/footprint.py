@@ -1,5 +1,6 @@
 """What serving a model takes: parameters, memory of each actor, bytes between them. From its shape alone."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from model.config import ModelConfig
 from model.tensors import expected_tensors
 
 ROW_BYTES = 4  # of a number in a row on its way to a host and back: fp32
+ROUTED = "routed experts"
 INDEX_BYTES = 4  # of a row's or expert's number beside it
 
 
@@ -55,17 +57,16 @@ def footprint(config: ModelConfig, layout: Layout) -> Footprint:
     layers, experts = len(config.moe_layers), config.n_routed_experts if config.moe_layers else 0
     if layers and layout.hosts > experts:
         raise ValueError(f"{layout.hosts} hosts given; the model has {experts} experts a layer: use at most {experts}")
-    sizes = {name: _numbers(shape) for name, shape in expected_tensors(config).items()}
-    routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
-    parameters = sum(sizes.values())
+    kinds = by_kind(config)
+    routed, parameters = kinds[ROUTED], kinds.total()
     expert = 3 * config.hidden_size * config.moe_intermediate_size if layers else 0
-    embedding = 0 if config.tie_word_embeddings else sizes["model.embed_tokens.weight"]  # looked up, not computed with
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # embeddings
     chosen = config.num_experts_per_tok if layers else 0
     asked = min(layout.hosts, chosen, config.topk_group * _hosts_of_a_group(config.n_group, layout.hosts))
     pairs = _fullest(layers * experts, layout)
     return Footprint(
         parameters=parameters,
-        active=parameters - routed - embedding + layers * chosen * expert,
+        active=parameters - routed - looked_up + layers * chosen * expert,
         dense=parameters - routed,
         expert=expert,
         experts=routed,
@@ -103,24 +104,17 @@ def _fullest(pairs: int, layout: Layout) -> int:
     return -(-pairs * layout.replicas // layout.hosts)
 
 
-def _numbers(shape: tuple[int, ...]) -> int:
-    numbers = 1
-    for each in shape:
-        numbers *= each
-    return numbers
-
-
 def by_kind(config: ModelConfig) -> Counter[str]:
     """Parameters by what they are for: embedding and head, attention, dense and shared experts, routed experts."""
     counts: Counter[str] = Counter()
     for name, shape in expected_tensors(config).items():
         if ".mlp.experts." in name:
-            kind = "routed experts"
+            kind = ROUTED
         elif ".mlp." in name:
             kind = "dense layers, shared experts and gates"
         elif ".self_attn." in name:
             kind = "attention"
         else:
             kind = "embedding, head and norms"
-        counts[kind] += _numbers(shape)
+        counts[kind] += math.prod(shape)
     return counts

@@ -9,7 +9,7 @@ import httpx
 from rich.console import Console
 
 from services.admin_client import ANSWER_S, AdminClient, NotAnswered
-from services.commands import CommandError, NoService, find_service
+from services.commands import CommandError, NoService
 from services.follow_change import follow, shown, summary
 from services.state import ServiceRecord
 
@@ -17,13 +17,13 @@ POLL_S = 0.5
 GONE_S = 10.0  # without an answer, after which a service that answered before has ended
 
 
-def make_room(options: argparse.Namespace) -> int:
+def make_room(record: ServiceRecord, options: argparse.Namespace) -> int:
     """Ask, and with --wait ask again until it is done.
 
     Raises NoService when the service has ended meanwhile, CommandError when this is refused, undone or late.
     """
     console = Console(stderr=options.json, highlight=False)
-    client = AdminClient(find_service(options))
+    client = AdminClient(record)
     answer = _wait(client, options, console) if options.wait else _ask(client, options)
     if options.json:
         print(json.dumps(answer, indent=2))

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
+from examples.bundled.untrained import CONFIG
 from model.chat_template import DEFAULT
 from model.config import parse_config
 from model.export import export_checkpoint
@@ -37,14 +38,11 @@ water wave we west whale where which while white wide wild wind with world you
 
 def words_config() -> dict[str, Any]:
     """config.json."""
-    return {
-        "architectures": ["DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v2",
+    return CONFIG | {
         "vocab_size": len(_vocabulary()) + 2,
         "hidden_size": 256,
         "intermediate_size": 704,
         "moe_intermediate_size": 96,
-        "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "q_lora_rank": 128,
@@ -52,27 +50,9 @@ def words_config() -> dict[str, Any]:
         "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
-        "n_routed_experts": 16,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 4,
-        "first_k_dense_replace": 1,
-        "moe_layer_freq": 1,
-        "n_group": 4,
-        "topk_group": 2,
-        "topk_method": "group_limited_greedy",
-        "scoring_func": "softmax",
-        "norm_topk_prob": False,
         "routed_scaling_factor": 1.0,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
-        "rope_scaling": None,
         "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "torch_dtype": "float32",
     }
 
 

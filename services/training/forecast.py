@@ -1,5 +1,6 @@
 """What a recipe will need, before anything is started."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,12 +30,12 @@ class Forecast:
 
 def forecast(recipe: Recipe, config: ModelConfig) -> Forecast:
     """Raises AdapterError for a LoRA target that the model lacks."""
-    sizes = {name: _numbers(shape) for name, shape in expected_tensors(config).items()}
+    sizes = {name: math.prod(shape) for name, shape in expected_tensors(config).items()}
     dense, experts = _split(sizes)
     trained_dense, trained_experts = dense, experts
     if recipe.method == "lora":
         spec = lora_spec(recipe, config)
-        factors = {name: _numbers(shape) for name, shape in lora_tensors(config, spec).items()}
+        factors = {name: math.prod(shape) for name, shape in lora_tensors(config, spec).items()}
         trained_dense, trained_experts = _split(factors)
     elif recipe.method == "esft":
         trained_dense = 0
@@ -65,13 +66,6 @@ def forecast(recipe: Recipe, config: ModelConfig) -> Forecast:
 def _split(sizes: Mapping[str, int]) -> tuple[int, int]:
     experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
     return sum(sizes.values()) - experts, experts
-
-
-def _numbers(shape: tuple[int, ...]) -> int:
-    numbers = 1
-    for each in shape:
-        numbers *= each
-    return numbers
 
 
 def _activations(recipe: Recipe, config: ModelConfig) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attention.training.parameters import DenseParameters
+from experts.errors import TransferFailed
 from experts.training.client import StepLost
 from experts.training.coordinator import Coordinator
 from experts.training.grpc_peer import GrpcPeers
@@ -46,10 +47,10 @@ class TrainedModel:
         for host in self._placement.holders(*pair):
             try:
                 (message,) = self._peers.peer(host).states([pair])
-            except Coordinator.LOST as error:
+                _, version, state = decode_state(message)
+            except (*Coordinator.LOST, TransferFailed) as error:
                 last = str(error)
                 continue
-            _, version, state = decode_state(message)
             if version == self._steps:
                 return state
             last = f"{host.id} has it at step {version}"
