@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import peft
 import pytest
@@ -9,9 +10,14 @@ import torch
 from transformers import DeepseekV2ForCausalLM
 
 from attention.training.parameters import DenseParameters
+from experts.training.client import StepLost
+from experts.training.grpc_peer import GrpcPeers
+from experts.training.states import encode_state
 from model.adapters.overlay import open_with_adapters
 from model.checkpoint import Checkpoint
 from model.config import read_raw_config
+from router.holding import Pair
+from router.placement import Host, Placement
 from services.cli import main
 from services.training.method import Method, make_method
 from services.training.recipe import Recipe, parse_recipe
@@ -156,3 +162,29 @@ def test_a_longer_run_leaves_its_shorter_ones_result(
     kept = (first / "model.safetensors").read_bytes()
     second = write(tmp_path, path, recipe, method, rig, doors)
     assert (second, (tmp_path / "model-1" / "model.safetensors").read_bytes()) == (first, kept)
+
+
+class Answers:
+    """Peers that answer with these bytes, by host."""
+
+    def __init__(self, **messages: bytes) -> None:
+        self._messages = messages
+
+    def peer(self, host: Host) -> "Answers":
+        return Answers(only=self._messages[host.id])
+
+    def states(self, pairs: list[Pair]) -> list[bytes]:
+        return [self._messages["only"]]
+
+
+def test_a_damaged_answer_is_as_good_as_none(checkpoint: Callable[[str], Path]) -> None:
+    dense = DenseParameters.load(Checkpoint.open(checkpoint("mini")), lambda name: True)
+    placement = Placement(1, (Host("a", 1, ""), Host("b", 1, "")), {1: ((0, 1),)})
+    good = encode_state((1, 0), STEPS, {"weight": torch.ones(2)})
+    damaged = good[:-1] + bytes([good[-1] ^ 1])
+    stale = encode_state((1, 0), STEPS - 1, {"weight": torch.zeros(2)})
+    for first in (damaged, stale):
+        peers = cast(GrpcPeers, Answers(a=first, b=good))
+        assert torch.equal(TrainedModel(dense, placement, peers, STEPS).state((1, 0))["weight"], torch.ones(2))
+    with pytest.raises(StepLost):
+        TrainedModel(dense, placement, cast(GrpcPeers, Answers(a=damaged, b=stale)), STEPS).state((1, 0))
