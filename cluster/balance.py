@@ -79,6 +79,6 @@ class Balance:
         log.debug("rebalancing: %s", verdict.reason)
         if verdict.worth:
             try:
-                conductor.request(Wish("rebalance"), now_s)
+                conductor.request(Wish("rebalance", why=verdict.reason), now_s)
             except ChangeRefused as refusal:
                 log.info("no automatic rebalancing: %s", refusal)

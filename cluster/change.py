@@ -45,6 +45,7 @@ class Wish:
     leaving: tuple[str, ...] = ()  # hosts that go first; of `follow`, exactly those that go, and others come for them
     replicas: int | None = None  # hosts that hold each expert, at least
     extra: int | None = None  # further replicas a layer, of its busiest experts
+    why: str | None = field(default=None, compare=False)  # where nobody asked for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ class Change:
         return {
             "id": self.id,
             "kind": self.wish.kind,
+            "why": self.wish.why,
             "phase": self.phase.value,
             "over": self.phase.over,
             "reason": self.reason,

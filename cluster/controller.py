@@ -130,6 +130,7 @@ class Controller:
                 leaving=tuple(wish.get("leaving") or ()),
                 replicas=wish.get("replicas"),
                 extra=wish.get("extra"),
+                why=wish.get("why"),
             ),
             time.monotonic(),
         )

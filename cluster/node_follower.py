@@ -99,7 +99,8 @@ class NodeFollower:
         urgent = self.desired.at_most is not None or any(homes[host] in self.desired.emptied for host in leaving)
         if not urgent and now_s < self._due_s(joining, now_s):
             return None
-        return Wish("follow", hosts=len(staying) + joining, leaving=leaving)
+        why = f"{len(homes)} hosts on {len(usable)} nodes"
+        return Wish("follow", hosts=len(staying) + joining, leaving=leaving, why=why)
 
     def _due_s(self, joining: int, now_s: float) -> float:
         """When a change that nobody asked for has its time."""

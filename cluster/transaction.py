@@ -67,7 +67,7 @@ class Transaction:
             phase_since_s=now_s,
         )
         self.history.append(self.change)
-        self._events.record("change_begun", now_s, change=self.change.id, what=wish.kind)
+        self._events.record("change_begun", now_s, change=self.change.id, what=wish.kind, why=wish.why or "asked for")
         return self.change
 
     def advance(self, epoch: int, workers_moved: bool, now_s: float) -> list[Action]:

@@ -112,6 +112,8 @@ def summary(change: Document) -> str:
     if change["epoch"] is not None:
         words.append(f"at epoch {change['epoch']}")
     words.append(f"after {sum(change['seconds'].values()):.1f} s" if change["over"] else f"with {_loaded(change)}")
+    if change["why"]:
+        words.append(f"because of {change['why']}")
     return " ".join(words) + (f": {change['reason']}" if change["reason"] else "")
 
 

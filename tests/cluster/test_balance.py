@@ -45,6 +45,8 @@ def test_a_skewed_load_is_spread() -> None:
     change = considered(SKEWED).change
     assert change is not None
     assert change.wish == Wish("rebalance")
+    assert change.wish.why is not None
+    assert "mean imbalance 1.91 to 1.06" in change.wish.why
 
 
 @pytest.mark.parametrize(

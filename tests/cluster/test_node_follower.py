@@ -61,6 +61,9 @@ def test_hosts_join_on_new_nodes_together_once_no_more_come() -> None:
     place.wait(SETTLE_S / 2)
     assert place.wish() is None
     place.wait(SETTLE_S)
+    wish = place.wish()
+    assert wish is not None
+    assert wish.why == "2 hosts on 4 nodes"
     assert place.obey() == [Wish("follow", hosts=4)]
     assert sorted(map(str, place.homes.values())) == list("abcd")
 

@@ -64,6 +64,7 @@ def test_two_services_run_side_by_side_and_leave_nothing(
     assert started.returncode == 0, started.stderr
     log = (tmp_path / "foreground.log").open("w+")
     command = [sys.executable, "-m", "services.cli", "serve", str(path), "--port", str(second), "--threads", "1"]
+    command.append("--auto-rebalance")
     foreground = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     wait_until(lambda: shoal("status", "--port", second, "--json").returncode == 0)
 
@@ -96,6 +97,7 @@ def test_two_services_run_side_by_side_and_leave_nothing(
     missing = shoal("status", "--port", free_port())
     assert (missing.returncode, str(first) in missing.stderr) == (1, True)
 
+    assert experts_moved_by_themselves(shoal, second)
     os.kill(foreground.pid, signal.SIGINT)
     assert foreground.wait(60) == 0
     assert complete(client(f"http://127.0.0.1:{first}"), [5, 6, 7], 16) == texts[0]  # the other one lives on
@@ -109,6 +111,21 @@ def test_two_services_run_side_by_side_and_leave_nothing(
     assert not list((tmp_path / "shoal").glob("*.json"))
     log.seek(0)
     assert "Traceback" not in log.read()
+
+
+def experts_moved_by_themselves(shoal: Shoal, port: int) -> bool:
+    """Ask for one thing again and again, which few experts answer; the answer stays, and the experts are spread."""
+    api = client(f"http://127.0.0.1:{port}")
+    before = complete(api, [9] * 64, 128)
+
+    def spread() -> bool:
+        assert complete(api, [9] * 64, 128) == before
+        changes = json.loads(shoal("experts", "status", "--json", "--port", port).stdout)["changes"]
+        return any(change["kind"] == "rebalance" and change["phase"] == "done" for change in changes)
+
+    wait_until(spread)
+    shown = shoal("experts", "status", "--port", port).stdout
+    return "(rebalance) done" in shown and "because of mean imbalance" in shown
 
 
 def test_a_signal_while_starting_ends_it(

@@ -124,6 +124,7 @@ def change_document(version: int = 1, phase: str = "plan", **fields: Any) -> dic
     return {
         "id": "change-3",
         "kind": "scale",
+        "why": None,
         "phase": phase,
         "over": phase in ("done", "rolled_back"),
         "reason": None,

@@ -217,7 +217,7 @@ def ask_pool(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Callable[
 
 def test_the_controller_is_asked_in_plain_data(ask_pool: Callable[..., Any]) -> None:
     wish = Wish("scale", hosts=2, leaving=("host-0",))
-    asked = {"kind": "scale", "hosts": 2, "leaving": ["host-0"], "replicas": None, "extra": None}
+    asked = {"kind": "scale", "hosts": 2, "leaving": ["host-0"], "replicas": None, "extra": None, "why": None}
     assert ask_pool(lambda wish: {"asked": wish}, "begin_change", wish) == {"asked": asked}
     assert ask_pool(lambda *given: list(given), "watch_change", "change-3", 5, 2.0) == ["change-3", 5, 2.0]
     assert ask_pool(lambda *given: list(given), "events", 5, 20) == [5, 20]

@@ -261,12 +261,13 @@ def test_a_service_that_does_not_answer(door: Door, capsys: pytest.CaptureFixtur
 
 def test_status_shows_hosts_load_and_changes(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
     door.script.report = service_report(reason="host-1 is [gone]")
+    door.script.report["changes"][0]["why"] = "3 hosts on 4 nodes"
     assert run(door, "status") == 0
     shown = capsys.readouterr().out
     assert "epoch 7  replicas 2  extra 1  imbalance 1.50" in shown
     assert "host-1 is [gone]" in shown
     assert "75.0%" in shown
-    assert "change-3 (scale) done at epoch 7 after 4.0 s" in shown
+    assert "change-3 (scale) done at epoch 7 after 4.0 s because of 3 hosts on 4 nodes" in shown
     assert run(door, "status", "--json") == 0
     assert json.loads(capsys.readouterr().out)["members"] == ["host-0", "host-1"]
 
