@@ -15,6 +15,8 @@ ROLES = (
 )
 """Part of a command line, and what the process is."""
 OTHERS = "Ray itself"
+RAYS = (OTHERS, "Serve's controller", "HTTP proxy")
+"""Roles whose program is none of ours."""
 RAYLET = b"RAY_RAYLET_PID="
 
 

@@ -112,6 +112,17 @@ class Implementation(Model):
     decode_experts: str
 
 
+class Ceiling(Model):
+    """What no engine's prefill in fp32 can pass on this machine: products with weights, and nothing else."""
+
+    product_gflops: float  # of a large product, at its fastest
+    token_gflop: float  # that one token of a prompt takes
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.product_gflops / self.token_gflop
+
+
 class BaselineSettings(Model):
     """How transformers ran: the fastest of everything that was tried."""
 
@@ -138,6 +149,7 @@ class Run(Model):
     software: Software
     paused_cpu_s: float  # processor time that waiting contenders used, over the whole run
     idle_service_cores: float | None  # that shoal-2 uses while it has nothing to do
+    idle_own_cores: float | None = None  # of them without Ray's and Serve's own processes
 
 
 class Results(Model):
@@ -155,6 +167,7 @@ class Results(Model):
     traffic: tuple[Traffic, ...]
     memory: tuple[Memory, ...]
     training: tuple[Training, ...] = ()
+    ceiling: Ceiling | None = None
 
     def find(self, contender: str, batch: int) -> Throughput | None:
         return next((row for row in self.throughput if (row.contender, row.batch) == (contender, batch)), None)

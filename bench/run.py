@@ -9,11 +9,13 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from bench import summary
+from bench.ceiling import measure_ceiling
 from bench.contenders import Lineup, Resident, Turn, lined_up
 from bench.errors import BenchError
 from bench.local_worker import MOST_HOSTS, TrafficCommand
 from bench.machine import read_machine, read_software
 from bench.options import Options
+from bench.processes import RAYS
 from bench.prompts import draw_workload
 from bench.results import BASELINE, FORMAT, LOCAL, PARALLEL, Results, Run, Traffic
 from bench.round_trips import measure_round_trips
@@ -22,6 +24,7 @@ from bench.streams import measure_http
 from bench.summary import Collected
 from bench.timing import Workload
 from bench.training import measure_training
+from kernels.threads import set_threads
 from model.checkpoint import Checkpoint
 
 Say = Callable[[str], None]
@@ -41,6 +44,8 @@ def measure(options: Options, command: str, say: Say) -> Results:
     checkpoint = Checkpoint.open(options.checkpoint)
     _check_length(options, checkpoint.config.max_position_embeddings)
     _warm_page_cache(options.checkpoint)
+    set_threads(options.threads)
+    ceiling = measure_ceiling(checkpoint.config)
     say("dispatch round trips")
     round_trips, round_trips_missing = measure_round_trips(options.quick)
     collected = Collected()
@@ -53,7 +58,7 @@ def measure(options: Options, command: str, say: Say) -> Results:
         paused_cpu_s = lineup.paused_cpu_s
     if options.training:
         measure_training(options, checkpoint.config.vocab_size, collected, say)
-    idle = collected.idle_service_cores
+    idle, own = collected.idle_service_cores, collected.idle_own_cores
     return Results(
         format=FORMAT,
         run=Run(
@@ -73,6 +78,7 @@ def measure(options: Options, command: str, say: Say) -> Results:
             software=read_software(),
             paused_cpu_s=paused_cpu_s,
             idle_service_cores=sum(idle) / len(idle) if idle else None,
+            idle_own_cores=sum(own) / len(own) if own else None,
         ),
         baseline=lineup.baseline,
         throughput=summary.throughput(collected),
@@ -84,6 +90,7 @@ def measure(options: Options, command: str, say: Say) -> Results:
         traffic=traffic,
         memory=summary.memory(collected),
         training=summary.training(collected),
+        ceiling=ceiling,
     )
 
 
@@ -148,7 +155,9 @@ class _Repeats:
     def _idle(self, service: Service) -> None:
         before_s = service.cpu_s()
         time.sleep(IDLE_S)
-        self._collected.idle_service_cores.append((service.cpu_s() - before_s) / IDLE_S)
+        used_s = {role: (after_s - before_s.get(role, 0.0)) / IDLE_S for role, after_s in service.cpu_s().items()}
+        self._collected.idle_service_cores.append(sum(used_s.values()))
+        self._collected.idle_own_cores.append(sum(cores for role, cores in used_s.items() if role not in RAYS))
 
 
 def _traffic(lineup: Lineup, workload: Workload, experts: int) -> tuple[Traffic, ...]:

@@ -17,7 +17,7 @@ import httpx
 from pydantic import TypeAdapter
 
 from bench.errors import BenchError
-from bench.processes import ProcessMemory, command_line, cpu_s, family, memory, started_ticks
+from bench.processes import ProcessMemory, command_line, cpu_s, family, memory, role_of, started_ticks
 
 PORTS = range(8400, 8421)
 START_TIMEOUT_S = 600.0
@@ -50,9 +50,13 @@ class Service:
         found = (memory(pid, "shoal serve" if pid == self.pid else None) for pid in family(self.pid))
         return [process for process in found if process is not None]
 
-    def cpu_s(self) -> float:
-        """Processor seconds that all of its processes have used so far."""
-        return sum(cpu_s(pid) for pid in family(self.pid))
+    def cpu_s(self) -> dict[str, float]:
+        """Processor seconds that its processes have used so far, by role."""
+        used_s: dict[str, float] = {}
+        for pid in family(self.pid):
+            role = "shoal serve" if pid == self.pid else role_of(command_line(pid))
+            used_s[role] = used_s.get(role, 0.0) + cpu_s(pid)
+        return used_s
 
 
 @contextlib.contextmanager

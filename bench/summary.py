@@ -31,6 +31,7 @@ class Collected:
     start_up_s: dict[str, dict[int, float]] = field(default_factory=dict)
     memory: dict[str, list[ProcessMemory]] = field(default_factory=dict)  # of the last repeat
     idle_service_cores: list[float] = field(default_factory=list)
+    idle_own_cores: list[float] = field(default_factory=list)
     training: dict[str, dict[int, float]] = field(default_factory=dict)  # contender, repeat: tokens a second
     training_tokens: int = 0  # a step
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from bench.results import BASELINE, LOCAL, PARALLEL, Results
+from bench.results import BASELINE, LOCAL, PARALLEL, Ceiling, Results
 from bench.spread import Spread
 
 MIB = 1 << 20
@@ -60,9 +60,22 @@ def notes(results: Results) -> Iterator[str]:
     if same:
         yield f"Shoal's greedy tokens are transformers' in {100 * sum(same) / len(same):.0f} % of all measured answers."
     if run.idle_service_cores is not None:
-        yield f"An idle {PARALLEL}, Ray included, uses {100 * run.idle_service_cores:.1f} % of a core."
+        own = "" if run.idle_own_cores is None else f", {100 * run.idle_own_cores:.1f} % without Ray's own processes"
+        yield f"An idle {PARALLEL}, Ray included, uses {100 * run.idle_service_cores:.1f} % of a core{own}."
+    if results.ceiling is not None:
+        yield _ceiling(results, results.ceiling)
     if results.round_trips_missing is not None:
         yield f"No dispatch round trips: {results.round_trips_missing}."
+
+
+def _ceiling(results: Results, ceiling: Ceiling) -> str:
+    said = (
+        f"A large product in fp32 reaches {ceiling.product_gflops:.0f} GFLOP/s here, and a prompt's token takes "
+        f"{ceiling.token_gflop:.2f} GFLOP of products with weights alone: at most {ceiling.tokens_per_s:.0f} tokens/s"
+    )
+    bases = [(batch, row) for batch in results.batches if (row := results.find(BASELINE, batch)) is not None]
+    times = [f"{ceiling.tokens_per_s / row.prefill_tokens_per_s.median:.1f} at B={batch}" for batch, row in bases]
+    return said + (f", which is transformers' prefill times {', '.join(times)}." if times else ".")
 
 
 def print_results(results: Results, console: Console) -> None:

@@ -4,6 +4,7 @@ from bench.machine import Machine, Software
 from bench.results import (
     FORMAT,
     BaselineSettings,
+    Ceiling,
     Http,
     Implementation,
     Memory,
@@ -59,6 +60,7 @@ def made_by_hand(round_trips_missing: str | None = None) -> Results:
             ),
             paused_cpu_s=0.0,
             idle_service_cores=0.02,
+            idle_own_cores=0.005,
         ),
         baseline=BaselineSettings(
             waiting="passive",
@@ -117,4 +119,5 @@ def made_by_hand(round_trips_missing: str | None = None) -> Results:
                 ratio=ratio(rates(150.0, 180.0, 170.0), rates(100.0, 120.0, 100.0)),
             ),
         ),
+        ceiling=Ceiling(product_gflops=200.0, token_gflop=0.4),
     )
