@@ -47,6 +47,11 @@ class Wish:
     extra: int | None = None  # further replicas a layer, of its busiest experts
     why: str | None = field(default=None, compare=False)  # where nobody asked for it
 
+    @classmethod
+    def from_plain(cls, wish: Mapping[str, Any]) -> "Wish":
+        """Inverse of `dataclasses.asdict`, whose `leaving` may be any sequence; raises TypeError on other names."""
+        return cls(**{**wish, "leaving": tuple(wish.get("leaving") or ())})
+
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:

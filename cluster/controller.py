@@ -1,13 +1,12 @@
 """The controller: the conductor's body. Carries out what it decides, lets everybody know, ends with its service."""
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,12 +19,13 @@ from cluster.application import wait_until_gone, wait_until_idle
 from cluster.balance import Balance
 from cluster.change import ChangeRefused, Wish
 from cluster.conductor import Conductor
-from cluster.describe import describe_events, describe_hosts, describe_service
+from cluster.describe import describe_events, describe_hosts, describe_service, state_name
 from cluster.events import Event, EventLog
 from cluster.fleet import Fleet
 from cluster.following import Following
 from cluster.node_follower import Desired
 from cluster.nodes import living_nodes
+from cluster.notice import Notice
 from cluster.plan import ModelShape
 from cluster.room import make_room
 from cluster.saved import Committed, SavedState
@@ -55,7 +55,7 @@ class Controller:
         if spec.node_resource is not None:
             self._following = Following(spec.node_resource, self._state.desired, self._remember_desired)
         self._placement: Placement | None = None
-        self._published = asyncio.Condition()  # a table, the workers, or a change
+        self._notice = Notice()  # of a table, the workers, or a change
         self._changed = asyncio.Event()  # something that the conductor should act on
         self._events = EventLog(_log_event)
         self._workers = Workers(self._events)
@@ -75,7 +75,7 @@ class Controller:
         def newer() -> bool:
             return self._placement is not None and self._placement.epoch > epoch
 
-        await self._until(newer, timeout_s)
+        await self._notice.until(newer, timeout_s)
         return self._placement.to_json() if self._placement is not None and newer() else None
 
     async def heartbeat(self, worker: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ class Controller:
             if self._conductor.change is not None:
                 self._changed.set()
         if self._workers.version != version:
-            await self._notify()
+            await self._notice.give()
 
     async def leave(self, worker_id: str, reason: str = "it said so") -> None:
         """An attention worker is going, or gone."""
@@ -97,11 +97,11 @@ class Controller:
         if self._conductor is not None:
             self._conductor.worker_left(worker_id)
         self._changed.set()
-        await self._notify()
+        await self._notice.give()
 
     async def watch_workers(self, version: int, timeout_s: float) -> tuple[int, dict[str, str]]:
         """Attention workers, id to address, once they differ from `version`, or after `timeout_s` seconds."""
-        await self._until(lambda: self._workers.version != version, timeout_s)
+        await self._notice.until(lambda: self._workers.version != version, timeout_s)
         return self._workers.version, self._workers.addresses()
 
     def report(self, host_id: str, generation: int, reason: str) -> None:
@@ -123,17 +123,7 @@ class Controller:
                 "expert hosts follow the nodes here: add nodes, or make room before nodes go "
                 "(shoal experts drain --to N, or --node NODE)"
             )
-        change = self._conductor.request(
-            Wish(
-                kind=wish["kind"],
-                hosts=wish.get("hosts"),
-                leaving=tuple(wish.get("leaving") or ()),
-                replicas=wish.get("replicas"),
-                extra=wish.get("extra"),
-                why=wish.get("why"),
-            ),
-            time.monotonic(),
-        )
+        change = self._conductor.request(Wish.from_plain(wish), time.monotonic())
         self._changed.set()
         return change.describe()
 
@@ -150,7 +140,7 @@ class Controller:
         change = self._conductor.find_change(change_id) if self._conductor is not None else None
         if change is None:
             return None
-        await self._until(lambda: change.version != seen, timeout_s)
+        await self._notice.until(lambda: change.version != seen, timeout_s)
         return change.describe()
 
     def events(self, after: int, limit: int) -> list[dict[str, Any]]:
@@ -199,15 +189,7 @@ class Controller:
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     def _state_name(self) -> str:
-        if self._stopping:
-            return "stopping"
-        if self._reason is not None:
-            return "failed"
-        if self._conductor is None or not self._conductor.ever_ready:
-            return "starting"
-        members = self._conductor.committed.members
-        ready = all(self._conductor.roster.views[host_id].state == "ready" for host_id in members)
-        return "ready" if ready and self._placement is not None else "degraded"
+        return state_name(self._stopping, self._reason, self._conductor, self._placement)
 
     async def _run(self) -> None:
         try:
@@ -267,7 +249,7 @@ class Controller:
                 fleet.carry_out(action)
         if self._state_name() == "ready":
             fleet.keep_standby()
-        await self._notify()
+        await self._notice.give()
 
     def _remember(self, core: SavedState | None = None) -> None:
         """Save what the conductor wants saved, the actors that there are, and the files that they read."""
@@ -279,15 +261,6 @@ class Controller:
     def _remember_desired(self, desired: Desired) -> None:
         self._state = replace(self._state, desired=desired)
         save_state(self._spec.name, self._state)
-
-    async def _until(self, holds: Callable[[], bool], timeout_s: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s), self._published:
-                await self._published.wait_for(holds)
-
-    async def _notify(self) -> None:
-        async with self._published:
-            self._published.notify_all()
 
     async def _follow_progress(self, fleet: Fleet) -> None:
         """Beside the conductor's loop, which waits for nobody: a process that is only starting answers late."""

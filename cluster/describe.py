@@ -8,8 +8,21 @@ from cluster.balance import Balance
 from cluster.conductor import Conductor
 from cluster.events import Event
 from cluster.fleet import Fleet
+from router.placement import Placement
 
 SHOWN_CHANGES = 5
+
+
+def state_name(stopping: bool, reason: str | None, conductor: Conductor | None, placement: Placement | None) -> str:
+    """stopping, failed (for a reason), starting, ready, or degraded: a host is missing."""
+    if stopping:
+        return "stopping"
+    if reason is not None:
+        return "failed"
+    if conductor is None or not conductor.ever_ready:
+        return "starting"
+    views = [conductor.roster.views[host_id] for host_id in conductor.committed.members]
+    return "ready" if placement is not None and all(view.state == "ready" for view in views) else "degraded"
 
 
 def describe_hosts(conductor: Conductor | None, fleet: Fleet | None, balance: Balance | None) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ class LocalKubernetes:
         self._api: FakeApi | None = None
         self._head: RayNode | None = None
         self._groups: dict[str, list[RayNode]] = {}  # the oldest first
+        self._submitted: set[str] = set()  # RayJobs
         self._pool = ThreadPoolExecutor(8)
         self._closed = threading.Event()
         self.logs: list[str] = []  # of hooks and preStops
@@ -69,9 +70,9 @@ class LocalKubernetes:
         made["status"] = {"active": 1} if made["kind"] == "Job" else {"phase": "Running"}
         self._pool.submit(self._run, made).add_done_callback(lambda run: self._note(run.exception()))
 
-    def experts(self) -> list[RayNode]:
-        """The nodes of the group `experts` that are there."""
-        return list(self._groups.get("experts", ()))
+    def nodes(self, group: str) -> list[RayNode]:
+        """The nodes of a group that are there."""
+        return list(self._groups.get(group, ()))
 
     def _run(self, made: Object) -> None:
         spec = made["spec"]["template"]["spec"] if made["kind"] == "Job" else made["spec"]
@@ -117,6 +118,10 @@ class LocalKubernetes:
         text = text.replace(f"http://{RELEASE}-head-svc.{NAMESPACE}:8265", f"http://{HEAD}:{self._ports['dashboard']}")
         if "/etc/shoal/serve/serve.yaml" in text:
             text = text.replace("/etc/shoal/serve/serve.yaml", str(self._serve_config()))
+        if "/etc/shoal/recipes/" in text:
+            for name, recipe in self._get("configmaps", f"{RELEASE}-recipes")["data"].items():
+                (self._directory / name).write_text(recipe)
+            text = text.replace("/etc/shoal/recipes/", f"{self._directory}/")
         return text
 
     def _serve_config(self) -> Path:
@@ -143,6 +148,20 @@ class LocalKubernetes:
                 self._start_head(cluster["spec"]["headGroupSpec"])
             for group in cluster["spec"]["workerGroupSpecs"]:
                 self._scale(group)
+            for job in self._api.store.list("rayjobs.ray.io", NAMESPACE)[0] if self._api is not None else ():
+                if job["metadata"]["name"] not in self._submitted:
+                    self._submitted.add(job["metadata"]["name"])
+                    self._pool.submit(self._submit, job).add_done_callback(lambda run: self._note(run.exception()))
+
+    def _submit(self, job: Object) -> None:
+        """The submitter's pod: the entrypoint becomes a job of Ray's, and the RayJob says how it ended."""
+        assert self._api is not None
+        (container,) = job["spec"]["submitterPodTemplate"]["spec"]["containers"]
+        address = f"http://{HEAD}:{self._ports['dashboard']}"
+        line = f"ray job submit --address {address} -- {self._local(job['spec']['entrypoint'])}"
+        done = self._execute(container | {"command": ["/bin/bash", "-ec", line]})
+        status = {"jobStatus": "SUCCEEDED" if done else "FAILED", "jobDeploymentStatus": "Complete"}
+        self._api.store.merge(Place("rayjobs.ray.io", NAMESPACE, job["metadata"]["name"]), {"status": status})
 
     def _start_head(self, group: Object) -> None:
         assert self._api is not None

@@ -3,7 +3,7 @@
 import base64
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 import helm_python as helm
 import httpx
 import pytest
+import yaml
 
 from tests.end_to_end.clients import wait_until
 from tests.end_to_end.kuberay import NAMESPACE, RELEASE, LocalKubernetes
 from tests.end_to_end.prompts import mixed_bodies
 from tests.end_to_end.streams import Body, run_streams
+from tests.end_to_end.test_training import write_recipe
 from tests.helm.charts import CHART, Values
 from tests.helm.fake_api import FakeApi, fake_cluster
 from tests.helm.fake_store import Object, Place
@@ -35,15 +37,16 @@ class Release:
         self.config, self.kubernetes, self.api = config, kubernetes, api
         self._model = model
 
-    def values(self, replicas: int) -> Values:
+    def values(self, replicas: int, workers: int = 1, jobs: Sequence[Values] = ()) -> Values:
         experts = {"replicas": replicas, "cpu": 1, "drainSeconds": 60}
-        return {"model": {"path": str(self._model)}, "experts": experts, "attention": {"cpu": 1, "maxLength": 512}}
+        attention = {"replicas": workers, "cpu": 1, "maxLength": 512, "drainSeconds": 20}
+        return {"model": {"path": str(self._model)}, "experts": experts, "attention": attention, "jobs": [*jobs]}
 
     def install(self, replicas: int) -> None:
         self.config.install(CHART, RELEASE, self.values(replicas), timeout=300)
 
-    def upgrade(self, replicas: int) -> None:
-        self.config.upgrade(CHART, RELEASE, self.values(replicas), timeout=300, reset_values=True)
+    def upgrade(self, replicas: int, workers: int = 1, jobs: Sequence[Values] = ()) -> None:
+        self.config.upgrade(CHART, RELEASE, self.values(replicas, workers, jobs), timeout=300, reset_values=True)
 
     def status(self) -> dict[str, Any]:
         """An error's document while the controller is away."""
@@ -58,6 +61,11 @@ class Release:
 
     def make_room(self, **wish: Any) -> None:
         wait_until(lambda: bool(self.begin("room", **wish).json()["done"]))
+
+    def jobs(self) -> list[str]:
+        """How the RayJobs ended; nothing of those that run."""
+        jobs = self.api.store.list("rayjobs.ray.io", NAMESPACE)[0]
+        return [job["status"]["jobStatus"] for job in jobs if "status" in job]
 
     def homes(self) -> list[str]:
         """The nodes of the hosts that serve, if all do and nothing is under way."""
@@ -149,7 +157,7 @@ def test_helm_scales_expert_hosts_and_no_stream_notices(
 def test_a_lost_pod_is_replaced_and_no_stream_notices(release: Release, bodies: list[Body], expected: Answers) -> None:
     def lose() -> None:
         before = release.homes()
-        release.kubernetes.experts()[0].kill()
+        release.kubernetes.nodes("experts")[0].kill()
         wait_until(lambda: len(homes := release.homes()) == len(set(homes)) == 2 and homes != before, 180)
         release.settle(2)
 
@@ -184,7 +192,7 @@ def test_what_was_asked_for_outlives_the_controller(release: Release) -> None:
 
 
 def test_the_last_node_is_not_emptied_and_hosts_are_not_counted_by_hand(release: Release) -> None:
-    first, second = release.kubernetes.experts()
+    first, second = release.kubernetes.nodes("experts")
     release.make_room(node=first.address)
     assert len(release.homes()) == 1
     for route, wish, said in (
@@ -195,6 +203,39 @@ def test_the_last_node_is_not_emptied_and_hosts_are_not_counted_by_hand(release:
     ):
         refused = release.begin(route, **wish)
         assert (refused.status_code, said in refused.text) == (400, True), refused.text
+
+
+def test_attention_workers_come_and_go_and_no_stream_notices(
+    release: Release, bodies: list[Body], expected: Answers
+) -> None:
+    def workers() -> list[str]:
+        return [worker["node"] for worker in release.status().get("attention_workers", ())]
+
+    def grow() -> None:
+        release.upgrade(2, workers=2)
+        wait_until(lambda: len(set(workers())) == 2, 120)
+
+    def shrink() -> None:
+        (oldest, _) = release.kubernetes.nodes("attention")  # where the ingress and the controller are
+        release.upgrade(2, workers=1)
+        wait_until(lambda: not oldest.alive and len(workers()) == 1 and len(release.homes()) == 2, 120)
+
+    for harm in (grow, shrink):
+        meanwhile(release, bodies, expected, harm)
+
+
+def test_a_recipe_is_trained_on_the_same_cluster_and_no_stream_notices(
+    release: Release, bodies: list[Body], expected: Answers, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = yaml.safe_load(write_recipe(tmp_path, checkpoint("tiny"), steps=3).read_text())
+    recipe["workers"]["cpus"] = 0.2  # beside the attention worker of a node of one CPU
+
+    def train() -> None:
+        release.upgrade(2, jobs=[{"name": "sft", "recipe": recipe, "args": [f"output_dir={tmp_path / 'out'}"]}])
+        wait_until(lambda: release.jobs() == ["SUCCEEDED"], 240)
+
+    meanwhile(release, bodies, expected, train)
+    assert (tmp_path / "out" / "model" / "config.json").exists()
 
 
 def test_helms_own_test_asks_for_a_completion(release: Release) -> None:
