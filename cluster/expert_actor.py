@@ -31,6 +31,7 @@ class HostInfo:
     node: str
     nbytes: int
     stamps: Stamps  # of the checkpoint's files on its node
+    load_s: float  # that it took to load what it began with
 
 
 class ExpertActor:
@@ -107,7 +108,7 @@ class ExpertActor:
     def _info(self) -> HostInfo:
         life = self._life
         node = ray.get_runtime_context().get_node_id()
-        return HostInfo(life.report(), os.getpid(), node, life.nbytes, life.stamps)
+        return HostInfo(life.report(), os.getpid(), node, life.nbytes, life.stamps, life.load_s)
 
     def _follow_controller(self) -> None:
         """End this process when nobody is left to serve, or when the controller does not know it any more."""
