@@ -116,10 +116,10 @@ def test_two_services_run_side_by_side_and_leave_nothing(
 def experts_moved_by_themselves(shoal: Shoal, port: int) -> bool:
     """Ask for one thing again and again, which few experts answer; the answer stays, and the experts are spread."""
     api = client(f"http://127.0.0.1:{port}")
-    before = complete(api, [9] * 64, 128)
+    before = complete(api, [3] * 16, 128)
 
     def spread() -> bool:
-        assert complete(api, [9] * 64, 128) == before
+        assert complete(api, [3] * 16, 128) == before
         changes = json.loads(shoal("experts", "status", "--json", "--port", port).stdout)["changes"]
         return any(change["kind"] == "rebalance" and change["phase"] == "done" for change in changes)
 
