@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -146,6 +146,7 @@ def serve_foreground(options: LaunchOptions, console: Console) -> int:
     cluster: LocalCluster | None = None
     try:
         cluster = LocalCluster(f"shoal-p{options.port}")
+        write_record(replace(record, ray_address=cluster.address))
         for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
             signal.signal(number, on_signal)
         _run(options, admin_token, console, stop)
