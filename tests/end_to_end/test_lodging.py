@@ -38,7 +38,7 @@ def lodging(recipe: Path, out: Path, *overrides: str) -> Iterator["subprocess.Po
 
     command = [sys.executable, "-m", "services.train", str(recipe), f"output_dir={out}", *overrides]
     address = ray.get_runtime_context().gcs_address
-    environment = {**os.environ, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"}
+    environment = {**os.environ, "RAY_ADDRESS": address}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield process
