@@ -160,9 +160,9 @@ def serve_foreground(options: LaunchOptions, console: Console) -> int:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        remove_record(options.port)  # whoever uses this Ray, such as a training run, sees that it has not long
         if cluster is not None:
             _shut_down(cluster, f"p{options.port}")
-        remove_record(options.port)
 
 
 def _run(options: LaunchOptions, admin_token: str, console: Console, stop: threading.Event) -> None:

@@ -71,11 +71,20 @@ def train(recipe: Recipe, console: Console) -> int:
         return before.steps
     begin_outcome(recipe.output_dir)
     _, known = told(recipe.output_dir)
-    experts = recipe.experts
+    stop_file, service = recipe.output_dir / STOP, recipe.experts.service
+
+    def on_end() -> None:
+        stop_file.touch()
+        console.print(
+            f"the service {service} ends, and takes the run's expert hosts with it: stopping with a snapshot if there "
+            "is still time; start it again, and the same command goes on from the last one",
+            soft_wrap=True,
+        )
+
     try:
-        with ray_of_run(experts.service), _signals(recipe.output_dir / STOP, console):
-            if experts.service is not None:
-                check_service(experts.service, experts.hosts)
+        with ray_of_run(service, on_end), _signals(stop_file, console):
+            if service is not None:
+                check_service(service, recipe.experts.hosts)
             return _train(recipe, checkpoint, steps, console)
     finally:
         for line in told(recipe.output_dir, known)[0]:

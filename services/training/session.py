@@ -2,15 +2,17 @@
 
 import contextlib
 import logging
-import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cluster.session import LOOPBACK, LocalCluster, keep_private  # before anything that imports ray
 from cluster.spec import CONTROLLER_NAME, namespace_of
-from services.state import ServiceRecord, running_services
+from services.on_cluster import on_cluster
+from services.state import ServiceRecord, read_record, running_services
 
 ANSWER_S = 20.0
+FOLLOW_S = 0.25
 RUN_PREFIX = "train-"  # of the names under which runs keep their hosts
 
 
@@ -19,19 +21,29 @@ class ServiceUnusable(ValueError):
 
 
 @contextlib.contextmanager
-def ray_of_run(service: str | None) -> Iterator[None]:
+def ray_of_run(service: str | None, on_end: Callable[[], None]) -> Iterator[None]:
     """The Ray of a job, or of a service that runs here, or a private one for as long as this lasts.
 
+    Where the Ray is a service's, and ends with it within seconds, `on_end` is called in a thread when that begins to.
     Raises ServiceUnusable where there is no Ray that `service` may be on.
     """
     import ray
 
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+    if on_cluster():
         ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
     elif service is not None:
-        address = find_ray(service, running_services())
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as that Ray; an explicit address does not imply it
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, _node_ip_address=LOOPBACK)
+        record = find_record(service, running_services())
+        ray.init(
+            address=record.ray_address, log_to_driver=False, logging_level=logging.WARNING, _node_ip_address=LOOPBACK
+        )
+        left = threading.Event()
+        threading.Thread(target=_follow, args=(record, left, on_end), name="service", daemon=True).start()
+        try:
+            yield
+        finally:
+            left.set()
+            ray.shutdown()
+        return
     else:
         keep_private()
         with LocalCluster("shoal-train"):
@@ -43,8 +55,8 @@ def ray_of_run(service: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def find_ray(service: str, records: list[ServiceRecord]) -> str:
-    """Address of the Ray of a service that `shoal serve` started here; raises ServiceUnusable."""
+def find_record(service: str, records: list[ServiceRecord]) -> ServiceRecord:
+    """The service, with a Ray, that `shoal serve` started here; raises ServiceUnusable."""
     names = {f"p{record.port}": record for record in records}
     record = names.get(service)
     if record is None:
@@ -54,7 +66,7 @@ def find_ray(service: str, records: list[ServiceRecord]) -> str:
         )
     if record.ray_address is None:
         raise ServiceUnusable(f"experts.service is {service!r}, whose Ray has not started yet: wait until it is ready")
-    return record.ray_address
+    return record
 
 
 def check_service(service: str, hosts: int) -> None:
@@ -91,6 +103,13 @@ def check_status(service: str, hosts: int, status: dict[str, Any]) -> None:
             f"experts.hosts is {hosts}; the service {service} has {len(ready)} expert hosts ({', '.join(ready)}): "
             f"use at most {len(ready)}, or give it more with `shoal experts scale {hosts}`"
         )
+
+
+def _follow(record: ServiceRecord, left: threading.Event, on_end: Callable[[], None]) -> None:
+    while not left.wait(FOLLOW_S):
+        if read_record(record.port) is None:
+            on_end()
+            return
 
 
 def _there(names: Any) -> str:

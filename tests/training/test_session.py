@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 import ray
 
 from cluster.spec import CONTROLLER_NAME
-from services.state import ServiceRecord, read_record, state_dir, write_record
+from services.state import ServiceRecord, read_record, remove_record, state_dir, write_record
 from services.training import session
-from services.training.session import ServiceUnusable, check_service, check_status, find_ray
+from services.training.session import ServiceUnusable, check_service, check_status, find_record
 
 
 def record(port: int, ray_address: str | None = "127.0.0.1:7") -> ServiceRecord:
@@ -29,7 +30,7 @@ def test_the_ray_of_a_service_is_in_its_record(tmp_path: Path, monkeypatch: pyte
     write_record(record(8123))
     found = read_record(8123)
     assert found is not None
-    assert find_ray("p8123", [record(8000, "127.0.0.1:1"), found]) == "127.0.0.1:7"
+    assert find_record("p8123", [record(8000, "127.0.0.1:1"), found]) == record(8123)
     path = state_dir() / "8123.json"
     raw = json.loads(path.read_text())
     del raw["ray_address"]  # as an earlier release wrote it
@@ -41,11 +42,11 @@ def test_what_runs_here_is_named() -> None:
     with pytest.raises(
         ServiceUnusable, match=r"'p8000'; there are the services p8100, p8200 on this machine.*RAY_ADDRESS"
     ):
-        find_ray("p8000", [record(8200), record(8100)])
+        find_record("p8000", [record(8200), record(8100)])
     with pytest.raises(ServiceUnusable, match="there is no service on this machine"):
-        find_ray("p8000", [])
+        find_record("p8000", [])
     with pytest.raises(ServiceUnusable, match="whose Ray has not started yet"):
-        find_ray("p8000", [record(8000, None)])
+        find_record("p8000", [record(8000, None)])
 
 
 def test_a_service_must_be_ready_and_have_as_many_hosts() -> None:
@@ -78,17 +79,24 @@ def test_a_service_that_is_not_on_this_ray_is_told_with_those_that_are(monkeypat
         check_service("p8000", 1)
 
 
-def test_a_run_with_a_service_joins_its_ray_and_one_without_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_a_service_joins_its_ray_and_one_without_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     joined: list[str] = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setattr(ray, "init", lambda address, **options: joined.append(address))
     monkeypatch.setattr(ray, "shutdown", lambda: joined.append("left"))
-    monkeypatch.setattr(session, "running_services", lambda: [record(8000)])
-    with session.ray_of_run("p8000"):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    write_record(record(8000))
+    told = threading.Event()
+    with session.ray_of_run("p8000", told.set):
         assert joined == ["127.0.0.1:7"]
+        assert not told.wait(2 * session.FOLLOW_S)
+        remove_record(8000)  # the first thing that a service does when it stops
+        assert told.wait(20 * session.FOLLOW_S)
     assert joined == ["127.0.0.1:7", "left"]
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with session.ray_of_run("shoal"):
+    with session.ray_of_run("shoal", told.set):
         assert joined[2:] == ["auto"]
