@@ -79,7 +79,7 @@ class ActorPool:
         ray.kill(process.actor, no_restart=True)
         self._known.pop(process.name, None)
 
-    async def insist(self, info: HostInfo) -> None:
+    async def insist(self, process: Process, info: HostInfo) -> None:
         """Kill a process that does not hear Ray: a frozen one."""
         await end_process(info.pid, info.node, ExpertActor.__name__)
 

@@ -113,8 +113,8 @@ class Controller:
         """False when an expert actor was declared dead, or forgotten: it ends itself then."""
         return self._pool is None or name in self._pool.names
 
-    def residents(self) -> list[str]:
-        """Actors in whose processes another controller's hosts may be guests now."""
+    def residents(self) -> dict[str, tuple[str, int]]:
+        """Actors in whose processes another controller's hosts may be guests now, with host id and generation."""
         return residents(self._conductor, self._fleet)
 
     async def begin_change(self, wish: Mapping[str, Any]) -> dict[str, Any]:

@@ -237,7 +237,7 @@ class Fleet:
                 pass  # it has ended, or ends now
         self._pool.end(life.process)
         if insist and life.info is not None:
-            await self._pool.insist(life.info)
+            await self._pool.insist(life.process, life.info)
 
     async def _ask_progress(self, life: Life) -> None:
         with contextlib.suppress(TimeoutError, RayActorError, RayTaskError):

@@ -103,6 +103,7 @@ class LodgingPool:
         self._remember = remember
         self._give_up = give_up
         self._seats: dict[Process, Seat] = {}
+        self._hosts: dict[str, tuple[str, int]] = {}  # of the service: id and generation by actor, as last heard
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,9 +135,10 @@ class LodgingPool:
         if seat is not None and seat.home is not None:
             self._evict(process, seat)
 
-    async def insist(self, info: HostInfo) -> None:
-        """Nothing but a word: a frozen process is the service's to kill, and evicts its guest when it goes on."""
-        log.warning("process %d of %s does not hear Ray; its guest was given up", info.pid, self._service)
+    async def insist(self, process: Process, info: HostInfo) -> None:
+        """Tell the service, whose process it is to kill; if it goes on instead, it evicts the guest."""
+        log.warning("process %d of the service %s does not hear Ray", info.pid, self._service)
+        self._suspect(_home_of(process.name))
 
     def keep_standby(self, threads: Callable[[], int]) -> None:
         """Nothing: where a guest's home dies, the service brings another process."""
@@ -178,16 +180,21 @@ class LodgingPool:
         self._give_up(reason)
         raise RayActorError(error_msg=reason)
 
-    async def _residents(self) -> list[str] | None:
+    async def _residents(self) -> tuple[str, ...] | None:
         """Actors that may take guests; None where the service's controller does not say."""
         controller = self._actor(CONTROLLER_NAME)
         if controller is None:
             return None
         try:
-            found: list[str] = await asyncio.wait_for(controller.residents.remote(), ANSWER_S)
+            self._hosts = await asyncio.wait_for(controller.residents.remote(), ANSWER_S)
         except (RayActorError, TimeoutError):
             return None
-        return found
+        return tuple(self._hosts)
+
+    def _suspect(self, home: str) -> None:
+        controller = self._actor(CONTROLLER_NAME)
+        if controller is not None and home in self._hosts:
+            controller.report.remote(*self._hosts[home], "it does not answer for its guests")
 
     def _choose(self, hosts: list[str], apart: bool) -> str | None:
         crowd = Counter(map(_home_of, self.names))
@@ -203,8 +210,11 @@ class LodgingPool:
         try:
             admit = home.admit.options(concurrency_group=GUESTS).remote(self._spec, process.name, self._token)
             admitted: bool = await asyncio.wait_for(admit, ANSWER_S)
-        except (RayActorError, TimeoutError):
+        except RayActorError:
+            admitted = False
+        except TimeoutError:
             self._evict(process, seat)
+            self._suspect(host)
             admitted = False
         if not admitted:
             seat.home = None

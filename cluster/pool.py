@@ -37,8 +37,8 @@ class Pool(Protocol):
     def end(self, process: Process) -> None:
         """End a process, and forget it."""
 
-    async def insist(self, info: HostInfo) -> None:
-        """End the process of a life that does not hear Ray."""
+    async def insist(self, process: Process, info: HostInfo) -> None:
+        """End a process for good whose life does not hear Ray."""
 
     def keep_standby(self, threads: Callable[[], int]) -> None:
         """See to it that a process waits for the next life; `threads` says what it is made for."""

@@ -10,10 +10,13 @@ from ray.exceptions import RayActorError
 from cluster import lodging
 from cluster.lodging import LodgingPool
 from cluster.pool import Process
+from cluster.resident import HostInfo
+from cluster.roster import HostReport
 from cluster.spec import CONTROLLER_NAME, ServiceSpec
 
 SPEC = ServiceSpec("run", "m", trains=True, lodges_with="p8000")
 TICK_S = 0.01
+FROZEN: Any = object()  # never answers
 
 
 class Method:
@@ -29,7 +32,9 @@ class Method:
     def remote(self, *arguments: Any) -> Awaitable[Any]:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         try:
-            answer.set_result(self._call(*arguments))
+            found = self._call(*arguments)
+            if found is not FROZEN:
+                answer.set_result(found)
         except RayActorError as error:
             answer.set_exception(error)
             answer.exception()  # whoever does not wait for it is told of nothing, as by Ray
@@ -41,7 +46,7 @@ class Host:
 
     def __init__(self) -> None:
         self.inside: list[str] = []
-        self.full = self.dead = False
+        self.full = self.dead = self.frozen = False
         self.calls: list[tuple[Any, ...]] = []
         self.admit = Method(self._admit)
         self.guest = Method(self._guest)
@@ -49,6 +54,8 @@ class Host:
 
     def _admit(self, spec: ServiceSpec, name: str, token: str) -> bool:
         self._live()
+        if self.frozen:
+            return FROZEN
         assert (spec, token) == (SPEC, "token")
         if not self.full:
             self.inside.append(name)
@@ -61,7 +68,8 @@ class Host:
 
     def _evict(self, name: str) -> None:
         self._live()
-        self.inside.remove(name)
+        if not self.frozen:
+            self.inside.remove(name)
 
     def _live(self) -> None:
         if self.dead:
@@ -77,7 +85,9 @@ class World:
         self.there = True  # the service's controller
         self.saved: list[tuple[str, ...]] = []
         self.given_up: list[str] = []
-        self.residents = Method(lambda: list(self.serving))
+        self.residents = Method(lambda: {name: (f"host-{name[-1]}", 7) for name in self.serving})
+        self.reported: list[tuple[str, int]] = []
+        self.report = Method(lambda host_id, generation, reason: self.reported.append((host_id, generation)))
         self.pool = self.new_pool()
 
     def new_pool(self) -> LodgingPool:
@@ -104,7 +114,7 @@ class World:
 @pytest.fixture
 def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[World, Coroutine[Any, Any, None]], None]:
     """`play(world, scene)`, at a hundredth of the usual waits."""
-    for name in ("LOOK_S", "APART_S", "ROOM_S", "GONE_S"):
+    for name in ("LOOK_S", "ANSWER_S", "APART_S", "ROOM_S", "GONE_S"):
         monkeypatch.setattr(lodging, name, getattr(lodging, name) / 100)
 
     def run(world: World, scene: Coroutine[Any, Any, None]) -> None:
@@ -176,6 +186,26 @@ def test_a_full_host_and_one_that_dies_are_passed_over(play: Play) -> None:
     async def scene() -> None:
         await world.begin()
         assert world.crowd == [0, 0, 1]
+
+    play(world, scene())
+
+
+def test_a_frozen_host_is_told_to_its_service(play: Play) -> None:
+    world = World("expert:a", "expert:b")
+
+    async def scene() -> None:
+        first = await world.begin()
+        world.hosts["expert:a"].frozen = world.hosts["expert:b"].frozen = True
+        info = HostInfo(HostReport("host-0", 1, "", frozenset()), pid=1, node="n", nbytes=0, stamps={})
+        await world.pool.insist(first, info)
+        assert world.reported == [("host-a", 7)]
+        world.pool.end(first)
+        coming = asyncio.create_task(world.begin())
+        while len(world.reported) < 2:
+            await asyncio.sleep(TICK_S)
+        world.hosts["expert:b"].frozen = False
+        await coming
+        assert world.crowd == [1, 1]  # the frozen one's will be evicted when it goes on
 
     play(world, scene())
 

@@ -20,7 +20,7 @@ from tests.end_to_end.test_training import curve, descendants, finish, wait_for_
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 STREAMS = 16
-TOKENS = 48
+TOKENS = 32
 STEPS = 16
 
 
@@ -70,10 +70,10 @@ def test_a_run_on_the_services_hosts_has_the_same_curve_and_changes_no_token(
     model = checkpoint("mini")
     own, guest = tmp_path / "own", tmp_path / "guest"
     given = {"steps": STEPS, "export": False, "snapshots": {"every_steps": 4}}
-    with training(write_recipe(tmp_path, model, **given), own) as process:
-        finish(process)
     bodies = mixed_bodies(checkpoint("tiny").name, STREAMS, TOKENS)
-    expected = [stream.answer for stream in run_streams(service.url, bodies)[0]]
+    with training(write_recipe(tmp_path, model, **given), own) as process:
+        expected = [stream.answer for stream in run_streams(service.url, bodies)[0]]
+        finish(process)
     assert all(answer[2] is None for answer in expected)
     service.wait_ready(standby=True)
     wait_until(lambda: len(expert_processes()) == 3)
