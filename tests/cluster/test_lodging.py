@@ -68,7 +68,7 @@ class Host:
 
     def _evict(self, name: str) -> None:
         self._live()
-        if not self.frozen:
+        if not self.frozen and name in self.inside:
             self.inside.remove(name)
 
     def _live(self) -> None:
