@@ -1,6 +1,7 @@
 """What one life of an expert host is made of, without Ray: its experts, its door, and what it takes on."""
 
 import threading
+import time
 from collections.abc import Collection, Mapping
 
 from cluster.roster import HostReport
@@ -39,6 +40,7 @@ class ExpertLife:
         self._token = token
         self.stamps: Stamps = {}
         self.progress = (0, 1)  # experts loaded, and to load, at the start of this life
+        self.load_s = 0.0  # that it took
         self._door: NixlDoor | None = None
         self._checkpoint: Checkpoint | None = None
         self._server: ExpertServer | None = None
@@ -84,7 +86,9 @@ class ExpertLife:
         device = "cuda" if self._spec.gpus > 0 else "cpu"
         make_store: MakeStore = TrainableExperts if self._spec.trains else PackedExperts
         host = ExpertHost(checkpoint.config, host_id, generation, device, make_store)
+        began_s = time.monotonic()
         host.load(checkpoint, sorted(pairs), self._on_progress)
+        self.load_s = time.monotonic() - began_s
         training: TrainingDoor | None = None
         if self._spec.trains:
             fetch = GrpcPeers(self._token, self._spec.tls).fetch

@@ -21,7 +21,7 @@ from model.checkpoint import Stamps
 
 STOP_TIMEOUT_S = 5.0
 ADOPT_TIMEOUT_S = 5.0
-PROBE_TIMEOUT_S = 0.9
+PROBE_TIMEOUTS_S = (0.5, 0.9)  # the shortest and the longest
 PROGRESS_TIMEOUT_S = 1.0
 log = logging.getLogger("shoal.fleet")
 
@@ -219,7 +219,7 @@ class Fleet:
     async def _probe(self, life: Life) -> None:
         alive = True
         try:
-            await asyncio.wait_for(life.actor.ping.remote(), PROBE_TIMEOUT_S)
+            await asyncio.wait_for(life.actor.ping.remote(), _patience_s(life))
         except (TimeoutError, RayActorError):
             alive = False
         except RayTaskError as error:
@@ -252,6 +252,12 @@ class Fleet:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _patience_s(life: Life) -> float:
+    """How long a suspect may take to answer: as long as another life would take to load, within bounds."""
+    shortest_s, longest_s = PROBE_TIMEOUTS_S
+    return min(longest_s, max(shortest_s, life.info.load_s if life.info is not None else longest_s))
 
 
 def reason_of(error: RayError) -> str:

@@ -48,7 +48,10 @@ def membership(wish: Wish, members: Sequence[str], replicas: int, extra: int, sh
     if more < 0:
         raise ChangeRefused(f"{more} extra replicas a layer; use at least 0")
     if wish.kind == "follow":
-        return Membership(max(0, count - len(members) + len(wish.leaving)), wish.leaving, copies, more)
+        staying = len(members) - len(wish.leaving)
+        if count < staying:  # thought of when there were fewer
+            raise ChangeRefused(f"{count} expert hosts are wanted and {staying} stay: name those that leave")
+        return Membership(count - staying, wish.leaving, copies, more)
     others = [host_id for host_id in reversed(members) if host_id not in wish.leaving]
     gone = (*wish.leaving, *others)[: max(0, len(members) - count)]
     surplus_names = len(wish.leaving) - len(gone)

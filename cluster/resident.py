@@ -30,6 +30,7 @@ class HostInfo:
     node: str
     nbytes: int
     stamps: Stamps  # of the checkpoint's files on its node
+    load_s: float  # that it took to load what it began with
 
 
 class Resident:
@@ -104,7 +105,7 @@ class Resident:
     def _info(self) -> HostInfo:
         life = self._life
         node = ray.get_runtime_context().get_node_id()
-        return HostInfo(life.report(), os.getpid(), node, life.nbytes, life.stamps)
+        return HostInfo(life.report(), os.getpid(), node, life.nbytes, life.stamps, life.load_s)
 
 
 def wait_until_unwanted(namespace: str, name: str, over: threading.Event) -> None:

@@ -23,7 +23,7 @@ from router.placement import Host, Placement
 
 WAIT_FOR_NEWER_S = 0.25  # between looks at the placement while no holder is left
 AVOID_S = 3.0  # a host that was slow is asked again after so long, where others hold the same
-SLOWER = 4.0  # a reply is late when it takes so many times longer than the slow ones of late
+SLOWER = 2.0  # a reply is late when it takes so many times longer than the slowest of late
 FORGET = 0.995  # of the slowest reply, at each reply
 
 

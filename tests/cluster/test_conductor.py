@@ -404,3 +404,13 @@ def test_hosts_that_follow_nodes_leave_and_come_in_one_change() -> None:
     assert placement is not None
     assert [host.id for host in placement.hosts] == ["host-1", "host-2"]
     assert service.conductor.committed.holding.held_by("host-2")
+
+
+def test_a_stale_wish_of_the_nodes_is_refused_and_changes_nothing() -> None:
+    """It names nobody who leaves, and was thought of when there were fewer hosts than there are now."""
+    service = Service(3)
+    service.settle()
+    with pytest.raises(ChangeRefused, match="2 expert hosts are wanted and 3 stay"):
+        service.begin(Wish("follow", hosts=2))
+    assert service.conductor.change is None
+    assert service.conductor.committed.members == ("host-0", "host-1", "host-2")

@@ -196,7 +196,7 @@ def test_a_frozen_host_is_told_to_its_service(play: Play) -> None:
     async def scene() -> None:
         first = await world.begin()
         world.hosts["expert:a"].frozen = world.hosts["expert:b"].frozen = True
-        info = HostInfo(HostReport("host-0", 1, "", frozenset()), pid=1, node="n", nbytes=0, stamps={})
+        info = HostInfo(HostReport("host-0", 1, "", frozenset()), pid=1, node="n", nbytes=0, stamps={}, load_s=0.0)
         await world.pool.insist(first, info)
         assert world.reported == [("host-a", 7)]
         world.pool.end(first)

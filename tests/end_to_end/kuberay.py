@@ -204,7 +204,11 @@ class LocalKubernetes:
     def _stop(self, group: Object, node: RayNode) -> None:
         """The preStop, for as long as the pod may take, then the end."""
         (container,) = group["template"]["spec"]["containers"]
-        command = container["lifecycle"]["preStop"]["exec"]["command"]
+        head = f"{HEAD}:{self._ports['gcs']}"
+        command = [  # where one machine has several nodes, which of them a command means must be said
+            word.replace("ray drain-node ", f"ray drain-node --address {head} --node-id {node.id} ")
+            for word in container["lifecycle"]["preStop"]["exec"]["command"]
+        ]
         began_s = time.monotonic()
         done = subprocess.run(
             command,

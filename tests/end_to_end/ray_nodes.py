@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -33,9 +34,10 @@ class RayNode:
 
     def __init__(self, address: str, arguments: list[str], environment: Mapping[str, str]) -> None:
         self.address = address
+        self.id = secrets.token_hex(28)
         command = [str(COMMANDS / "ray"), "start", f"--node-ip-address={address}", *arguments, "--block"]
         command += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--dashboard-agent-listen-port={free_port()}"]
-        variables = os.environ | SETTINGS | dict(environment)
+        variables = os.environ | SETTINGS | dict(environment) | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": self.id}
         with tempfile.TemporaryFile() as said:
             self._process = subprocess.Popen(
                 command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True, env=variables

@@ -51,8 +51,10 @@ class Tally:
 class Soak:
     """One deployment, its expected answers, and what can be done to it."""
 
-    def __init__(self, service: Deployment, model: str, streams: int, seed: int) -> None:
+    def __init__(self, service: Deployment, model: str, streams: int, seed: int, only: str | None = None) -> None:
+        """`only` names the one fault that is wanted."""
         self._service = service
+        self._only = only
         self._bodies = mixed_bodies(model, streams, TOKENS)
         self._random = random.Random(seed)
         self._expected = [stream.answer for stream in run_streams(service.url, self._bodies)[0]]
@@ -92,8 +94,8 @@ class Soak:
         hosts = service.hosts()
         host = choice.choice(hosts)
         worker = choice.choice(service.status()["attention_workers"])
-        replicas = choice.choice([1, 2])
-        return [
+        replicas = 2 if service.status()["replicas"] == 1 else 1  # so that faults meet both
+        faults: list[tuple[str, Harm]] = [
             ("host killed", lambda: os.kill(host["pid"], signal.SIGKILL)),
             ("host frozen for good", lambda: service.freeze(host["pid"], 60)),
             ("host frozen for 0.6 s", lambda: service.freeze(host["pid"], 0.6)),
@@ -105,6 +107,7 @@ class Soak:
             ("replicas changed", lambda: service.change("replicas", replicas=replicas)),
             ("rebalanced", lambda: service.change("rebalance")),
         ]
+        return [fault for fault in faults if self._only in (None, fault[0])]
 
 
 def memory_mib(service: Deployment) -> dict[str, float]:
@@ -139,17 +142,19 @@ def main() -> int:
     parser.add_argument("--cycles", type=int, default=20, metavar="N", help="of 2, 4, 1, 3, 2 hosts (default 20)")
     parser.add_argument("--streams", type=int, default=32, metavar="N", help="at once (default 32)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", metavar="FAULT", help="this one alone, such as 'host killed'")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         path = write_checkpoint(SHAPES["tiny"], Path(directory) / "tiny").path
         arguments = {"experts": {"hosts": 2, "threads": 1}, "attention": {"replicas": 2, "threads": 1}}
         with Deployment(path, **arguments) as service:
-            soak = Soak(service, path.name, options.streams, options.seed)
+            soak = Soak(service, path.name, options.streams, options.seed, options.only)
             soak.settle()
             print(f"at the start: {members(service)}", flush=True)
             cycles(soak, service, options.cycles)
             print(f"after {options.cycles} cycles: {members(service)}", flush=True)
             run(soak, options)
+            soak.settle()
             print(f"at the end: {members(service)}")
     print(f"\n{'fault':34} waves streams failed different   p50 s    p99 s    max s")
     for kind in sorted(soak.tallies):
