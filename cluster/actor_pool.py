@@ -6,15 +6,17 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.expert_actor import ExpertActor
+from cluster.expert_actor import GUESTS, ExpertActor
+from cluster.guests import CALLS
 from cluster.nodes import Node
+from cluster.pool import Process
+from cluster.processes import end_process
+from cluster.resident import HostInfo
 from cluster.spec import ServiceSpec
 from cluster.threads import thread_environment
 
@@ -23,18 +25,11 @@ REST_S = 1.0  # after anything happened, before another stand-by is made: the ho
 log = logging.getLogger("shoal.fleet")
 
 
-@dataclass(slots=True, eq=False)
-class Process:
-    """An expert actor; `pid` is known once it is warm."""
-
-    name: str
-    actor: Any
-    node: str | None = None  # where it was meant to start; None: where Ray likes
-    pid: int | None = None
-
-
 class ActorPool:
-    """All expert actors of a service by name. A life takes a stand-by where one is warm, and a new process else."""
+    """All expert actors of a service by name. A life takes a stand-by where one is warm, and a new process else.
+
+    See `cluster.pool.Pool`.
+    """
 
     def __init__(
         self, spec: ServiceSpec, token: str, nodes: Callable[[], Collection[Node]], remember: Callable[[], None]
@@ -84,21 +79,14 @@ class ActorPool:
         ray.kill(process.actor, no_restart=True)
         self._known.pop(process.name, None)
 
-    def short(self, now_s: float) -> bool:
-        """Whether a stand-by is missing, and things are quiet."""
-        if self._spec.reserves or now_s < self._rest_until_s or any(process.pid is None for process in self._waiting):
-            return False
-        if self._spec.node_resource is None:
-            return len(self._waiting) < self._spec.standby
-        return self._node_for_standby() is not None
+    async def insist(self, process: Process, info: HostInfo) -> None:
+        """Kill a process that does not hear Ray: a frozen one."""
+        await end_process(info.pid, info.node, ExpertActor.__name__)
 
-    def refill(self, threads: int) -> None:
-        """Begin to warm a stand-by, made for so many threads."""
-        process = self._make(threads, self._node_for_standby() if self._spec.node_resource is not None else None)
-        self._waiting.append(process)
-        task = asyncio.create_task(self._warm(process))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def keep_standby(self, threads: Callable[[], int]) -> None:
+        """Begin to warm a stand-by, made for so many threads, where one is missing and things are quiet."""
+        if self._short(time.monotonic()):
+            self._refill(threads())
 
     def stop(self) -> None:
         """End all that are left."""
@@ -106,6 +94,20 @@ class ActorPool:
             task.cancel()
         for process in tuple(self._known.values()):
             self.end(process)
+
+    def _short(self, now_s: float) -> bool:
+        if self._spec.reserves or now_s < self._rest_until_s or any(process.pid is None for process in self._waiting):
+            return False
+        if self._spec.node_resource is None:
+            return len(self._waiting) < self._spec.standby
+        return self._node_for_standby() is not None
+
+    def _refill(self, threads: int) -> None:
+        process = self._make(threads, self._node_for_standby() if self._spec.node_resource is not None else None)
+        self._waiting.append(process)
+        task = asyncio.create_task(self._warm(process))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _warm(self, process: Process) -> None:
         try:
@@ -145,7 +147,7 @@ class ActorPool:
         elif node is None and not self._spec.reserves:
             node = self._emptiest_node()
         actor = (
-            ray.remote(ExpertActor)
+            ray.remote(concurrency_groups={GUESTS: CALLS})(ExpertActor)
             .options(
                 name=name,
                 namespace=self._spec.namespace,

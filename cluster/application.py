@@ -9,11 +9,27 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from cluster.spec import ServiceSpec
+
 CHECK_S = 2.0
 ANSWER_S = 20.0
 MISSES = 3
 COMES_S = 120.0  # for the application to be there, where the controller was started first
 log = logging.getLogger("shoal.controller")
+
+
+async def wait_until_over(spec: ServiceSpec, came: Callable[[], bool], busy: Callable[[], bool]) -> bool:
+    """Return when nobody needs the hosts any more; False where that is for somebody else to say.
+
+    `came`: whether the application was heard of; `busy`: whether a worker is there.
+    """
+    if spec.follow_application:
+        await wait_until_gone(spec.name, came)
+    elif spec.idle_end_s is not None:
+        await wait_until_idle(busy, spec.idle_end_s)
+    else:
+        return False
+    return True
 
 
 async def wait_until_gone(name: str, came: Callable[[], bool]) -> None:

@@ -94,6 +94,10 @@ class Conductor:
             self._suspects.pop(host_id, None)
             self._transaction.lost(host_id, generation, reason, now_s)
 
+    def give_up(self, reason: str) -> None:
+        """No host can be had any more, and none will."""
+        self.reason = self.reason or reason
+
     def host_failed(self, host_id: str, generation: int, reason: str, now_s: float) -> None:
         """A life cannot load what it should; while the service was never ready, no other life could either."""
         view = self.roster.find(host_id, generation)

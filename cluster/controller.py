@@ -8,25 +8,24 @@ import secrets
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import ray
 
 from cluster.actions import GiveUp, Publish, Save
-from cluster.actor_pool import ActorPool
-from cluster.application import wait_until_gone, wait_until_idle
+from cluster.application import wait_until_over
 from cluster.balance import Balance
 from cluster.change import ChangeRefused, Wish
 from cluster.conductor import Conductor
-from cluster.describe import describe_events, describe_hosts, describe_service, state_name
+from cluster.describe import describe_events, describe_hosts, describe_service, residents, state_name
 from cluster.events import Event, EventLog
 from cluster.fleet import Fleet
 from cluster.following import Following
+from cluster.lodging import open_pool
 from cluster.node_follower import Desired
-from cluster.nodes import living_nodes
 from cluster.notice import Notice
 from cluster.plan import ModelShape
+from cluster.pool import Pool
 from cluster.room import make_room
 from cluster.saved import Committed, SavedState
 from cluster.spec import ServiceSpec
@@ -48,7 +47,7 @@ class Controller:
         saved = load_state(spec.name)
         self._conductor: Conductor | None = None  # until the model is known
         self._fleet: Fleet | None = None
-        self._pool: ActorPool | None = None  # until it is known which actors there are
+        self._pool: Pool | None = None  # until it is known which actors there are
         self._state = saved or ControllerState(secrets.token_hex(16))
         self._balance: Balance | None = None
         self._following: Following | None = None
@@ -113,6 +112,10 @@ class Controller:
     def wants(self, name: str) -> bool:
         """False when an expert actor was declared dead, or forgotten: it ends itself then."""
         return self._pool is None or name in self._pool.names
+
+    def residents(self) -> dict[str, tuple[str, int]]:
+        """Actors in whose processes another controller's hosts may be guests now, with host id and generation."""
+        return residents(self._conductor, self._fleet)
 
     async def begin_change(self, wish: Mapping[str, Any]) -> dict[str, Any]:
         """Start on a wish, and describe the change; raises ChangeRefused, which says why and what to do."""
@@ -214,8 +217,7 @@ class Controller:
             self._events,
             self._state.core,
         )
-        nodes = self._following.usable if self._following is not None else partial(living_nodes, None)
-        pool = ActorPool(self._spec, self._state.token, nodes, self._remember)
+        pool = open_pool(self._spec, self._state.token, self._following, self._remember, conductor.give_up)
         self._fleet = fleet = Fleet(self._spec, pool, self._state.stamps, conductor, self._changed)
         await fleet.adopt(self._state.actors)
         self._pool = pool
@@ -275,11 +277,7 @@ class Controller:
                 self._changed.set()
 
     async def _follow_application(self) -> None:
-        if self._spec.follow_application:
-            await wait_until_gone(self._spec.name, lambda: self._application_came)
-            await self.shutdown()
-        elif self._spec.idle_end_s is not None:
-            await wait_until_idle(lambda: self._workers.any, self._spec.idle_end_s)
+        if await wait_until_over(self._spec, lambda: self._application_came, lambda: self._workers.any):
             await self.shutdown()
 
 

@@ -54,6 +54,15 @@ def describe_hosts(conductor: Conductor | None, fleet: Fleet | None, balance: Ba
     return described
 
 
+def residents(conductor: Conductor | None, fleet: Fleet | None) -> dict[str, tuple[str, int]]:
+    """Id and generation of the members that serve, by the names of their actors, which may take guests."""
+    if conductor is None or fleet is None:
+        return {}
+    views = [conductor.roster.views[host_id] for host_id in conductor.committed.members]
+    lives = [fleet.find(view.id, view.generation) for view in views if view.state == "ready"]
+    return {life.process.name: (life.host_id, life.generation) for life in lives if life is not None}
+
+
 def describe_service(conductor: Conductor | None, balance: Balance | None) -> dict[str, Any]:
     """Members, replicas, changes, counts of events, and how even the load is."""
     if conductor is None or balance is None:

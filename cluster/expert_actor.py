@@ -1,130 +1,69 @@
 """One life of one expert host as a Ray actor. Ray starts it and watches it; rows come by NIXL or gRPC.
 
-The controller imports this to make such actors, so what computes is imported only where one runs.
+Its process may have guests: lives of other controllers, such as a training run's, with doors and experts of their own.
 """
 
 import os
 import threading
-import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
-import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from cluster.guests import Guests
+from cluster.resident import Resident, wait_until_unwanted
+from cluster.spec import ServiceSpec
 
-from cluster.roster import HostReport
-from cluster.spec import CONTROLLER_NAME, ServiceSpec
-from model.checkpoint import Stamps
-from router.holding import Pair
-from router.placement import Host
-
-ORPHAN_CHECK_S = 5.0
-ORPHAN_CHECKS = 12  # looks without a controller after which the actor ends itself
+GUESTS = "guests"  # Ray's name for the threads that guests' calls run on, so that they take none from the host's own
 
 
-@dataclass(frozen=True, slots=True)
-class HostInfo:
-    """Where a ready host is and what it holds."""
+class GuestResident(Resident):
+    """A life that leaves its process as it found it."""
 
-    report: HostReport
-    pid: int
-    node: str
-    nbytes: int
-    stamps: Stamps  # of the checkpoint's files on its node
-    load_s: float  # that it took to load what it began with
-
-
-class ExpertActor:
-    """Threaded actor around an `ExpertLife`: `begin` and `take` run while the other methods answer."""
-
-    def __init__(self, spec: ServiceSpec, name: str, token: str, threads: int) -> None:
-        from cluster.expert_life import ExpertLife
-
-        self._namespace = spec.namespace
-        self._name = name
-        self._life = ExpertLife(spec, name, token, threads)
-        self._ended = threading.Event()
-        threading.Thread(target=self._follow_controller, name="orphan-check", daemon=True).start()
-
-    def warm(self) -> int:
-        """See `ExpertLife.warm`; the process's id."""
-        self._life.warm()
-        return os.getpid()
-
-    def begin(
-        self, host_id: str, generation: int, pairs: Collection[Pair], threads: int, stamps: Mapping[str, Stamps]
-    ) -> HostInfo:
-        """Be this life from now on, with the files that `stamps` has for this node: see `ExpertLife.begin`."""
-        here = stamps.get(ray.get_runtime_context().get_node_id())
-        self._life.begin(host_id, generation, pairs, threads, here, f"{ray.util.get_node_ip_address()}:0")
-        return self._info()
-
-    def settle(self) -> HostInfo:
-        """End what an earlier controller began; raises RuntimeError before `begin` is done."""
-        self._life.settle()
-        return self._info()
-
-    def take(self, change_id: str, pairs: Collection[Pair], sources: Mapping[Pair, Host]) -> tuple[HostInfo, int, int]:
-        """Hold further pairs, all of them or none; how many came from hosts, and from disk.
-
-        Raises what `Loader.load` raises.
-        """
-        report = self._life.take(change_id, pairs, sources)
-        return self._info(), report.from_hosts, report.from_disk
-
-    def taken(self, change_id: str) -> int:
-        """Pairs loaded for a change so far."""
-        return self._life.taken(change_id)
-
-    def abandon(self, change_id: str) -> None:
-        """`take` of this change shall end, and leave nothing behind."""
-        self._life.abandon(change_id)
-
-    def drop(self, pairs: Collection[Pair]) -> HostInfo:
-        """Hold these pairs no longer; those that are not held are fine."""
-        self._life.drop(pairs)
-        return self._info()
-
-    def set_threads(self, threads: int) -> None:
-        """Compute with so many threads from now on, where the bits do not depend on it."""
-        self._life.set_threads(threads)
-
-    def ping(self) -> None:
-        """Answered by whoever is not frozen."""
-
-    def progress(self) -> tuple[int, int]:
-        """Experts loaded, and to load, at the start of this life."""
-        return self._life.progress
-
-    def wait_for_end(self) -> None:
-        """Return when the actor was told to stop; whoever waits learns of its death at once."""
-        self._ended.wait()
-
-    def stop(self) -> None:
-        """Close the door, letting requests in flight finish."""
-        self._life.stop()
+    def leave(self) -> None:
+        """Let whoever waits for its end know that it is over."""
         self._ended.set()
 
-    def _info(self) -> HostInfo:
-        life = self._life
-        node = ray.get_runtime_context().get_node_id()
-        return HostInfo(life.report(), os.getpid(), node, life.nbytes, life.stamps, life.load_s)
+    def end(self) -> None:
+        """Stop, and give all memory back; more than once is fine."""
+        self._life.end()
+
+
+class ExpertActor(Resident):
+    """Threaded actor: a life that has the process for itself, but for its guests."""
+
+    def __init__(self, spec: ServiceSpec, name: str, token: str, threads: int) -> None:
+        super().__init__(spec, name, token, threads)
+        self._spec = spec
+        self._name = name
+        self._threads = threads
+        self._guests = Guests(self._make_guest, wait_until_unwanted)
+        threading.Thread(target=self._follow_controller, name="orphan-check", daemon=True).start()
+
+    def admit(self, spec: ServiceSpec, name: str, token: str) -> bool:
+        """Take a host of another controller in; False where there is no room."""
+        return self._guests.admit(spec, name, token)
+
+    def guest(self, name: str, method: str, *arguments: Any) -> Any:
+        """A method of a guest: see `Guests.call`."""
+        return self._guests.call(name, method, *arguments)
+
+    def guests(self) -> tuple[str, ...]:
+        """Names of those that are here."""
+        return self._guests.names
+
+    def evict(self, name: str) -> None:
+        """End a guest and free its memory; one that is not here is fine."""
+        self._guests.evict(name)
+
+    def stop(self) -> None:
+        """Close the door, letting requests in flight finish. Guests are told at once: this process has not long."""
+        self._guests.leave()
+        super().stop()
+
+    def _make_guest(self, spec: ServiceSpec, name: str, token: str) -> GuestResident:
+        here = replace(spec, gpus=self._spec.gpus)  # it computes on what this process was given
+        return GuestResident(here, name, token, self._threads)
 
     def _follow_controller(self) -> None:
         """End this process when nobody is left to serve, or when the controller does not know it any more."""
-        misses = 0
-        while misses < ORPHAN_CHECKS:
-            time.sleep(ORPHAN_CHECK_S)
-            try:
-                controller = ray.get_actor(CONTROLLER_NAME, namespace=self._namespace)
-            except ValueError:
-                misses += 1
-                continue
-            misses = 0
-            try:
-                wanted = ray.get(controller.wants.remote(self._name), timeout=ORPHAN_CHECK_S)
-            except (RayActorError, GetTimeoutError):
-                continue  # it is being restarted
-            if not wanted:
-                break
+        wait_until_unwanted(self._spec.namespace, self._name, threading.Event())
         os._exit(0)

@@ -9,7 +9,7 @@ from cluster.spec import ServiceSpec
 from cluster.threads import node_threads
 from experts.grpc_server import ExpertServer
 from experts.host import ExpertHost, MakeStore
-from experts.loader import Loader, LoadReport
+from experts.loader import LoadAbandoned, Loader, LoadReport
 from experts.nixl import prepare_environment
 from experts.nixl_door import NixlDoor
 from experts.training.door import TrainingDoor
@@ -27,12 +27,15 @@ from router.placement import Host
 
 
 class ExpertLife:
-    """Nobody until `begin`. Its methods may be called from several threads."""
+    """Nobody until `begin`. Its methods may be called from several threads.
+
+    Where `spec` lodges with another service, the process and its threads are that service's, and stay as they are.
+    """
 
     def __init__(self, spec: ServiceSpec, name: str, token: str, threads: int) -> None:
-        set_threads(threads)
-        prepare_environment()
         self._spec = spec
+        self._compute_with(threads)
+        prepare_environment()
         self._name = name
         self._token = token
         self.stamps: Stamps = {}
@@ -43,7 +46,9 @@ class ExpertLife:
         self._server: ExpertServer | None = None
         self._host: ExpertHost | None = None
         self._loader: Loader | None = None
-        self._taking = threading.Lock()  # around one change's load
+        self._beginning = threading.Lock()  # around `begin`
+        self._taking = threading.Lock()  # around one change's load; taken after the other
+        self._over = False
         self._abandoned: set[str] = set()
         self._taken = ("", 0)  # change, and pairs loaded for it so far
 
@@ -63,9 +68,16 @@ class ExpertLife:
     ) -> None:
         """Be this life from now on: read the named experts and open the door at `address`.
 
-        Raises what `warm` raises, and CheckpointError when the files are not those of `stamps`.
+        Raises what `warm` raises, CheckpointError when the files are not those of `stamps`, and LoadAbandoned when it
+        is ended meanwhile.
         """
-        set_threads(threads)
+        with self._beginning:
+            self._begin(host_id, generation, pairs, threads, stamps, address)
+
+    def _begin(
+        self, host_id: str, generation: int, pairs: Collection[Pair], threads: int, stamps: Stamps | None, address: str
+    ) -> None:
+        self._compute_with(threads)
         checkpoint = self.warm()
         self.stamps = stamps or checkpoint.stamps()
         checkpoint.check_stamps(self.stamps)
@@ -115,7 +127,7 @@ class ExpertLife:
             def on_progress(done: int) -> None:
                 self._taken = (change_id, done)
 
-            return self._loader.load(pairs, sources, lambda: change_id in self._abandoned, on_progress)
+            return self._loader.load(pairs, sources, lambda: self._over or change_id in self._abandoned, on_progress)
 
     def taken(self, change_id: str) -> int:
         """Pairs loaded for a change so far."""
@@ -135,12 +147,29 @@ class ExpertLife:
     def set_threads(self, threads: int) -> None:
         """Compute with so many threads from now on, where the bits do not depend on it."""
         if native() is not None and not self._spec.trains:
-            set_threads(threads)
+            self._compute_with(threads)
 
     def stop(self) -> None:
         """Close the door, letting requests in flight finish."""
         if self._server is not None:
             self._server.stop()
 
+    def end(self) -> None:
+        """Stop whatever is under way, and give back what this life holds of a process that goes on without it."""
+        self._over = True
+        with self._beginning, self._taking:
+            self.stop()
+            if self._server is None and self._door is not None:
+                self._door.close()
+            if self._host is not None:
+                self._host.unload(self._host.held)
+            self._host = self._server = self._loader = self._door = self._checkpoint = None
+
+    def _compute_with(self, threads: int) -> None:
+        if self._spec.lodges_with is None:
+            set_threads(threads)
+
     def _on_progress(self, done: int, total: int) -> None:
+        if self._over:
+            raise LoadAbandoned(f"{self._name} was ended while it was loading")
         self.progress = (done, total)

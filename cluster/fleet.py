@@ -11,11 +11,10 @@ from typing import Any
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.actions import Abandon, Load, Probe, Retire, StartHost, StopHost
-from cluster.actor_pool import ActorPool, Process
 from cluster.conductor import Conductor
-from cluster.expert_actor import ExpertActor, HostInfo
 from cluster.nodes import living_nodes
-from cluster.processes import end_process
+from cluster.pool import Pool, Process
+from cluster.resident import HostInfo
 from cluster.spec import ServiceSpec
 from cluster.threads import host_threads
 from model.checkpoint import Stamps
@@ -50,7 +49,7 @@ class Fleet:
     def __init__(
         self,
         spec: ServiceSpec,
-        pool: ActorPool,
+        pool: Pool,
         stamps: Mapping[str, Stamps],
         conductor: Conductor,
         changed: asyncio.Event,
@@ -114,8 +113,7 @@ class Fleet:
 
     def keep_standby(self) -> None:
         """See to it that a process waits for the next life."""
-        if self._pool.short(time.monotonic()):
-            self._pool.refill(self._threads(len(self._conductor.roster.views)))
+        self._pool.keep_standby(lambda: self._threads(len(self._conductor.roster.views)))
 
     @property
     def standby(self) -> list[int]:
@@ -238,8 +236,8 @@ class Fleet:
             except (RayActorError, RayTaskError):
                 pass  # it has ended, or ends now
         self._pool.end(life.process)
-        if insist and life.info is not None:  # a frozen process does not hear Ray
-            await end_process(life.info.pid, life.info.node, ExpertActor.__name__)
+        if insist and life.info is not None:
+            await self._pool.insist(life.process, life.info)
 
     async def _ask_progress(self, life: Life) -> None:
         with contextlib.suppress(TimeoutError, RayActorError, RayTaskError):

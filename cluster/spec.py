@@ -29,6 +29,7 @@ class ServiceSpec:
     follow_application: bool = True  # end when the Serve application of this name is gone
     trains: bool = False  # hosts keep their experts in a form that can be stepped, and serve nobody
     idle_end_s: float | None = None  # end when no worker was heard of for so long
+    lodges_with: str | None = None  # service whose hosts' processes these hosts live in; None: in their own
 
     def __post_init__(self) -> None:
         if self.hosts < 1:
@@ -56,7 +57,12 @@ class ServiceSpec:
 
     @property
     def namespace(self) -> str:
-        return f"shoal-{self.name}"
+        return namespace_of(self.name)
+
+
+def namespace_of(service: str) -> str:
+    """The Ray namespace of a service's actors."""
+    return f"shoal-{service}"
 
 
 @dataclass(frozen=True, slots=True)

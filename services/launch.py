@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -146,6 +146,7 @@ def serve_foreground(options: LaunchOptions, console: Console) -> int:
     cluster: LocalCluster | None = None
     try:
         cluster = LocalCluster(f"shoal-p{options.port}")
+        write_record(replace(record, ray_address=cluster.address))
         for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
             signal.signal(number, on_signal)
         _run(options, admin_token, console, stop)
@@ -159,9 +160,9 @@ def serve_foreground(options: LaunchOptions, console: Console) -> int:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        remove_record(options.port)  # whoever uses this Ray, such as a training run, sees that it has not long
         if cluster is not None:
             _shut_down(cluster, f"p{options.port}")
-        remove_record(options.port)
 
 
 def _run(options: LaunchOptions, admin_token: str, console: Console, stop: threading.Event) -> None:

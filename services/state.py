@@ -17,6 +17,7 @@ class ServiceRecord:
     model: str
     admin_token: str
     log: str | None = None
+    ray_address: str | None = None  # of its Ray; None: not started yet, or it runs elsewhere
 
     @property
     def ended(self) -> bool:

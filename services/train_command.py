@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from services.commands import CommandError
+from services.on_cluster import on_cluster
 
 if TYPE_CHECKING:  # loading them takes longer than any other subcommand needs
     from services.training.recipe import Recipe
@@ -50,6 +51,9 @@ def run(options: argparse.Namespace) -> int:
 
 def train_here(recipe: "Recipe") -> int:
     """Run to the end in this process and its Ray."""
+    if recipe.experts.service is not None and not on_cluster():
+        # `shoal serve` has Ray ask for a token, which joining by address does not imply; Ray looks when it is imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     from services.training.driver import TrainingFailed, train
 
     try:
@@ -91,10 +95,12 @@ def _show(recipe: "Recipe") -> int:
     total = found.dense + found.experts
     at_most = "at most " if recipe.method == "esft" else ""
     trained = found.trained_dense + found.trained_experts
+    hosts, service = recipe.experts.hosts, recipe.experts.service
+    place = f" in hosts of {service}" if service is not None else ""
     lines = (
         f"# parameters        {total:,}: {found.dense:,} dense, {found.experts:,} in routed experts",
         f"# trained           {at_most}{trained:,}: {found.trained_dense:,} dense, {found.trained_experts:,} in hosts",
-        f"# each expert host  {_gib(found.host_bytes)} for weights, gradients and optimizer, of {recipe.experts.hosts}",
+        f"# each expert host  {_gib(found.host_bytes)} for weights, gradients and optimizer, of {hosts}{place}",
         f"# each worker       {_gib(found.worker_bytes)} and some {_gib(found.activation_bytes)} of activations",
         f"# a step            {found.tokens_per_step:,} tokens, {found.micro_batches} micro-batches a worker",
     )

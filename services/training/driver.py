@@ -1,8 +1,6 @@
 """A training run from outside: what can be checked beforehand, the Ray Train job, and its end."""
 
 import contextlib
-import logging
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.session import LocalCluster, keep_private  # before anything that imports ray
 from cluster.spec import ServiceSpec
 from experts.transport_kinds import check_transport
 from model.checkpoint import Checkpoint
@@ -24,6 +21,11 @@ from services.training.outcome import STOP, begin_outcome, read_outcome, told
 from services.training.progress import follow
 from services.training.recipe import Recipe
 from services.training.result import with_yarn
+from services.training.session import (
+    RUN_PREFIX,
+    check_service,
+    ray_of_run,
+)  # nothing above imports ray, which this must do first
 
 UPLOADED = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` sent
 IDLE_END_S = 120.0  # the hosts of a run that has no worker any more end so long after it
@@ -56,10 +58,10 @@ def prepare(recipe: Recipe) -> tuple[Checkpoint, int]:
 
 
 def train(recipe: Recipe, console: Console) -> int:
-    """Run to the end, on the Ray that this process belongs to, or a private one; the steps made.
+    """Run to the end, on the Ray that this process belongs to, the recipe's service's, or a private one; steps made.
 
-    SIGINT and SIGTERM end it after a snapshot; a second one ends it at once. Raises what `prepare` raises, and
-    TrainingFailed.
+    SIGINT and SIGTERM end it after a snapshot; a second one ends it at once. Raises what `prepare` raises,
+    ServiceUnusable, and TrainingFailed.
     """
     recipe = absolute(recipe)
     checkpoint, steps = prepare(recipe)
@@ -69,8 +71,20 @@ def train(recipe: Recipe, console: Console) -> int:
         return before.steps
     begin_outcome(recipe.output_dir)
     _, known = told(recipe.output_dir)
+    stop_file, service = recipe.output_dir / STOP, recipe.experts.service
+
+    def on_end() -> None:
+        stop_file.touch()
+        console.print(
+            f"the service {service} ends, and takes the run's expert hosts with it: stopping with a snapshot if there "
+            "is still time; start it again, and the same command goes on from the last one",
+            soft_wrap=True,
+        )
+
     try:
-        with _ray(), _signals(recipe.output_dir / STOP, console):
+        with ray_of_run(service, on_end), _signals(stop_file, console):
+            if service is not None:
+                check_service(service, recipe.experts.hosts)
             return _train(recipe, checkpoint, steps, console)
     finally:
         for line in told(recipe.output_dir, known)[0]:
@@ -88,10 +102,10 @@ def absolute(recipe: Recipe) -> Recipe:
 
 
 def service_spec(recipe: Recipe, checkpoint: Checkpoint) -> ServiceSpec:
-    """The run's own expert hosts."""
+    """The run's expert hosts."""
     experts = recipe.experts
     return ServiceSpec(
-        name=f"train-{recipe.output_dir.name}",
+        name=f"{RUN_PREFIX}{recipe.output_dir.name}",
         model=str(checkpoint.directory.resolve()),
         hosts=experts.hosts,
         replicas=experts.replicas,
@@ -104,6 +118,7 @@ def service_spec(recipe: Recipe, checkpoint: Checkpoint) -> ServiceSpec:
         follow_application=False,
         trains=True,
         idle_end_s=IDLE_END_S,
+        lodges_with=experts.service,
     )
 
 
@@ -171,23 +186,6 @@ def _reason(error: BaseException) -> str:
     text = str(error).strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _ray() -> Iterator[None]:
-    """The Ray of a job, or a private one for as long as this lasts."""
-    import ray
-
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-        return
-    keep_private()
-    with LocalCluster("shoal-train"):
-        yield
 
 
 @contextlib.contextmanager

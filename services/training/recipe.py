@@ -81,8 +81,13 @@ class Yarn(Part):
 
 
 class Experts(Part):
-    """Expert hosts of the run."""
+    """Expert hosts of the run: processes of its own, or guests in those of a running service's hosts."""
 
+    service: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Serve application whose expert hosts take them in; `shoal serve --port 8000` is p8000",
+    )
     hosts: int = Field(2, ge=1)
     replicas: int = Field(1, ge=1, description="hosts that hold each expert; 2: one may die, and no step is lost")
     threads: int | None = Field(None, ge=1)
@@ -90,6 +95,17 @@ class Experts(Part):
     gpus: float = Field(0.0, ge=0)
     resources: dict[str, float] = {}
     transport: TransportKind = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> "Experts":
+        owners = ("threads", "cpus", "gpus", "resources")
+        given = [f"{name}={getattr(self, name)}" for name in owners if getattr(self, name)]
+        if self.service is not None and given:
+            raise ValueError(
+                f"service is {self.service!r} and {', '.join(given)}; expected service alone: its hosts compute with "
+                "what that service gave them"
+            )
+        return self
 
 
 class Workers(Part):

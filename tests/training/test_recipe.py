@@ -11,7 +11,7 @@ from model.config import parse_config
 from services.training.driver import absolute
 from services.training.forecast import forecast
 from services.training.method import make_method
-from services.training.recipe import RecipeError, load_recipe
+from services.training.recipe import RecipeError, load_recipe, parse_recipe
 from services.training.result import raw_with_yarn, with_yarn
 from services.training.schedule import LearningRate, batch_tokens
 from tests.checkpoints import SHAPES
@@ -51,6 +51,9 @@ def test_overrides_reach_into_sections(tmp_path: Path) -> None:
         ("epochs=2", "steps is 10 and epochs 2.0; expected exactly one"),
         ("steps=null", "steps is None and epochs None"),
         ("experts.replicas=3", "experts.replicas is 3; expected at most experts.hosts"),
+        ("experts={service: p8000, threads: 2}", "service is 'p8000' and threads=2; expected service alone"),
+        ("experts={service: p8000, gpus: 1, resources: {a: 1}}", "service is 'p8000' and gpus=1.0, resources={'a'"),
+        ("experts.service=not one", "experts.service: .*match"),
         ("workers.most=0", "workers.most: .*greater than or equal to 1"),
         ("batch_tokens=32", "a step has 32 tokens; expected at least data.sequence_length \\(64\\)"),
         ("micro_batch_tokens=32", "micro_batch_tokens is 32; expected at least data.sequence_length"),
@@ -80,6 +83,12 @@ def test_files_that_are_no_recipe_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(RecipeError, match="cannot be read as YAML"):
         load_recipe(tmp_path / "bad.yaml", [])
+
+
+def test_hosts_of_a_service_go_through_plain_data(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path), ["experts.service=p8000", "experts.transport=grpc"])
+    assert recipe.experts.service == "p8000"
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe  # as the workers get it
 
 
 @pytest.mark.parametrize("path", sorted(Path("examples").glob("*.yaml")), ids=lambda path: path.stem)

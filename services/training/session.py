@@ -1,0 +1,116 @@
+"""The Ray of a run: a job's, that of the service whose hosts it uses, or a private one; and a look at the service."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from cluster.session import LOOPBACK, LocalCluster, keep_private  # before anything that imports ray
+from cluster.spec import CONTROLLER_NAME, namespace_of
+from services.on_cluster import on_cluster
+from services.state import ServiceRecord, read_record, running_services
+
+ANSWER_S = 20.0
+FOLLOW_S = 0.25
+RUN_PREFIX = "train-"  # of the names under which runs keep their hosts
+
+
+class ServiceUnusable(ValueError):
+    """The service that a recipe names cannot take the run's expert hosts in; says what to do."""
+
+
+@contextlib.contextmanager
+def ray_of_run(service: str | None, on_end: Callable[[], None]) -> Iterator[None]:
+    """The Ray of a job, or of a service that runs here, or a private one for as long as this lasts.
+
+    Where the Ray is a service's, and ends with it within seconds, `on_end` is called in a thread when that begins to.
+    Raises ServiceUnusable where there is no Ray that `service` may be on.
+    """
+    import ray
+
+    if on_cluster():
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+    elif service is not None:
+        record = find_record(service, running_services())
+        ray.init(
+            address=record.ray_address, log_to_driver=False, logging_level=logging.WARNING, _node_ip_address=LOOPBACK
+        )
+        left = threading.Event()
+        threading.Thread(target=_follow, args=(record, left, on_end), name="service", daemon=True).start()
+        try:
+            yield
+        finally:
+            left.set()
+            ray.shutdown()
+        return
+    else:
+        keep_private()
+        with LocalCluster("shoal-train"):
+            yield
+        return
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def find_record(service: str, records: list[ServiceRecord]) -> ServiceRecord:
+    """The service, with a Ray, that `shoal serve` started here; raises ServiceUnusable."""
+    names = {f"p{record.port}": record for record in records}
+    record = names.get(service)
+    if record is None:
+        raise ServiceUnusable(
+            f"experts.service is {service!r}; {_there(names)} on this machine: start it with `shoal serve` "
+            "(--port 8000 is p8000), set RAY_ADDRESS for one on a cluster, or leave it out for hosts of the run's own"
+        )
+    if record.ray_address is None:
+        raise ServiceUnusable(f"experts.service is {service!r}, whose Ray has not started yet: wait until it is ready")
+    return record
+
+
+def check_service(service: str, hosts: int) -> None:
+    """Look at the service in whose hosts' processes `hosts` expert hosts shall live; raises ServiceUnusable."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError
+
+    try:
+        controller = ray.get_actor(CONTROLLER_NAME, namespace=namespace_of(service))
+        status = ray.get(controller.status.remote(), timeout=ANSWER_S)
+    except ValueError:
+        named = ray.util.list_named_actors(all_namespaces=True)
+        prefix = namespace_of("")
+        spaces = [actor["namespace"] for actor in named if actor["name"] == CONTROLLER_NAME]
+        there = [space.removeprefix(prefix) for space in spaces if space.startswith(prefix)]
+        there = [name for name in there if not name.startswith(RUN_PREFIX)]
+        raise ServiceUnusable(
+            f"experts.service is {service!r}; {_there(there)} on this Ray: name one that serves, or leave it out for "
+            "hosts of the run's own"
+        ) from None
+    except (RayActorError, GetTimeoutError) as error:
+        raise ServiceUnusable(f"the service {service} does not answer: {str(error).splitlines()[0]}") from error
+    check_status(service, hosts, status)
+
+
+def check_status(service: str, hosts: int, status: dict[str, Any]) -> None:
+    """Whether a service with this status can take `hosts` hosts in; raises ServiceUnusable."""
+    if status["state"] != "ready":
+        reason = f" ({status['reason']})" if status["reason"] else ""
+        raise ServiceUnusable(f"the service {service} is {status['state']}{reason}: begin again when it is ready")
+    ready = [host["id"] for host in status["expert_hosts"] if host["state"] == "ready"]
+    if len(ready) < hosts:
+        raise ServiceUnusable(
+            f"experts.hosts is {hosts}; the service {service} has {len(ready)} expert hosts ({', '.join(ready)}): "
+            f"use at most {len(ready)}, or give it more with `shoal experts scale {hosts}`"
+        )
+
+
+def _follow(record: ServiceRecord, left: threading.Event, on_end: Callable[[], None]) -> None:
+    while not left.wait(FOLLOW_S):
+        if read_record(record.port) is None:
+            on_end()
+            return
+
+
+def _there(names: Any) -> str:
+    return f"there are the services {', '.join(sorted(names))}" if names else "there is no service"
