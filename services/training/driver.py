@@ -1,6 +1,7 @@
 """A training run from outside: what can be checked beforehand, the Ray Train job, and its end."""
 
 import contextlib
+import hashlib
 import signal
 import threading
 from collections.abc import Iterator
@@ -101,11 +102,16 @@ def absolute(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.resolve(), "output_dir": output, "data": data})
 
 
+def _run_name(output_dir: Path) -> str:
+    """Under which a run's hosts are found again: on one Ray, no other run that writes elsewhere may have the same."""
+    return f"{RUN_PREFIX}{output_dir.name}-{hashlib.sha256(str(output_dir).encode()).hexdigest()[:8]}"
+
+
 def service_spec(recipe: Recipe, checkpoint: Checkpoint) -> ServiceSpec:
     """The run's expert hosts."""
     experts = recipe.experts
     return ServiceSpec(
-        name=f"{RUN_PREFIX}{recipe.output_dir.name}",
+        name=_run_name(recipe.output_dir),
         model=str(checkpoint.directory.resolve()),
         hosts=experts.hosts,
         replicas=experts.replicas,

@@ -1,14 +1,16 @@
 """Recipes: what is wrong is named, what is left out has a value, and each method trains what it says."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from model.adapters.errors import AdapterError
+from model.checkpoint import Checkpoint
 from model.config import parse_config
-from services.training.driver import absolute
+from services.training.driver import absolute, service_spec
 from services.training.forecast import forecast
 from services.training.method import make_method
 from services.training.recipe import RecipeError, load_recipe, parse_recipe
@@ -153,3 +155,11 @@ def test_what_a_job_writes_outlives_its_working_directory(tmp_path: Path, monkey
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert absolute(recipe).output_dir == tmp_path / "home" / "o"
     assert absolute(recipe).data.files == (uploaded / "d.jsonl",)
+
+
+def test_runs_that_write_elsewhere_share_no_hosts(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
+    model = Checkpoint.open(checkpoint("tiny"))
+    recipes = [absolute(load_recipe(write(tmp_path, output_dir=str(tmp_path / name / "out")), [])) for name in "aba"]
+    first, other, again = (service_spec(recipe, model).namespace for recipe in recipes)
+    assert first != other
+    assert first == again  # the same run, begun again, finds its hosts
