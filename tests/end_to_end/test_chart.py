@@ -39,7 +39,7 @@ class Release:
 
     def values(self, replicas: int, workers: int = 1, jobs: Sequence[Values] = ()) -> Values:
         experts = {"replicas": replicas, "cpu": 1, "drainSeconds": 60}
-        attention = {"replicas": workers, "cpu": 1, "maxLength": 512, "drainSeconds": 20}
+        attention = {"replicas": workers, "cpu": 1, "maxLength": 512, "drainSeconds": 10}
         return {"model": {"path": str(self._model)}, "experts": experts, "attention": attention, "jobs": [*jobs]}
 
     def install(self, replicas: int) -> None:
@@ -179,6 +179,25 @@ def test_a_standby_waits_on_each_node_and_the_dead_come_back_where_they_were(rel
     assert [host["node"] for host in release.status()["expert_hosts"]] == [host["node"] for host in before]
 
 
+def test_attention_workers_come_and_go_and_no_stream_notices(
+    release: Release, bodies: list[Body], expected: Answers
+) -> None:
+    def workers() -> list[str]:
+        return [worker["node"] for worker in release.status().get("attention_workers", ())]
+
+    def grow() -> None:
+        release.upgrade(2, workers=2)
+        wait_until(lambda: len(set(workers())) == 2, 120)
+
+    def shrink() -> None:
+        (oldest, _) = release.kubernetes.nodes("attention")  # where the ingress and the controller are
+        release.upgrade(2, workers=1)
+        wait_until(lambda: not oldest.alive and len(workers()) == 1 and len(release.homes()) == 2, 120)
+
+    for harm in (grow, shrink):
+        meanwhile(release, bodies, expected, harm)
+
+
 def test_what_was_asked_for_outlives_the_controller(release: Release) -> None:
     release.make_room(hosts=1)
     controller = release.status()["controller"]["pid"]
@@ -203,25 +222,6 @@ def test_the_last_node_is_not_emptied_and_hosts_are_not_counted_by_hand(release:
     ):
         refused = release.begin(route, **wish)
         assert (refused.status_code, said in refused.text) == (400, True), refused.text
-
-
-def test_attention_workers_come_and_go_and_no_stream_notices(
-    release: Release, bodies: list[Body], expected: Answers
-) -> None:
-    def workers() -> list[str]:
-        return [worker["node"] for worker in release.status().get("attention_workers", ())]
-
-    def grow() -> None:
-        release.upgrade(2, workers=2)
-        wait_until(lambda: len(set(workers())) == 2, 120)
-
-    def shrink() -> None:
-        (oldest, _) = release.kubernetes.nodes("attention")  # where the ingress and the controller are
-        release.upgrade(2, workers=1)
-        wait_until(lambda: not oldest.alive and len(workers()) == 1 and len(release.homes()) == 2, 120)
-
-    for harm in (grow, shrink):
-        meanwhile(release, bodies, expected, harm)
 
 
 def test_a_recipe_is_trained_on_the_same_cluster_and_no_stream_notices(
