@@ -1,10 +1,12 @@
 """A private Ray on this machine's loopback: started for one service, and gone with it."""
 
+import atexit
 import contextlib
 import logging
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +17,7 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 import ray
 
 LOOPBACK = "127.0.0.1"
+LOOK_S, QUIET_LOOKS, MOST_LOOKS = 0.1, 3, 100  # at a directory that is to go
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Ray carries control messages only
 
 
@@ -29,12 +32,26 @@ def keep_private() -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tokens are on, as they should be
 
 
+def remove_for_good(directory: Path) -> None:
+    """Remove a directory into which processes that are just ending may still write."""
+    quiet = 0
+    for _ in range(MOST_LOOKS):
+        if directory.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            quiet = 0
+        elif (quiet := quiet + 1) == QUIET_LOOKS:
+            return
+        time.sleep(LOOK_S)
+
+
 class LocalCluster:
     """Owns one Ray: own temporary directory, own ports, no dashboard. A context manager."""
 
     def __init__(self, namespace: str, cpus: int | None = None) -> None:
         self._temp_dir = Path(tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp"))  # short: it holds Unix sockets
         keep_private()
+        # Ray ends what it started half as the interpreter exits, and last of all comes what was registered before it
+        atexit.register(remove_for_good, self._temp_dir)
         try:
             context = ray.init(
                 address="local",
@@ -48,7 +65,7 @@ class LocalCluster:
                 _temp_dir=str(self._temp_dir),
             )
         except BaseException:
-            shutil.rmtree(self._temp_dir, ignore_errors=True)
+            shutil.rmtree(self._temp_dir, ignore_errors=True)  # now, if nothing of Ray's runs yet
             raise
         self.address: str = context.address_info["gcs_address"]
         self.logs = Path(context.address_info["session_dir"]) / "logs"
@@ -57,7 +74,7 @@ class LocalCluster:
         """End every process of this Ray and remove its directory."""
         with contextlib.suppress(ConnectionError):
             ray.shutdown()
-        shutil.rmtree(self._temp_dir, ignore_errors=True)
+        remove_for_good(self._temp_dir)
 
     def __enter__(self) -> "LocalCluster":
         return self
