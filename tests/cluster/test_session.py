@@ -20,4 +20,4 @@ def test_what_is_made_anew_meanwhile_goes_too(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(session.time, "sleep", write_late)
     session.remove_for_good(directory)
     assert not directory.exists()
-    assert len(looks) == 4 + session.QUIET_LOOKS + 1  # one look removes, and only then it may be quiet
+    assert len(looks) == 5 + session.QUIET_LOOKS - 1  # gone for the last time at the fifth look, and quiet since
