@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.util
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -186,10 +187,4 @@ def _warm_page_cache(directory: Path) -> None:
 
 
 def _parameters(checkpoint: Checkpoint) -> int:
-    total = 0
-    for entry in checkpoint.entries.values():
-        size = 1
-        for length in entry.shape:
-            size *= length
-        total += size
-    return total
+    return sum(math.prod(entry.shape) for entry in checkpoint.entries.values())

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -51,22 +52,19 @@ class LocalCluster:
         self._temp_dir = Path(tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp"))  # short: it holds Unix sockets
         keep_private()
         # Ray ends what it started half as the interpreter exits, and last of all comes what was registered before it
-        atexit.register(remove_for_good, self._temp_dir)
-        try:
-            context = ray.init(
-                address="local",
-                namespace=namespace,
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level="WARNING",
-                _node_ip_address=LOOPBACK,
-                _temp_dir=str(self._temp_dir),
-            )
-        except BaseException:
-            shutil.rmtree(self._temp_dir, ignore_errors=True)  # now, if nothing of Ray's runs yet
-            raise
+        self._remove = functools.partial(remove_for_good, self._temp_dir)
+        atexit.register(self._remove)
+        context = ray.init(
+            address="local",
+            namespace=namespace,
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="WARNING",
+            _node_ip_address=LOOPBACK,
+            _temp_dir=str(self._temp_dir),
+        )
         self.address: str = context.address_info["gcs_address"]
         self.logs = Path(context.address_info["session_dir"]) / "logs"
 
@@ -74,7 +72,8 @@ class LocalCluster:
         """End every process of this Ray and remove its directory."""
         with contextlib.suppress(ConnectionError):
             ray.shutdown()
-        remove_for_good(self._temp_dir)
+        atexit.unregister(self._remove)
+        self._remove()
 
     def __enter__(self) -> "LocalCluster":
         return self

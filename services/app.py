@@ -134,12 +134,6 @@ def service_spec(args: AppArgs) -> ServiceSpec:
     )
 
 
-def ingress_environment() -> dict[str, str]:
-    """One thread for torch's sake, and none of Serve's own beside it: an ingress only passes on, and two event loops
-    would hand every event of a stream to each other under one lock."""
-    return thread_environment(1) | {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
-
-
 def build(args: AppArgs) -> Application:
     """One ingress and its attention workers; the expert hosts start with them, as actors of their own.
 
@@ -182,7 +176,7 @@ def build(args: AppArgs) -> Application:
         max_ongoing_requests=4 * args.max_in_flight,
         health_check_period_s=1.0,
         graceful_shutdown_timeout_s=5.0,
-        ray_actor_options={"num_cpus": args.control_cpus, "runtime_env": {"env_vars": ingress_environment()}},
+        ray_actor_options={"num_cpus": args.control_cpus, "runtime_env": {"env_vars": thread_environment(1)}},
     )
     application: Application = door.bind(ingress, attention.bind(service, worker))
     return application

@@ -29,30 +29,22 @@ def ray_of_run(service: str | None, on_end: Callable[[], None]) -> Iterator[None
     """
     import ray
 
-    if on_cluster():
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
-    elif service is not None:
-        record = find_record(service, running_services())
-        ray.init(
-            address=record.ray_address, log_to_driver=False, logging_level=logging.WARNING, _node_ip_address=LOOPBACK
-        )
-        left = threading.Event()
-        threading.Thread(target=_follow, args=(record, left, on_end), name="service", daemon=True).start()
-        try:
-            yield
-        finally:
-            left.set()
-            ray.shutdown()
-        return
-    else:
-        keep_private()
-        with LocalCluster("shoal-train"):
-            yield
-        return
-    try:
+    with contextlib.ExitStack() as stack:
+        if on_cluster():
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+            stack.callback(ray.shutdown)
+        elif service is not None:
+            record = find_record(service, running_services())
+            address = record.ray_address
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, _node_ip_address=LOOPBACK)
+            stack.callback(ray.shutdown)
+            left = threading.Event()
+            stack.callback(left.set)
+            threading.Thread(target=_follow, args=(record, left, on_end), name="service", daemon=True).start()
+        else:
+            keep_private()
+            stack.enter_context(LocalCluster("shoal-train"))
         yield
-    finally:
-        ray.shutdown()
 
 
 def find_record(service: str, records: list[ServiceRecord]) -> ServiceRecord:

@@ -61,6 +61,7 @@ class Soak:
         if any(answer[-1] for answer in self._expected):
             raise SystemExit(f"the undisturbed run failed: {self._expected}")
         self.tallies: dict[str, Tally] = {}
+        self._faults()  # an unknown one is refused now, and not after the cycles
 
     def wave(self, kind: str, harm: Harm | None = None) -> float:
         """All streams once, with or without a fault midway; the longest that one stood still, seconds."""
@@ -107,7 +108,12 @@ class Soak:
             ("replicas changed", lambda: service.change("replicas", replicas=replicas)),
             ("rebalanced", lambda: service.change("rebalance")),
         ]
-        return [fault for fault in faults if self._only in (None, fault[0])]
+        wanted = [fault for fault in faults if self._only in (None, fault[0])]
+        if not wanted:
+            raise SystemExit(
+                f"--only {self._only!r} is no fault; expected one of {', '.join(name for name, _ in faults)}"
+            )
+        return wanted
 
 
 def memory_mib(service: Deployment) -> dict[str, float]:
