@@ -97,7 +97,12 @@ def chat(options: argparse.Namespace) -> int:
     from services.chat import converse
 
     url = find_service(options).url
-    return converse(options, url, Console(highlight=False))
+    try:
+        return converse(options, url, Console(highlight=False))
+    except httpx.HTTPError as error:
+        raise CommandError(
+            f"{url} does not answer ({error}): wait until `shoal status` says that it is ready"
+        ) from error
 
 
 def status(options: argparse.Namespace) -> int:
