@@ -42,8 +42,8 @@ class TrainingHosts:
         self._transport: GrpcTransport | NixlTransport = open_transport(
             service.transport, token, service.tls, step_tokens, config.num_experts_per_tok, config.hidden_size
         )
-        self.peers = GrpcPeers(token, service.tls)
         source = StepPlacement(self._follower.names, self._follower.report)
+        self.peers = GrpcPeers(token, service.tls, source)
         self.client = TrainingClient(self._transport, self.peers, source, rank, config.hidden_size)
         self._waiting_since_s: float | None = None
         self._closing = threading.Event()

@@ -18,12 +18,13 @@ from experts.dispatch_plan import NOBODY, OwnerTables
 from experts.errors import ExpertError, FrameError, HostRefused, HostSlow, HostUnavailable
 from experts.training.messages import BackwardReply, BackwardRequest
 from experts.training.peer import Peers, PendingGradients
+from experts.training.waiting import Waiting
 from experts.transport import Transport
 from kernels.combine import OwnedSlots, combine_slots, split_slots
 from router.gate import Routing
 from router.placement import Host, Placement
 
-SLOW_S = 0.5  # between looks whether a host that has not answered is still there
+LOOK_S = 0.5  # between looks whether a host that has not answered is still there
 
 
 class StepLost(ExpertError):
@@ -218,16 +219,13 @@ class TrainingClient:
         )
 
     def _receive(self, sent: _Sent, hidden: int) -> BackwardReply:
-        deadline_s = time.monotonic() + self._deadline_s
+        waiting = Waiting(self._source, sent.host, "backward", self._deadline_s)
         while True:
             try:
-                reply = sent.pending.result(SLOW_S)
+                reply = sent.pending.result(LOOK_S)
                 break
-            except HostSlow as slow:
-                if not self._source.names(sent.host):
-                    raise HostUnavailable(f"{sent.host.id}: a newer table does not name this life any more") from slow
-                if time.monotonic() > deadline_s:
-                    raise HostUnavailable(str(slow)) from slow
+            except HostSlow:
+                waiting.still()
         expected = (len(sent.slot_A), hidden)
         if reply.generation != sent.host.generation or reply.dx_AD.shape != expected:
             raise FrameError(

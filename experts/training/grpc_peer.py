@@ -20,19 +20,24 @@ from experts.training.frames import decode_answer, encode_request
 from experts.training.host import HostState
 from experts.training.messages import BackwardReply, BackwardRequest
 from experts.training.spec import ExpertTraining
+from experts.training.waiting import Supervisor, Waiting
 from model.snapshots.manifest import Shard
 from router.holding import Pair
 from router.placement import Host
 
 CALL_TIMEOUT_S = 3600.0  # a host that dies breaks its calls at once; this is for one that hangs
+LOOK_S = 1.0  # between looks whether a host that has not answered is still there
 BACKWARD: Codec[BackwardRequest, BackwardReply] = Codec(f"{SERVICE}Backward", encode_request, decode_answer)
 
 
 class GrpcPeer:
     """One life of one host. May be used by several threads."""
 
-    def __init__(self, host: Host, token: str | None, tls: TlsFiles | None) -> None:
+    def __init__(
+        self, host: Host, token: str | None, tls: TlsFiles | None, supervisor: Supervisor | None = None
+    ) -> None:
         self._host = host
+        self._supervisor = supervisor
         self._token = token
         self._tls = tls
         self._channel = open_channel(host, tls)
@@ -98,12 +103,28 @@ class GrpcPeer:
         message = json.dumps({"generation": self._host.generation, **given}).encode()
         call = self._channel.unary_unary(SERVICE + name, identity, identity)
         try:
-            answer: dict[str, Any] = json.loads(call(message, metadata=self._metadata, timeout=CALL_TIMEOUT_S))
+            pending = call.future(message, metadata=self._metadata, timeout=CALL_TIMEOUT_S)
+            answer: dict[str, Any] = json.loads(self._wait(name, pending))
         except grpc.RpcError as error:
             raise self._error(error) from None
-        except ValueError as error:  # a channel that was closed meanwhile
+        except (ValueError, grpc.FutureCancelledError) as error:  # a channel that was closed meanwhile
             raise HostUnavailable(f"{self._host.id} at {self._host.address}: {error}") from None
         return answer
+
+    def _wait(self, name: str, pending: Any) -> bytes:
+        if self._supervisor is None:
+            return bytes(pending.result())
+        waiting = Waiting(self._supervisor, self._host, name, CALL_TIMEOUT_S)
+        while True:
+            try:
+                return bytes(pending.result(LOOK_S))
+            except grpc.FutureTimeoutError:
+                pass
+            try:
+                waiting.still()
+            except HostUnavailable:
+                pending.cancel()
+                raise
 
     def _error(self, error: grpc.RpcError) -> ExpertError:
         code = error.code() if isinstance(error, grpc.Call) else None
@@ -117,7 +138,11 @@ class GrpcPeer:
 class GrpcPeers:
     """Peers by (id, generation, address), each opened on first use and again after it was forgotten."""
 
-    def __init__(self, token: str | None = None, tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self, token: str | None = None, tls: TlsFiles | None = None, supervisor: Supervisor | None = None
+    ) -> None:
+        """`supervisor` hears of hosts that do not answer; without one, calls wait."""
+        self._supervisor = supervisor
         self._token = token
         self._tls = tls
         self._peers: dict[Host, GrpcPeer] = {}
@@ -126,7 +151,7 @@ class GrpcPeers:
     def peer(self, host: Host) -> GrpcPeer:
         with self._lock:
             if host not in self._peers:
-                self._peers[host] = GrpcPeer(host, self._token, self._tls)
+                self._peers[host] = GrpcPeer(host, self._token, self._tls, self._supervisor)
             return self._peers[host]
 
     def fetch(self, host: Host, pairs: Sequence[Pair]) -> Iterator[bytes]:

@@ -159,13 +159,15 @@ def test_whatever_dies_and_however_it_is_stopped_the_curve_is_the_same(
         wait_for_step(out, 5, process)
         os.kill(actors(process, "Controller")[0], signal.SIGKILL)
         wait_for_step(out, 7, process)
+        os.kill(actors(process, "ExpertActor.wait_for_end")[0], signal.SIGSTOP)
+        wait_for_step(out, 9, process)
         os.kill(actors(process, "RayTrainWorker")[0], signal.SIGKILL)
-        wait_for_step(out, 10, process)
+        wait_for_step(out, 12, process)
         process.send_signal(signal.SIGTERM)
         output = finish(process)
         assert "the same command goes on from there" in output
     made = len(records(out))
-    assert 10 <= made < STEPS
+    assert 12 <= made < STEPS
     with training(recipe, out, "experts.replicas=1", "experts.hosts=3") as process:
         output = finish(process)
     assert f"wrote {out}/model" in output

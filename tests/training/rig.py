@@ -27,6 +27,7 @@ from experts.training.host import TrainingHost
 from experts.training.peer import Peers
 from experts.training.spec import ExpertTraining
 from experts.training.store import TrainableExperts
+from experts.training.waiting import Supervisor
 from experts.transport import Transport
 from model.checkpoint import Checkpoint
 from router.placement import Host, Placement, initial_placement
@@ -105,6 +106,7 @@ class Rig:
     optimizers: list[DenseOptimizer]
     clients: list[TrainingClient]
     lost: list[str] = field(default_factory=list)  # hosts, in all steps so far
+    on_report: Callable[[Host, str], None] = lambda host, reason: None  # a client's word about a host
 
     def step(self, plans: Sequence[StepPlan]) -> list[StepReport]:
         """One step of all workers; raises what they raise, which must be the same on all."""
@@ -152,10 +154,10 @@ class Rig:
 class Doors:
     """Hosts of a rig behind gRPC."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, supervisor: Supervisor | None = None) -> None:
         self._checkpoint = checkpoint
         self._servers: list[ExpertServer] = []
-        self.peers = GrpcPeers(TOKEN)
+        self.peers = GrpcPeers(TOKEN, None, supervisor)
         self.transport = GrpcTransport(TOKEN)
 
     def open(self, name: Host, host: ExpertHost, training: TrainingHost) -> Host:
@@ -212,7 +214,7 @@ def make_rig(
     meeting = Meeting(workers)
     for rank in range(workers):
         ranks: Ranks = OneRank() if workers == 1 else ThreadRanks(rank, workers, meeting)
-        source = StepPlacement(lambda host: host.id in training_hosts, lambda host, reason: None)
+        source = StepPlacement(lambda host: host.id in training_hosts, lambda *said: rig.on_report(*said))
         client = TrainingClient(transport, peers, source, rank, config.hidden_size)
         dense = make_dense(checkpoint) if make_dense else DenseParameters.load(checkpoint, lambda name: True)
         decoder = TrainingDecoder(config, dense, client, options or ForwardOptions(), length)
