@@ -1,0 +1,34 @@
+"""What a recipe asks of a model that this model cannot do: known before anything is started, read or written."""
+
+from model.config import ModelConfig
+from router.losses import BalanceCoefficients
+from services.training.method import make_method
+from services.training.recipe import Recipe
+
+
+def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
+    """`config` is the trained model's, with YaRN where the recipe has it.
+
+    Raises ValueError naming the first thing that is wrong; AdapterError, which is one, for a LoRA target that the model
+    lacks.
+    """
+    if not config.moe_layers:
+        raise ValueError(f"{recipe.model} has no routed experts; expected a mixture-of-experts model")
+    if recipe.experts.hosts > config.n_routed_experts:
+        raise ValueError(
+            f"experts.hosts is {recipe.experts.hosts}; expected at most {config.n_routed_experts}, the experts that a "
+            "layer of this model has"
+        )
+    if recipe.data.sequence_length > config.max_position_embeddings:
+        raise ValueError(
+            f"data.sequence_length is {recipe.data.sequence_length}; the model's context has "
+            f"{config.max_position_embeddings} tokens: use less, or yarn"
+        )
+    balance = recipe.balance
+    BalanceCoefficients(balance.expert, balance.device, balance.communication).check(config)
+    if recipe.drop_tokens and config.n_group == 1:
+        raise ValueError(
+            "drop_tokens is true, but the model routes all its experts as one group (n_group is 1), whose load is the "
+            "average: nothing would ever be dropped; leave drop_tokens out"
+        )
+    make_method(recipe, config, "checked")
