@@ -1,14 +1,23 @@
 """Which experts ESFT trains (arXiv 2407.01906): those that the task's tokens go to."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attention.training.decoder import TrainingDecoder
 from attention.training.segments import MicroBatch
+from experts.training.spec import as_pairs
+from model.snapshots.errors import SnapshotError
 from router.gate import Routing
 from router.holding import Pair
+from services.training.identity import Identity, differences
+from services.training.outcome import write_whole
+
+CHOSEN = "experts.json"
 
 
 def relevance(decoder: TrainingDecoder, batches: Sequence[MicroBatch], by: str) -> dict[int, Tensor]:
@@ -45,3 +54,33 @@ def choose(relevance_E: Tensor, share: float) -> list[int]:
 def chosen_pairs(found: dict[int, Tensor], share: float) -> tuple[Pair, ...]:
     """(layer, expert) of all layers."""
     return tuple((layer, expert) for layer, relevance_E in found.items() for expert in choose(relevance_E, share))
+
+
+def choose_once(output_dir: Path, identity: Identity, look: Callable[[], tuple[Pair, ...]]) -> tuple[Pair, ...]:
+    """What `look` finds, or found before in this run: a resumed one must train the same experts.
+
+    Another choice, model or data is looked at anew; raises SnapshotError where there are snapshots of the earlier one.
+    """
+    path, now = output_dir / CHOSEN, _chosen_by(identity)
+    kept = _read(path)
+    changed = next(differences(kept["by"], now, ()), None) if kept is not None else None
+    if kept is not None and changed is None:
+        return as_pairs(kept["pairs"])
+    if any((output_dir / "snapshots").glob("*")):
+        why = f"were chosen otherwise: {changed}" if changed else "are not known any more"
+        raise SnapshotError(f"the experts of {output_dir} {why}; give the same recipe, or another output_dir")
+    pairs = look()
+    write_whole(path, json.dumps({"by": now, "pairs": pairs}))
+    return pairs
+
+
+def _chosen_by(identity: Identity) -> dict[str, Any]:
+    return {**identity.recipe["esft"], "data": identity.data, "model": identity.model}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return kept if isinstance(kept, dict) and isinstance(kept.get("by"), dict) and "pairs" in kept else None

@@ -15,9 +15,11 @@ from rich.console import Console
 from cluster.spec import ServiceSpec
 from experts.transport_kinds import check_transport
 from model.checkpoint import Checkpoint
+from services.training.checks import check_recipe
+from services.training.data.training_data import TrainingData
+from services.training.identity import identify, other_result
 from services.training.initial import initial_checkpoint
 from services.training.inputs import count_steps, load_data
-from services.training.method import make_method
 from services.training.outcome import STOP, begin_outcome, read_outcome, told
 from services.training.progress import follow
 from services.training.recipe import Recipe
@@ -36,8 +38,8 @@ class TrainingFailed(RuntimeError):
     """The run ended before its last step; the message says why, and what is kept."""
 
 
-def prepare(recipe: Recipe) -> tuple[Checkpoint, int]:
-    """Everything that can be known to fail before anything is started: the checkpoint that is trained, and the steps.
+def prepare(recipe: Recipe) -> tuple[Checkpoint, TrainingData, int]:
+    """Everything that can be known to fail before anything is started: what is trained, on what, and the steps.
 
     Raises ValueError naming what is wrong. Writes the first weights of a run that begins at random.
     """
@@ -45,17 +47,9 @@ def prepare(recipe: Recipe) -> tuple[Checkpoint, int]:
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = initial_checkpoint(recipe) if recipe.init == "random" else Checkpoint.open(recipe.model)
     config = with_yarn(checkpoint.config, recipe.yarn)
-    if not config.moe_layers:
-        raise ValueError(f"{recipe.model} has no routed experts; expected a mixture-of-experts model")
-    if recipe.experts.hosts > config.n_routed_experts:
-        raise ValueError(f"experts.hosts is {recipe.experts.hosts}; the model has {config.n_routed_experts} experts")
-    if recipe.data.sequence_length > config.max_position_embeddings:
-        raise ValueError(
-            f"data.sequence_length is {recipe.data.sequence_length}; the model's context has "
-            f"{config.max_position_embeddings} tokens: use less, or yarn"
-        )
-    make_method(recipe, config, "checked")
-    return checkpoint, count_steps(recipe, load_data(recipe))
+    check_recipe(recipe, config)
+    data = load_data(recipe)
+    return checkpoint, data, count_steps(recipe, data)
 
 
 def train(recipe: Recipe, console: Console) -> int:
@@ -65,9 +59,11 @@ def train(recipe: Recipe, console: Console) -> int:
     ServiceUnusable, and TrainingFailed.
     """
     recipe = absolute(recipe)
-    checkpoint, steps = prepare(recipe)
+    checkpoint, data, steps = prepare(recipe)
     before = read_outcome(recipe.output_dir)
     if before is not None and before.result is not None and before.steps >= steps and Path(before.result).exists():
+        if changed := other_result(before.identity or {}, identify(recipe, data, checkpoint)):
+            raise ValueError(f"{before.result} is another run's result: {changed}; give another output_dir")
         console.print(f"all {before.steps} steps were made before; {before.result} has the result", soft_wrap=True)
         return before.steps
     begin_outcome(recipe.output_dir)

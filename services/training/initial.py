@@ -1,5 +1,7 @@
 """The first weights of a run that begins at random."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,19 +12,39 @@ from model.checkpoint import Checkpoint
 from model.config import parse_config, read_raw_config
 from model.export import export_checkpoint
 from model.tensors import expected_tensors
+from services.training.outcome import write_whole
 from services.training.recipe import Recipe
+
+DRAWN_OF = "initial.json"
 
 
 def initial_checkpoint(recipe: Recipe) -> Checkpoint:
     """Normal with the recipe's deviation, norms 1, a function of the seed; written once, below the output directory.
 
-    Raises ValueError (ConfigError, CheckpointError) when the model's config.json cannot be used.
+    Those of another config.json, seed or deviation are drawn anew, unless there are snapshots of what they became.
+    Raises ValueError (ConfigError, CheckpointError) then, and when the model's config.json cannot be used.
     """
-    out: Path = recipe.output_dir / "initial"
+    out, drawn_of = recipe.output_dir / "initial", recipe.output_dir / DRAWN_OF
+    raw = dict(read_raw_config(recipe.model))
+    wanted = {"config": raw, "seed": recipe.seed, "init_std": recipe.init_std}
+    if out.exists() and _read(drawn_of) != wanted:
+        if any((recipe.output_dir / "snapshots").glob("*")):
+            raise ValueError(
+                f"{out} was drawn for another config.json, seed or init_std, and {recipe.output_dir / 'snapshots'} has "
+                "what was trained from it; give the same, or another output_dir"
+            )
+        shutil.rmtree(out)
     if not out.exists():
-        raw = dict(read_raw_config(recipe.model))
         export_checkpoint(out, raw, _weights(recipe, raw), recipe.model)
+        write_whole(drawn_of, json.dumps(wanted))
     return Checkpoint.open(out)
+
+
+def _read(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _weights(recipe: Recipe, raw: dict[str, object]) -> Iterator[tuple[str, Tensor]]:

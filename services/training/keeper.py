@@ -20,16 +20,7 @@ from model.snapshots.history import open_newest, prune, set_aside
 from model.snapshots.manifest import Json, Manifest, Shard
 from model.snapshots.shard_file import write_shard
 from model.snapshots.snapshot import Snapshot
-
-
-@dataclass(frozen=True, slots=True)
-class RunIdentity:
-    """What a snapshot must be of, to be resumed."""
-
-    run_id: str
-    fingerprint: str  # of the model
-    data: str  # what the cursor counts: content and order
-    recipe: Json  # for the record; what may differ is not compared
+from services.training.identity import Identity, other_training
 
 
 @dataclass(slots=True)
@@ -49,7 +40,8 @@ class Keeper:
         self,
         root: Path,
         keep: int,
-        identity: RunIdentity,
+        run_id: str,
+        identity: Identity,
         ranks: Ranks,
         dense: DenseParameters,
         optimizer: DenseOptimizer,
@@ -59,6 +51,7 @@ class Keeper:
         """`tell` is given what a person should know."""
         self._root = root
         self._keep = keep
+        self._run_id = run_id
         self._identity = identity
         self._ranks = ranks
         self._dense = dense
@@ -68,11 +61,16 @@ class Keeper:
         self._pool = ThreadPoolExecutor(2, "snapshot")
         self._pending: _Pending | None = None
 
-    def start(self, hosts: StepHosts, step: int, cursor: int, extra: Json) -> None:
-        """Begin to write the state after `step` steps; what is written does not change until it is on disk."""
+    def start(self, hosts: StepHosts, step: int, cursor: int, extra: Json, hindrance: str = "") -> None:
+        """Begin to write the state after `step` steps; what is written does not change until it is on disk.
+
+        With a `hindrance`, which worker 0 alone may know of, nothing is written, and `tell` says why.
+        """
         message = {}
         if self._coordinator is not None:
             try:
+                if hindrance:
+                    raise SnapshotError(hindrance)
                 message["staging"] = str(begin(self._root, step))
             except SnapshotError as error:
                 self._tell(f"no snapshot of step {step}: {error}")
@@ -158,7 +156,12 @@ class Keeper:
 
     def _check(self, snapshot: Snapshot) -> None:
         identity, manifest = self._identity, snapshot.manifest
-        snapshot.check_same_run(fingerprint=identity.fingerprint, run_id=identity.run_id)
+        snapshot.check_same_run(fingerprint=identity.model, run_id=self._run_id)
+        if changed := other_training(manifest.recipe, identity.recipe):
+            raise SnapshotError(
+                f"{snapshot.directory} is of another way of training: {changed}; give the same recipe, or another "
+                "output_dir"
+            )
         if manifest.extra.get("data") != identity.data:
             raise SnapshotError(
                 f"{snapshot.directory} was trained on other data, or in another order: its position in them means "
@@ -193,8 +196,8 @@ class Keeper:
     def _manifest(self, pending: _Pending, shards: tuple[Shard, ...]) -> Manifest:
         return Manifest(
             step=pending.step,
-            run_id=self._identity.run_id,
-            fingerprint=self._identity.fingerprint,
+            run_id=self._run_id,
+            fingerprint=self._identity.model,
             position={"cursor": pending.cursor},
             recipe=self._identity.recipe,
             rng={},  # every draw is a function of the recipe's seed and a position

@@ -2,8 +2,10 @@
 
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 STOP = "stop"  # whoever makes it asks the run to end after a snapshot
 DONE = "done.json"
@@ -17,6 +19,7 @@ class Outcome:
     steps: int = 0  # made
     result: str | None = None
     failed: str | None = None
+    identity: dict[str, Any] | None = None  # of the run, where there is a result
 
 
 def write_outcome(output_dir: Path, outcome: Outcome) -> None:
@@ -38,9 +41,12 @@ def begin_outcome(output_dir: Path) -> None:
 
 
 def tell(output_dir: Path, message: str) -> None:
-    """Add a line for people."""
-    with (output_dir / LOG).open("a", encoding="utf-8") as log:
-        log.write(message + "\n")
+    """Add a line for people; to standard error where that cannot be, as on a full disk."""
+    try:
+        with (output_dir / LOG).open("a", encoding="utf-8") as log:
+            log.write(message + "\n")
+    except OSError:
+        print(message, file=sys.stderr)
 
 
 def told(output_dir: Path, since: int = 0) -> tuple[list[str], int]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,20 @@ from experts.training.coordinator import Coordinator
 from experts.training.spec import as_pairs
 from kernels.threads import set_threads
 from model.adapters.errors import AdapterError
-from model.adapters.identity import base_identity
 from model.checkpoint import Checkpoint, CheckpointError
 from model.config import read_raw_config
 from model.snapshots.errors import SnapshotError
 from router.holding import Pair
 from router.losses import BalanceCoefficients
-from services.training.choice import chosen_pairs, relevance
+from services.training.choice import choose_once, chosen_pairs, relevance
+from services.training.identity import identify
 from services.training.inputs import load_data
-from services.training.keeper import Keeper, RunIdentity
+from services.training.keeper import Keeper
 from services.training.method import Method, make_method
-from services.training.outcome import STOP, Outcome, tell, write_outcome, write_whole
+from services.training.outcome import STOP, Outcome, read_outcome, tell, write_outcome
 from services.training.plans import lay_flat
 from services.training.recipe import Recipe, parse_recipe
+from services.training.report import RunLogError
 from services.training.result import TrainedModel, raw_with_yarn, with_yarn, write_result
 from services.training.run import Run, TooManySetbacks
 from services.training.run_records import RunRecords
@@ -44,6 +46,9 @@ from services.training.run_records import RunRecords
 def train_worker(config: Mapping[str, Any]) -> None:
     """`config` has the recipe, the service and the number of steps, as plain data."""
     recipe = parse_recipe(config["recipe"])
+    earlier = read_outcome(recipe.output_dir)
+    if earlier is not None and earlier.failed is not None:
+        return  # a life of this very run found that it cannot go on, and so would this one
     service = ServiceSpec(**{**config["service"], "tls": _tls(config["service"]["tls"])})
     context = ray.train.get_context()
     ranks: Ranks = DistributedRanks() if context.get_world_size() > 1 else OneRank()
@@ -55,6 +60,10 @@ def train_worker(config: Mapping[str, Any]) -> None:
         # Every worker is here, and would be again: an end, which Ray Train must not take for a worker's death.
         if ranks.rank == 0:
             write_outcome(recipe.output_dir, Outcome(failed=str(error)))
+    except RunLogError as error:  # worker 0 is alone with it
+        write_outcome(recipe.output_dir, Outcome(failed=str(error)))
+        if ranks.world > 1:
+            raise  # so that Ray Train ends the others, which wait for it
 
 
 class _WorkerRun:
@@ -68,6 +77,7 @@ class _WorkerRun:
         self._data = load_data(recipe)
         self._hosts = TrainingHosts(service, self._config, ranks.rank, recipe.micro_batch_tokens)
         self._run_id = recipe.output_dir.name
+        self._identity = identify(recipe, self._data, self._checkpoint)
 
     def run(self) -> None:
         recipe, ranks = self._recipe, self._ranks
@@ -79,12 +89,8 @@ class _WorkerRun:
         keeper = Keeper(
             recipe.output_dir / "snapshots",
             recipe.snapshots.keep,
-            RunIdentity(
-                run_id=self._run_id,
-                fingerprint=self._fingerprint(),
-                data=f"{self._data.fingerprint()}, seed {recipe.seed}",
-                recipe=recipe.model_dump(mode="json"),
-            ),
+            self._run_id,
+            self._identity,
             ranks,
             dense,
             optimizer,
@@ -142,19 +148,20 @@ class _WorkerRun:
         if recipe.method != "esft":
             return make_method(recipe, self._config, self._run_id)
         looking = make_method(recipe, self._config, f"{self._run_id}-relevance")
-        kept = recipe.output_dir / "experts.json"
-        message = ""
+        message: dict[str, Any] = {}
         if self._ranks.rank == 0:
             try:
-                if not kept.exists():
-                    write_whole(kept, json.dumps(self._look(looking)))
-                message = kept.read_text(encoding="utf-8")
+                message["pairs"] = choose_once(recipe.output_dir, self._identity, lambda: self._look(looking))
+            except SnapshotError as error:
+                message["refused"] = str(error)
             except ExpertError as error:
-                self._tell(f"the experts cannot be looked at: {error}")
-        message = self._ranks.gather(message)[0]
-        if not message:
-            raise TooManySetbacks("the experts to train were not chosen: a host was lost meanwhile; begin again")
-        chosen = as_pairs(json.loads(message))
+                message["lost"] = str(error)
+        message = json.loads(self._ranks.gather(json.dumps(message))[0])
+        if "refused" in message:
+            raise SnapshotError(message["refused"])
+        if "lost" in message:
+            raise TooManySetbacks(f"the experts to train were not chosen: {message['lost']}; begin again")
+        chosen = as_pairs(message["pairs"])
         self._tell(
             f"esft trains {len(chosen)} of {len(self._config.moe_layers) * self._config.n_routed_experts} experts"
         )
@@ -204,11 +211,7 @@ class _WorkerRun:
             model = TrainedModel(dense, self._hosts.newest(wait=False), self._hosts.peers, steps)
             raw = raw_with_yarn(read_raw_config(self._checkpoint.directory), recipe.yarn)
             written = write_result(out, recipe, self._checkpoint, raw, method, model)
-        write_outcome(out, Outcome(steps, str(written) if written is not None else None))
-
-    def _fingerprint(self) -> str:
-        """Of the model that is trained: a fine-tune of the same shape is another."""
-        return f"{self._checkpoint.fingerprint()}-{base_identity(self._checkpoint)[:16]}"
+        write_outcome(out, Outcome(steps, str(written), identity=asdict(self._identity)) if written else Outcome(steps))
 
     def _tell(self, message: str) -> None:
         if self._ranks.rank == 0:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from attention.training.ranks import Ranks
-from attention.training.worker import Placements, StepPlan, StepReport, TrainingWorker
+from attention.training.worker import NotFinite, Placements, StepPlan, StepReport, TrainingWorker
 from experts.errors import ExpertError
 from experts.training.client import StepLost, TrainingClient
 from experts.training.coordinator import Coordinator
@@ -43,7 +43,7 @@ class Records(Protocol):
         """Steps after this one are made again."""
 
     def keeping(self, steps: int) -> None:
-        """A snapshot of this step is begun."""
+        """A snapshot of this step is begun. Raises ValueError where it could not be resumed from."""
 
 
 class TooManySetbacks(RuntimeError):
@@ -98,6 +98,9 @@ class Run:
             started_s = time.monotonic()
             try:
                 report = self._worker.step(self._plan(step, batch))
+            except NotFinite:
+                self._finish_snapshot()  # of an earlier step, which was sound
+                raise
             except StepLost as lost:
                 setbacks += 1
                 self._keeper.drop()
@@ -113,14 +116,24 @@ class Run:
             stopping = self._agree_to_stop()
             kept = self._recipe.snapshots
             if stopping or step % kept.every_steps == 0 or (step == self._steps and kept.at_end):
-                if self._records is not None:
-                    self._records.keeping(step)
-                self._keeper.start(self._client.hosts, step, cursor, {"epoch": batch.epoch})
+                self._keeper.start(self._client.hosts, step, cursor, {"epoch": batch.epoch}, self._keep_records(step))
             if stopping:
                 break
+        self._finish_snapshot()
+        return step
+
+    def _finish_snapshot(self) -> None:
         self._keeper.settle()
         self._keeper.finish()
-        return step
+
+    def _keep_records(self, step: int) -> str:
+        """Why a run that resumes at this step could not go on with its records; nothing where it can."""
+        try:
+            if self._records is not None:
+                self._records.keeping(step)
+        except ValueError as error:  # a full disk, say, which costs the snapshot and no more
+            return str(error)
+        return ""
 
     def restore(self) -> tuple[int, int]:
         """Go to the newest snapshot, or the beginning, on the hosts and here; steps made and the data's cursor."""

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from attention.training.segments import MicroBatch
+from model.snapshots.errors import SnapshotError
 from router.gate import Routing
-from services.training.choice import add_relevance, choose, chosen_pairs, relevance
+from services.training.choice import add_relevance, choose, choose_once, chosen_pairs, relevance
+from services.training.identity import Identity
 from tests.training.rig import make_rig, samples
 
 
@@ -58,3 +60,25 @@ def test_the_fewest_experts_that_reach_the_share_are_chosen(share: float, chosen
 
 def test_of_equal_experts_the_lower_number_is_chosen() -> None:
     assert choose(torch.full((4,), 0.25, dtype=torch.float64), 0.5) == [0, 1]
+
+
+def identity(share: float = 0.2, data: str = "d") -> Identity:
+    return Identity({"esft": {"by": "gate", "share": share, "samples": 32}}, data, "m")
+
+
+def test_experts_are_chosen_once_for_a_run_and_anew_for_another_choice(tmp_path: Path) -> None:
+    assert choose_once(tmp_path, identity(), lambda: ((1, 2), (2, 5))) == ((1, 2), (2, 5))
+    assert choose_once(tmp_path, identity(), lambda: pytest.fail("looked twice")) == ((1, 2), (2, 5))
+    assert choose_once(tmp_path, identity(share=0.9), lambda: ((1, 3),)) == ((1, 3),)
+    assert choose_once(tmp_path, identity(share=0.9, data="e"), lambda: ((1, 4),)) == ((1, 4),)
+
+
+def test_another_choice_is_refused_where_the_earlier_one_was_trained(tmp_path: Path) -> None:
+    choose_once(tmp_path, identity(), lambda: ((1, 2),))
+    (tmp_path / "snapshots" / "step-00000004").mkdir(parents=True)
+    with pytest.raises(SnapshotError, match=r"were chosen otherwise: share was 0.2 and is 0.9; give the same recipe"):
+        choose_once(tmp_path, identity(share=0.9), lambda: pytest.fail("looked"))
+    assert choose_once(tmp_path, identity(), lambda: pytest.fail("looked")) == ((1, 2),)
+    (tmp_path / "experts.json").write_text("[[1, 2]")
+    with pytest.raises(SnapshotError, match="are not known any more"):
+        choose_once(tmp_path, identity(), lambda: pytest.fail("looked"))

@@ -11,14 +11,15 @@ import torch
 
 from attention.training.parameters import DenseParameters
 from attention.training.ranks import OneRank
-from attention.training.worker import NotFinite
+from attention.training.worker import NotFinite, StepPlan, StepReport
 from model.checkpoint import Checkpoint
 from model.snapshots.errors import DiskFull, SnapshotError
 from model.snapshots.history import snapshots
 from model.snapshots.manifest import Shard
 from services.training import keeper as keeper_module
+from services.training.identity import Identity
 from services.training.inputs import load_data
-from services.training.keeper import Keeper, RunIdentity
+from services.training.keeper import Keeper
 from services.training.method import make_method
 from services.training.recipe import Recipe, parse_recipe
 from services.training.run import Made, Run, TooManySetbacks
@@ -37,6 +38,7 @@ class Kept:
     epochs: list[float] = field(default_factory=list)
     resumes: list[int] = field(default_factory=list)
     after: Callable[[int], None] | None = None
+    full_at: int | None = None
 
     def made(self, made: Made) -> None:
         self.losses[made.steps] = made.report.loss
@@ -48,7 +50,8 @@ class Kept:
         self.resumes.append(steps)
 
     def keeping(self, steps: int) -> None:
-        pass
+        if steps == self.full_at:
+            raise DiskFull("no room for records")
 
 
 @dataclass
@@ -111,7 +114,8 @@ def begin(
     keeper = Keeper(
         out / "snapshots",
         10,
-        RunIdentity("run", fingerprint, data.fingerprint(), {}),
+        "run",
+        Identity(recipe.model_dump(mode="json"), data.fingerprint(), fingerprint),
         OneRank(),
         rig.denses[0],
         rig.optimizers[0],
@@ -262,6 +266,23 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_it_has(
     assert resumed.kept.resumes == [2]
 
 
+def test_a_snapshot_that_is_written_when_a_loss_is_not_finite_is_kept(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = begin(checkpoint("mini"), tmp_path / "run", data_file)
+    step = setup.rig.workers[0].step
+
+    def fail(plan: StepPlan) -> StepReport:
+        if plan.step == 4:
+            raise NotFinite("the loss of step 4 is nan")
+        return step(plan)
+
+    monkeypatch.setattr(setup.rig.workers[0], "step", fail)
+    with pytest.raises(NotFinite):
+        setup.run.train()
+    assert [path.name for path in snapshots(tmp_path / "run" / "snapshots")] == ["step-00000004", "step-00000002"]
+
+
 @pytest.mark.parametrize("method", ["lora", "esft"])
 def test_other_methods_resume_to_the_same_bits_too(
     checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, method: str
@@ -277,12 +298,36 @@ def test_other_methods_resume_to_the_same_bits_too(
     assert same(weights(resumed.rig), weights(whole.rig))
 
 
-def test_a_snapshot_of_another_method_is_refused_at_once(
-    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup
+@pytest.mark.parametrize(
+    ("before", "now", "why"),
+    [
+        ({}, {"method": "lora"}, "method was 'full' and is 'lora'"),
+        ({}, {"method": "esft"}, "method was 'full' and is 'esft'"),
+        ({"method": "lora"}, {"method": "lora", "lora": {"alpha": 64}}, "lora.alpha was 32.0 and is 64.0"),
+        ({}, {"optimizer": {"beta2": 0.99}}, "optimizer.beta2 was 0.95 and is 0.99"),
+    ],
+    ids=["lora", "esft", "alpha", "betas"],
+)
+def test_a_snapshot_of_another_way_of_training_is_refused(
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    data_file: Path,
+    before: dict[str, object],
+    now: dict[str, object],
+    why: str,
 ) -> None:
-    other = begin(checkpoint("mini"), tmp_path / "undisturbed", data_file, method="lora")
-    with pytest.raises(SnapshotError, match=r"has no tensor .*lora_A.*another model or way of training"):
-        other.run.train()
+    begin(checkpoint("mini"), tmp_path, data_file, **before).run.train()
+    with pytest.raises(SnapshotError, match=f"is of another way of training: {why}"):
+        begin(checkpoint("mini"), tmp_path, data_file, **now).run.train()
+    assert len(snapshots(tmp_path / "snapshots")) == 3
+
+
+def test_another_rate_and_other_snapshots_may_go_on(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path
+) -> None:
+    begin(checkpoint("mini"), tmp_path, data_file).run.train()
+    longer = begin(checkpoint("mini"), tmp_path, data_file, lr=1e-4, snapshots={"every_steps": 3})
+    assert longer.run.train() == STEPS
 
 
 def test_other_data_are_refused(
@@ -312,6 +357,17 @@ def test_a_full_disk_costs_a_snapshot_and_nothing_else(
     assert setup.run.train() == STEPS
     assert [path.name for path in snapshots(tmp_path / "run" / "snapshots")] == ["step-00000006", "step-00000002"]
     assert any("no snapshot of step 4" in line and "no room" in line for line in setup.told)
+    assert setup.kept.losses == undisturbed.kept.losses
+
+
+def test_records_that_cannot_be_kept_cost_a_snapshot_and_nothing_else(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup
+) -> None:
+    setup = begin(checkpoint("mini"), tmp_path / "run", data_file)
+    setup.kept.full_at = 4
+    assert setup.run.train() == STEPS
+    assert [path.name for path in snapshots(tmp_path / "run" / "snapshots")] == ["step-00000006", "step-00000002"]
+    assert setup.told == ["no snapshot of step 4: no room for records"]
     assert setup.kept.losses == undisturbed.kept.losses
 
 
