@@ -23,6 +23,8 @@ COPY . /src
 RUN pip install --constraint /src/constraints.txt '/src[nixl]' && cd / && python -m kernels.build
 
 FROM python:${PYTHON}-slim-bookworm AS runtime
+# KubeRay's probes call it
+RUN apt-get update && apt-get install --yes --no-install-recommends wget && rm -rf /var/lib/apt/lists/*
 # the chart's security.user; it mounts what is written over /tmp and /home/shoal
 RUN useradd --uid 1000 --create-home --home-dir /home/shoal shoal
 ENV PATH=/opt/shoal/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1

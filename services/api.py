@@ -18,8 +18,10 @@ from services.openai.schema import ChatRequest, CompletionRequest, DetokenizeReq
 from services.openai.sse import ClientGone, stream, unless_gone
 
 
-def create_app(backend: Backend, api_key: str | None = None, admin_token: str | None = None) -> FastAPI:
-    """All routes over one backend; see `KeyGuard` for the keys."""
+def create_app(
+    backend: Backend, api_key: str | None = None, admin_token: str | None = None, ingress: str = "ingress"
+) -> FastAPI:
+    """All routes over one backend; see `KeyGuard` for the keys. `ingress` is this one's name among several."""
     app = FastAPI(title="Shoal", description="OpenAI-compatible serving of DeepSeek-V2-family models.")
     errors.install(app)
 
@@ -46,7 +48,7 @@ def create_app(backend: Backend, api_key: str | None = None, admin_token: str | 
 
     _add_small_routes(app, backend)
     add_admin_routes(app, backend)
-    add_metrics_route(app, backend)
+    add_metrics_route(app, backend, ingress)
     return app
 
 

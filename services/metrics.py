@@ -77,7 +77,8 @@ SERVICE_GAUGES: tuple[Series, ...] = (
 class Exposition(Collector):
     """One application's metrics in Prometheus' text format; nothing is registered elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, ingress: str) -> None:
+        self._ingress = ingress
         self._reading = Reading(0, 0, None)
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -88,10 +89,7 @@ class Exposition(Collector):
 
     def collect(self) -> Iterator[Metric]:
         reading = self._reading
-        yield GaugeMetricFamily("shoal_requests_in_flight", "Requests in this ingress", reading.in_flight)
-        yield CounterMetricFamily(
-            "shoal_replays", "Answers of this ingress that went on with another worker", reading.replays
-        )
+        yield from _own(self._ingress, reading)
         status = reading.status
         yield GaugeMetricFamily("shoal_controller_up", "1 when the controller answers", float(status is not None))
         if status is not None:
@@ -102,6 +100,18 @@ class Exposition(Collector):
             yield from _counters(WORKER_COUNTERS, status["attention_workers"], "worker")
             yield _dispatch_bytes(status["attention_workers"])
             yield _events(status["events_total"])
+
+
+def _own(ingress: str, reading: Reading) -> Iterator[Metric]:
+    """What this ingress alone counts; the rest is the controller's, and any ingress tells it alike."""
+    in_flight = GaugeMetricFamily("shoal_requests_in_flight", "Requests in the ingress", labels=["ingress"])
+    in_flight.add_metric([ingress], reading.in_flight)
+    yield in_flight
+    replays = CounterMetricFamily(
+        "shoal_replays", "Answers of the ingress that went on with another worker", labels=["ingress"]
+    )
+    replays.add_metric([ingress], reading.replays)
+    yield replays
 
 
 def _gauges(series: Iterable[Series], rows: Iterable[Row], label: str | None = None) -> Iterator[Metric]:
@@ -148,9 +158,9 @@ def _events(counts: Mapping[str, int]) -> Metric:
     return family
 
 
-def add_metrics_route(app: FastAPI, backend: Backend) -> None:
-    """The route, over a registry of this application's own."""
-    exposition = Exposition()
+def add_metrics_route(app: FastAPI, backend: Backend, ingress: str) -> None:
+    """The route, over a registry of this application's own; `ingress` labels what it counts itself."""
+    exposition = Exposition(ingress)
 
     @app.get(METRICS_PATH)
     async def metrics() -> Response:

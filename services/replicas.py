@@ -52,7 +52,7 @@ class IngressSpec:
 
 
 async def open_app(spec: IngressSpec) -> FastAPI:
-    """The HTTP application over the service's workers."""
+    """The HTTP application over the service's workers, in a Serve replica."""
     checkpoint = open_with_adapters(spec.service.model, spec.service.adapters)
     model = ServedModel(
         id=spec.served_name,
@@ -64,7 +64,8 @@ async def open_app(spec: IngressSpec) -> FastAPI:
         defaults=read_generation_defaults(checkpoint.directory),
     )
     pool = WorkerPool(model, spec.service.namespace, spec.max_in_flight, spec.service.tls)
-    return create_app(pool, spec.api_key or secret("SHOAL_API_KEY"), spec.admin_token or secret("SHOAL_ADMIN_TOKEN"))
+    api_key, admin_token = spec.api_key or secret("SHOAL_API_KEY"), spec.admin_token or secret("SHOAL_ADMIN_TOKEN")
+    return create_app(pool, api_key, admin_token, f"ingress-{serve.get_replica_context().replica_id.unique_id}")
 
 
 def secret(name: str) -> str | None:

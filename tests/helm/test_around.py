@@ -69,6 +69,24 @@ def test_rules_and_dashboard_carry_the_labels_that_are_selected_by() -> None:
     assert kinds(render()).isdisjoint({"PodMonitor", "PrometheusRule"})
 
 
+def test_a_change_is_stuck_only_after_half_an_hour_of_it() -> None:
+    """One sample says nothing yet: a Prometheus that has just started has no more."""
+    (group,) = find(render(MONITORED), "PrometheusRule")["spec"]["groups"]
+    (stuck,) = (rule for rule in group["rules"] if rule["alert"] == "ShoalChangeStuck")
+    assert (stuck["expr"], stuck["for"]) == ('shoal_change_in_progress{shoal="demo-shoal"} == 1', "30m")
+
+
+def test_the_dashboard_adds_up_what_each_ingress_counts_for_itself() -> None:
+    """A scrape reaches one ingress: the others' counts are as they were when they were last reached."""
+    dashboard = json.loads(find(render(MONITORED), "ConfigMap", "-dashboard")["data"]["shoal.json"])
+    shown = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    own = [query for query in shown if re.search("shoal_(requests_in_flight|replays_total)", query)]
+    assert own == [
+        'sum(last_over_time(shoal_requests_in_flight{shoal="$shoal"}[2m]))',
+        '60 * sum(rate(shoal_replays_total{shoal="$shoal"}[5m]))',
+    ]
+
+
 def test_notes_say_how_to_talk_to_it() -> None:
     text = notes({"service": {"port": 80}, "model": {"servedName": "tide"}, "auth": {"existingSecret": "keys"}})
     assert "kubectl --namespace prod port-forward service/demo-shoal 8000:80 &" in text

@@ -57,7 +57,7 @@ def test_a_table_that_is_behind_is_seen(tmp_path: Path, old: str, new: str, said
 
 
 def test_alerts_dashboard_and_keda_ask_for_metrics_that_there_are() -> None:
-    text = Exposition().render(Reading(0, 0, service_report())).decode()
+    text = Exposition("ingress-a").render(Reading(0, 0, service_report())).decode()
     known = set(re.findall(r"^(shoal_\w+?)(?:\{| )", text, re.MULTILINE))
     monitored = {"keda": {"enabled": True}, "monitoring": {"podMonitor": True, "rules": True, "dashboard": True}}
     objects = render(monitored)
@@ -90,6 +90,26 @@ def test_the_image_runs_as_the_charts_user_and_holds_its_model() -> None:
     assert {"cpu", "gpu"} <= set(re.findall(r"^FROM \S+ AS (\S+)$", dockerfile, re.MULTILINE))
     made = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert made["appVersion"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_the_image_has_what_kuberays_probes_call() -> None:
+    """Older KubeRay than 1.6 asks a node for its health by `wget`, which python:slim has not."""
+    runtime = (ROOT / "Dockerfile").read_text().partition(" AS runtime\n")[2].partition("\nFROM ")[0]
+    assert re.search(r"apt-get install .*\bwget\b", runtime)
+    assert runtime.index("wget") < runtime.index("USER ")
+
+
+def test_the_readme_and_the_values_say_alike_which_kuberay_an_option_needs() -> None:
+    readme = (CHART / "README.md").read_text()
+    needs = " ".join(readme.partition("## What it needs\n")[2].partition("\n\n-")[0].split())
+    assert "KubeRay 1.5.1" in needs
+    newer = {"1.6": ["ray.upgradeStrategy=Recreate", "ray.tokenSecret"], "1.7": ["faultTolerance=embedded", "tls.ray"]}
+    for version, options in newer.items():
+        part = needs.partition(f"; {version} ")[2].partition(";")[0]
+        for option in options:
+            assert option in part
+            row = re.findall(rf"^\| `[a-z.]*{option.partition('=')[0]}` .*$", readme, re.MULTILINE)
+            assert f"KubeRay {version}" in row[0], option
 
 
 def test_the_chart_names_the_ray_that_is_installed() -> None:

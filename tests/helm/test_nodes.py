@@ -27,13 +27,13 @@ def test_cpus_are_on_attention_nodes_alone() -> None:
 
 
 def test_gpus_reach_the_pods_and_the_application() -> None:
-    objects = render({"experts": {"gpus": 2, "gpuResource": "amd.com/gpu"}, "attention": {"gpus": 1}})
+    objects = render({"experts": {"gpus": 1, "gpuResource": "amd.com/gpu"}, "attention": {"gpus": 1}})
     made = groups(find(objects, "RayCluster"))
     limits = {name: container(group["template"])["resources"]["limits"] for name, group in made.items()}
-    assert limits["experts"] == {"cpu": "2", "memory": "4Gi", "amd.com/gpu": "2"}
+    assert limits["experts"] == {"cpu": "2", "memory": "4Gi", "amd.com/gpu": "1"}
     assert limits["attention"] == {"cpu": "2", "memory": "4Gi", "nvidia.com/gpu": "1"}
     arguments = serve_config(objects)["applications"][0]["args"]
-    assert (arguments["experts"]["gpus"], arguments["attention"]["gpus"]) == (2, 1)
+    assert (arguments["experts"]["gpus"], arguments["attention"]["gpus"]) == (1, 1)
 
 
 def test_placement_is_of_its_group() -> None:

@@ -42,6 +42,9 @@ SCALED: Values = {
         ({"networkPolicy": {"egressCIDRs": ["everywhere"]}}, "/networkPolicy/egressCIDRs/0", "does not match pattern"),
         ({"experts": {"tolerations": [{"key": "a", "effects": "NoSchedule"}]}}, "/experts/tolerations/0", "'effects'"),
         ({"security": {"user": 0}}, "/security/user", "got 0, want 1"),
+        ({"experts": {"gpus": 2}}, "/experts/gpus", "got 2, want 1"),
+        ({"attention": {"gpus": 8}}, "/attention/gpus", "got 8, want 1"),
+        ({"jobs": [{"name": "sft", "file": "/a"}] * 2}, "/jobs", "items at 0 and 1 are equal"),
     ],
 )
 def test_the_schema_refuses(values: Values, key: str, fix: str) -> None:
@@ -68,6 +71,17 @@ def test_the_schema_refuses(values: Values, key: str, fix: str) -> None:
         (merge(SCALED, {"experts": {"minReplicas": 9, "maxReplicas": 8}}), "experts.minReplicas is 9", "raise"),
         ({"experts": {"copies": 3}}, "experts.copies is 3", "set experts.replicas=3"),
         (
+            {"experts": {"replicas": 3, "minReplicas": 1, "copies": 2}},
+            "experts.minReplicas is 1 with experts.copies=2",
+            "set experts.minReplicas=2",
+        ),
+        (merge(SCALED, {"experts": {"minReplicas": 1, "copies": 2}}), "experts.minReplicas is 1", "or leave it null"),
+        (
+            {"keda": {"enabled": True}, "monitoring": {"podMonitor": True}, "tls": {"ray": True}},
+            "keda.enabled with tls.ray",
+            "set one of them to false",
+        ),
+        (
             merge(SHAPE, {"experts": {"replicas": 65, "maxReplicas": 70}}),
             "experts.replicas is 65",
             "use at most so many",
@@ -76,7 +90,23 @@ def test_the_schema_refuses(values: Values, key: str, fix: str) -> None:
         ({"model": {"source": "image", "path": "/models"}}, "model.image.reference is empty", "set it"),
         ({"model": {"source": "objectStore", "path": "/models"}}, "model.objectStore.url is empty", "set it"),
         ({"model": {"source": "pvc", "pvc": {"claim": "m"}}}, "model.path is /opt", "model.path=/models"),
+        ({"model": {"path": "/models/lite"}}, "model.path is /models/lite", "set model.source"),
+        ({"model": {"pvc": {"claim": "m"}}}, "model.pvc.claim is m", "set model.source=pvc, or leave it empty"),
+        ({"model": {"image": {"reference": "r/m:1"}}}, "model.image.reference is r/m:1", "set model.source=image"),
+        ({"model": {"objectStore": {"url": "s3:m"}}}, "model.objectStore.url is s3:m", "set model.source=objectStore"),
+        ({"model": {"shape": V2_LITE | {"moeLayers": 0}}}, "model.shape.moeLayers is 0", "config.json"),
+        ({"model": {"shape": {"hiddenSize": 64}}}, "model.shape.moeIntermediateSize is 0", "all four to 0"),
+        (merge(SHAPE, {"experts": {"gpus": 1, "replicas": 1}}), "experts.gpuMemory is empty", "set it"),
         ({"ray": {"gcs": {"faultTolerance": "redis"}}}, "ray.gcs.redisAddress is empty", "set host:port"),
+        ({"ray": {"version": "2.51.9"}}, "ray.version is 2.51.9", "set ray.tokenAuth=false"),
+        ({"ray": {"objectStoreBytes": 2**32}}, "ray.objectStoreBytes is 4294967296", "head.memory is 4Gi"),
+        (
+            {"ray": {"objectStoreBytes": 2 * 10**9}, "attention": {"memory": "1900M"}},
+            "ray.objectStoreBytes is 2000000000 (1.9 GiB)",
+            "raise attention.memory",
+        ),
+        ({"ray": {"objectStoreBytes": 10**9}, "experts": {"memory": "500Mi"}}, "experts.memory is 500Mi", "lower"),
+        ({"tls": {"serverName": "shoal"}}, "tls.serverName is shoal", "set tls.secret"),
         (merge(SCALED, {"networkPolicy": {"egressCIDRs": []}}), "networkPolicy.egressCIDRs", "add its addresses"),
         ({"service": {"type": "LoadBalancer"}}, "networkPolicy.clients is empty", "ipBlock"),
         ({"jobs": [{"name": "a-long-job-name", "file": "/a"}], "fullnameOverride": "a" * 30}, "jobs:", "shorten"),
@@ -105,7 +135,6 @@ def test_release_names_that_kuberay_refuses_are_refused(name: str) -> None:
         ({"memory": "16Gi", "replicas": 4, "copies": 2}, "raise experts.memory to 29Gi"),
         ({"memory": "29Gi", "replicas": 4, "minReplicas": 1}, "with 1 hosts each holds 53.6 GiB"),
         ({"gpus": 1, "gpuMemory": "24Gi", "replicas": 1}, "raise experts.gpuMemory to 30Gi, or experts.replicas"),
-        ({"gpus": 2, "gpuMemory": "14Gi", "replicas": 1}, "raise experts.gpuMemory to 15Gi"),
     ],
 )
 def test_memory_too_small_for_a_nodes_experts_is_refused_with_what_would_do(change: Values, enough: str) -> None:
@@ -121,12 +150,26 @@ def test_memory_too_small_for_a_nodes_experts_is_refused_with_what_would_do(chan
         {"memory": "16Gi", "replicas": 4},
         {"memory": "29Gi", "replicas": 4, "copies": 2},
         {"gpus": 1, "gpuMemory": "30Gi", "replicas": 1},
-        {"gpus": 2, "gpuMemory": "15Gi", "replicas": 1},
-        {"gpus": 1, "gpuMemory": "", "memory": "2Gi", "replicas": 1},
     ],
 )
 def test_memory_that_does_is_taken(change: Values) -> None:
     render(merge(SHAPE, {"experts": change}))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"experts": {"gpus": 1, "gpuMemory": "", "memory": "2Gi", "replicas": 1}},  # no shape: unchecked
+        {"ray": {"version": "2.51.9", "tokenAuth": False}},
+        {"ray": {"version": "2.52.0"}},
+        {"ray": {"objectStoreBytes": 2**32 - 1}},
+        {"model": {"path": "/modelsets/mine"}},
+        {"experts": {"replicas": 3, "minReplicas": 2, "copies": 2}},
+        {"jobs": [{"name": "sft", "file": "/a"}, {"name": "sft", "file": "/b"}, {"name": "dpo", "file": "/a"}]},
+    ],
+)
+def test_what_is_just_within_the_bounds_is_taken(values: Values) -> None:
+    render(values)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -68,6 +68,7 @@ EXCLUSIVE = [
     {"pvc", "image", "object store"},
     {"embedded", "redis"},
     {"autoscaling", "keda"},
+    {"ray tls", "keda"},
     {"autoscaling", "several"},
 ]
 # Kubernetes' restricted profile, and what mounts an image

@@ -107,6 +107,26 @@ def test_keda_counts_pods_that_join_as_expert_nodes() -> None:
     assert not [label for label in extra["spec"]["template"]["metadata"]["labels"] if label.startswith("ray.io/")]
 
 
+def test_pods_that_keda_counts_have_what_kuberay_gives_its_own() -> None:
+    node = find(render(SCALED_BY_KEDA), "Deployment")["spec"]["template"]
+    assert {"name": "shared-mem", "mountPath": "/dev/shm"} in container(node)["volumeMounts"]
+    assert {"name": "shared-mem", "emptyDir": {"medium": "Memory"}} in node["spec"]["volumes"]
+    for own in pods([find(render(SCALED_BY_KEDA), "RayCluster")]):
+        assert "shared-mem" not in json.dumps(own)
+
+
+@pytest.mark.parametrize(
+    ("kept", "waits"), [("none", None), ("embedded", {"value": "600"}), ("redis", {"value": "600"})]
+)
+def test_pods_that_keda_counts_wait_for_a_head_that_comes_back(kept: str, waits: Object | None) -> None:
+    gcs = {"faultTolerance": kept, "redisAddress": "redis:6379"}
+    reach: Values = {"ray": {"gcs": gcs}, "networkPolicy": {"egressCIDRs": ["10.0.0.0/8"]}}
+    objects = render(SCALED_BY_KEDA | reach)
+    extra = container(find(objects, "Deployment")["spec"]["template"])
+    assert environment(extra).get("RAY_gcs_rpc_server_reconnect_timeout_s") == waits
+    assert "reconnect_timeout" not in json.dumps(find(objects, "RayCluster"))
+
+
 def test_stopping_pods_have_the_time_that_their_drain_takes() -> None:
     made = groups(cluster({"experts": {"drainSeconds": 100}, "attention": {"drainSeconds": 20}}))
     experts, attention = made["experts"]["template"], made["attention"]["template"]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from attention.requests import GenerateRequest, SamplingParams, Update
 from attention.service_client import WorkerLost
+from cluster.spec import ServiceSpec
 from model.generation import GenerationDefaults
 from model.tokenizer import Tokenizer
 from services.backend import Reading, ServedModel
 from services.pool import WorkerPool
+from services.replicas import IngressSpec, open_app
 from tests.services.script import Script, call, change_document, make_app, service_report
 from tests.services.test_errors import assert_error
 
@@ -38,14 +41,14 @@ def scrape(app: FastAPI, key: str | None = None) -> Samples:
     return samples
 
 
-def test_every_number_is_the_one_that_was_counted(app: FastAPI, script: Script) -> None:
+def test_every_number_is_the_one_that_was_counted(script: Script) -> None:
     script.report = service_report()
     script.replays = 8
     worker = "attention-a"
-    assert scrape(app) == {
+    assert scrape(make_app(script, ingress="ingress-a")) == {
         ("shoal_controller_up",): 1,
-        ("shoal_requests_in_flight",): 0,
-        ("shoal_replays_total",): 8,
+        ("shoal_requests_in_flight", "ingress-a"): 0,
+        ("shoal_replays_total", "ingress-a"): 8,
         ("shoal_num_requests_running", worker): 3,
         ("shoal_num_requests_waiting", worker): 2,
         ("shoal_kv_cache_usage_perc", worker): 0.25,
@@ -102,8 +105,8 @@ def test_the_ingress_counts_while_the_controller_is_away(app: FastAPI, script: S
     script.report, script.away, script.replays = service_report(), True, 3
     assert scrape(app) == {
         ("shoal_controller_up",): 0,
-        ("shoal_requests_in_flight",): 0,
-        ("shoal_replays_total",): 3,
+        ("shoal_requests_in_flight", "ingress"): 0,
+        ("shoal_replays_total", "ingress"): 3,
     }
     script.away = False
     assert scrape(app)["shoal_placement_epoch",] == 7
@@ -117,6 +120,26 @@ def test_either_secret_opens_the_metrics_of_a_guarded_service(script: Script) ->
         assert_error(call(app, "GET", "/metrics", headers=headers), 401, "Bearer")
     assert scrape(app, "the-right-key") == scrape(app, "the-admin-token")
     assert scrape(make_app(script, admin_token="the-admin-token"))
+
+
+def test_what_an_ingress_counts_for_itself_is_told_apart_by_its_label_and_no_more(script: Script) -> None:
+    """One scrape is answered by one ingress, the next by another: their counters must not be one series."""
+    script.report = service_report()
+    first, second = (scrape(make_app(script, ingress=name)) for name in ("ingress-a", "ingress-b"))
+    own = {"shoal_requests_in_flight", "shoal_replays_total"}
+    assert {place for place in first if place not in second} == {(name, "ingress-a") for name in own}
+    assert {place for place in second if place not in first} == {(name, "ingress-b") for name in own}
+
+
+def test_an_ingress_is_named_after_its_serve_replica(
+    monkeypatch: pytest.MonkeyPatch, script: Script, bundled: Path
+) -> None:
+    script.away = True
+    here = SimpleNamespace(replica_id=SimpleNamespace(unique_id="abc12def"))
+    monkeypatch.setattr("services.replicas.serve.get_replica_context", lambda: here)
+    monkeypatch.setattr("services.replicas.WorkerPool", lambda *given: script)
+    spec = IngressSpec(ServiceSpec("shoal", str(bundled)), "m", 100, None, None, 4)
+    assert ("shoal_replays_total", "ingress-abc12def") in scrape(asyncio.run(open_app(spec)))
 
 
 def test_two_applications_share_no_registry(script: Script) -> None:

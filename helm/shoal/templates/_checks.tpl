@@ -2,7 +2,9 @@
 {{- define "shoal.checks" -}}
 {{- include "shoal.checkNames" . -}}
 {{- include "shoal.checkModel" . -}}
+{{- include "shoal.checkRay" . -}}
 {{- include "shoal.checkScaling" . -}}
+{{- include "shoal.checkShape" . -}}
 {{- include "shoal.checkMemory" . -}}
 {{- include "shoal.checkReach" . -}}
 {{- include "shoal.checkSecret" . -}}
@@ -23,16 +25,43 @@
 {{- define "shoal.checkModel" -}}
 {{- $model := .Values.model -}}
 {{- $needs := dict "pvc" (list "model.pvc.claim" $model.pvc.claim) "image" (list "model.image.reference" $model.image.reference) "objectStore" (list "model.objectStore.url" $model.objectStore.url) -}}
+{{- $mounted := regexMatch "^/models(/|$)" $model.path -}}
+{{- if eq $model.source "bundled" -}}
+{{- if $mounted -}}
+{{- fail (printf "model.path is %s, where nothing is with model.source=bundled: set model.source=pvc, image or objectStore, or the path of a directory in the image" $model.path) -}}
+{{- end -}}
+{{- range $source, $need := $needs -}}
+{{- if last $need -}}
+{{- fail (printf "%s is %s, which model.source=bundled does not read: set model.source=%s, or leave it empty" (first $need) (last $need) $source) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- with get $needs $model.source -}}
 {{- if not (last .) -}}
 {{- fail (printf "%s is empty, which model.source=%s needs: set it, or set model.source=bundled" (first .) $model.source) -}}
 {{- end -}}
-{{- if not (regexMatch "^/models(/|$)" $model.path) -}}
+{{- if not $mounted -}}
 {{- fail (printf "model.path is %s; with model.source=%s the files are under /models: set model.path=/models or a directory in it" $model.path $model.source) -}}
 {{- end -}}
 {{- end -}}
-{{- if and (eq .Values.ray.gcs.faultTolerance "redis") (not .Values.ray.gcs.redisAddress) -}}
+{{- end -}}
+
+{{- define "shoal.checkRay" -}}
+{{- $ray := .Values.ray -}}
+{{- if and (eq $ray.gcs.faultTolerance "redis") (not $ray.gcs.redisAddress) -}}
 {{- fail "ray.gcs.redisAddress is empty, which ray.gcs.faultTolerance=redis needs: set host:port" -}}
+{{- end -}}
+{{- if and $ray.tokenAuth (semverCompare "<2.52.0" $ray.version) -}}
+{{- fail (printf "ray.version is %s; ray.tokenAuth needs 2.52.0: use an image with a newer Ray, or set ray.tokenAuth=false" $ray.version) -}}
+{{- end -}}
+{{- range $name := list "head" "attention" "experts" -}}
+{{- $memory := (get $.Values $name).memory -}}
+{{- if ge (int64 $ray.objectStoreBytes) (include "shoal.bytes" $memory | int64) -}}
+{{- fail (printf "ray.objectStoreBytes is %d (%s), but %s.memory is %s, and each pod's object store is in its memory: lower ray.objectStoreBytes, or raise %s.memory" (int64 $ray.objectStoreBytes) (include "shoal.gibibytes" $ray.objectStoreBytes) $name $memory $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.tls.serverName (not .Values.tls.secret) -}}
+{{- fail (printf "tls.serverName is %s, but tls.secret is empty, so there are no certificates to name: set tls.secret, or leave tls.serverName empty" .Values.tls.serverName) -}}
 {{- end -}}
 {{- end -}}
 
@@ -41,6 +70,8 @@
 {{- $none := kindIs "invalid" $experts.replicas -}}
 {{- if and .Values.autoscaling.enabled .Values.keda.enabled -}}
 {{- fail "autoscaling.enabled and keda.enabled both scale the expert pods: set one of them to false" -}}
+{{- else if and .Values.keda.enabled .Values.tls.ray -}}
+{{- fail "keda.enabled with tls.ray: KubeRay gives certificates to its own pods, and none to those that KEDA counts: set one of them to false" -}}
 {{- else if and .Values.autoscaling.enabled (not $none) -}}
 {{- fail (printf "experts.replicas is %d while autoscaling.enabled lets KubeRay choose: set experts.replicas=null, and experts.minReplicas and experts.maxReplicas as bounds" (int $experts.replicas)) -}}
 {{- else if and $none (not .Values.autoscaling.enabled) -}}
@@ -54,6 +85,9 @@
 {{- if and $experts.minReplicas (lt $wanted $least) -}}
 {{- fail (printf "experts.replicas is %d, below experts.minReplicas=%d: lower experts.minReplicas, or leave it null" $wanted $least) -}}
 {{- end -}}
+{{- if and $experts.minReplicas (lt $least (int $experts.copies)) -}}
+{{- fail (printf "experts.minReplicas is %d with experts.copies=%d: the service starts with so many hosts, and each copy needs a host of its own; set experts.minReplicas=%d, or leave it null" $least (int $experts.copies) (int $experts.copies)) -}}
+{{- end -}}
 {{- if lt $wanted (int $experts.copies) -}}
 {{- fail (printf "experts.copies is %d with %d hosts: each copy needs a host of its own; set experts.replicas=%d, or fewer copies" (int $experts.copies) $wanted (int $experts.copies)) -}}
 {{- end -}}
@@ -63,18 +97,32 @@
 {{- end -}}
 {{- end -}}
 
+{{- /* Whether memory can be checked, where it was asked for. */}}
+{{- define "shoal.checkShape" -}}
+{{- $shape := .Values.model.shape -}}
+{{- $missing := list -}}
+{{- range $name := list "hiddenSize" "moeIntermediateSize" "routedExperts" "moeLayers" -}}
+{{- if not (get $shape $name) }}{{ $missing = append $missing $name }}{{ end -}}
+{{- end -}}
+{{- if and $missing (lt (len $missing) 4) -}}
+{{- fail (printf "model.shape.%s is 0 while others of the shape are set: set it, as config.json has it, or all four to 0 to leave memory unchecked" (first $missing)) -}}
+{{- end -}}
+{{- if and (not $missing) .Values.experts.gpus (not .Values.experts.gpuMemory) -}}
+{{- fail "experts.gpuMemory is empty, which the check of memory by model.shape needs where experts.gpus is 1: set it, such as 80Gi, or all of model.shape to 0" -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "shoal.checkMemory" -}}
 {{- $experts := include "shoal.expertBytes" . | int64 -}}
 {{- $room := include "shoal.roomBytes" . | int64 -}}
 {{- $least := include "shoal.fewestHosts" . | int -}}
 {{- $hosts := .Values.experts.minReplicas | default .Values.experts.replicas | default $least | int -}}
-{{- $checked := or (eq (int .Values.experts.gpus) 0) (ne .Values.experts.gpuMemory "") -}}
-{{- if and $checked (gt $experts 0) (gt $experts (mul $hosts $room)) -}}
+{{- if gt $experts (mul $hosts $room) -}}
 {{- $cpu := eq (int .Values.experts.gpus) 0 -}}
 {{- $which := ternary "experts.memory" "experts.gpuMemory" $cpu -}}
 {{- $given := ternary .Values.experts.memory .Values.experts.gpuMemory $cpu -}}
 {{- $each := divf $experts $hosts -}}
-{{- $enough := ternary (addf $each 2147483648) (divf $each (mulf 0.9 (max 1 (int .Values.experts.gpus)))) $cpu -}}
+{{- $enough := ternary (addf $each 2147483648) (divf $each 0.9) $cpu -}}
 {{- $more := ternary (printf ", or experts.replicas (and experts.minReplicas, if set) to %d" $least) "" (and (gt $room 0) (le $least (int .Values.model.shape.routedExperts))) -}}
 {{- fail (printf "%s is %s, which leaves %s for experts; with %d hosts each holds %s of them: raise %s to %dGi%s" $which $given (include "shoal.gibibytes" $room) $hosts (include "shoal.gibibytes" $each) $which (divf $enough 1073741824 | ceil | int) $more) -}}
 {{- end -}}

@@ -12,12 +12,12 @@
 {{- mul $expert (int64 $shape.routedExperts) (int64 $shape.moeLayers) (int64 .Values.experts.copies) -}}
 {{- end -}}
 
-{{- /* Bytes that a host may fill with experts: its memory less 2 GiB, or its GPUs' less a tenth. 0: unchecked. */}}
+{{- /* Bytes that a host may fill with experts: its memory less 2 GiB, or its GPU's less a tenth. 0: unchecked. */}}
 {{- define "shoal.roomBytes" -}}
 {{- if eq (int .Values.experts.gpus) 0 -}}
 {{- max 0 (sub (include "shoal.bytes" .Values.experts.memory | int64) 2147483648) -}}
 {{- else if .Values.experts.gpuMemory -}}
-{{- mulf (int .Values.experts.gpus) 0.9 (include "shoal.bytes" .Values.experts.gpuMemory | float64) | int64 -}}
+{{- mulf 0.9 (include "shoal.bytes" .Values.experts.gpuMemory | float64) | int64 -}}
 {{- else -}}
 0
 {{- end -}}

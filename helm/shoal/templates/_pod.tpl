@@ -35,7 +35,7 @@ spec:
       resources: {{- include "shoal.resources" .group | nindent 8 }}
       ports: {{- include (printf "shoal.ports.%s" .component) . | nindent 8 }}
       env: {{- include "shoal.nodeEnv" . | nindent 8 }}
-      volumeMounts: {{- include "shoal.nodeMounts" .root | nindent 8 }}
+      volumeMounts: {{- include "shoal.nodeMounts" . | nindent 8 }}
       {{- include (printf "shoal.life.%s" .component) .root | nindent 6 }}
   volumes: {{- include "shoal.nodeVolumes" . | nindent 4 }}
 {{- end -}}

@@ -13,6 +13,10 @@
   value: "0"
 {{- if .command }}
 {{- include "shoal.rayTokenEnv" .root | nindent 0 }}
+{{- if ne .root.Values.ray.gcs.faultTolerance "none" }}
+- name: RAY_gcs_rpc_server_reconnect_timeout_s # as KubeRay has it: a head that comes back is waited for
+  value: "600"
+{{- end }}
 {{- end }}
 {{- end -}}
 
@@ -29,17 +33,19 @@
 {{- end }}
 {{- end -}}
 
+{{- /* Argument as of shoal.pod. */}}
 {{- define "shoal.nodeMounts" -}}
-{{ include "shoal.scratchMounts" . }}
-{{- if ne .Values.model.source "bundled" }}
+{{ include "shoal.scratchMounts" .root }}
+{{- with .root.Values }}
+{{- if ne .model.source "bundled" }}
 - name: model
   mountPath: /models
   readOnly: true
-  {{- if and (eq .Values.model.source "pvc") .Values.model.pvc.subPath }}
-  subPath: {{ .Values.model.pvc.subPath }}
+  {{- if and (eq .model.source "pvc") .model.pvc.subPath }}
+  subPath: {{ .model.pvc.subPath }}
   {{- end }}
 {{- end }}
-{{- if .Values.tls.secret }}
+{{- if .tls.secret }}
 - name: tls
   mountPath: /etc/shoal/tls
   readOnly: true
@@ -47,9 +53,14 @@
 - name: recipes
   mountPath: /etc/shoal/recipes
   readOnly: true
-{{- if .Values.outputs.claim }}
+{{- if .outputs.claim }}
 - name: outputs
   mountPath: /outputs
+{{- end }}
+{{- end }}
+{{- if .command }}
+- name: shared-mem
+  mountPath: /dev/shm
 {{- end }}
 {{- end -}}
 
