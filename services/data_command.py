@@ -62,7 +62,7 @@ def check(options: argparse.Namespace) -> int:
             raise ValueError(f"--show {options.show} given; expected how many samples to print")
         reading = Reading(options.sequence_length, options.format, options.overlong)
         tokenizer = TrainingTokenizer.load(options.model)
-        read = read_samples([Path(file) for file in options.file], tokenizer, reading)
+        read = read_samples([Path(file) for file in options.file], tokenizer, reading, most_problems=sys.maxsize)
     except ValueError as error:
         print(f"shoal: {error}", file=sys.stderr)
         return 2
@@ -77,7 +77,7 @@ def check(options: argparse.Namespace) -> int:
         _print_problems(console, read)
         for one in shown:
             _print_sample(console, one)
-    return 1 if read.problems.count or not len(read.samples) else 0
+    return 1 if read.problems.count else 0
 
 
 def _document(read: "Read", summary: "Summary", shown: "list[Shown]") -> dict[str, Any]:
@@ -127,8 +127,6 @@ def _print_problems(console: Console, read: "Read") -> None:
         _print(console, f"\n{_count(log.count, 'problem')}")
     for problem in log.first:
         _print(console, str(problem))
-    if log.count > len(log.first):
-        _print(console, f"and {log.count - len(log.first)} more")
 
 
 def _print_sample(console: Console, shown: "Shown") -> None:

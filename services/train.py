@@ -5,7 +5,8 @@ from pathlib import Path
 
 from services.commands import CommandError
 from services.train_command import train_here
-from services.training.recipe import RecipeError, load_recipe
+from services.training.recipe import RecipeError
+from services.training.recipe_file import load_recipe
 
 
 def main(arguments: list[str]) -> int:

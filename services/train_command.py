@@ -36,7 +36,8 @@ def add_parser(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(options: argparse.Namespace) -> int:
     """Train here, or submit; 0 when all steps were made or the job was taken."""
-    from services.training.recipe import RecipeError, load_recipe
+    from services.training.recipe import RecipeError
+    from services.training.recipe_file import load_recipe
 
     try:
         recipe = load_recipe(options.recipe, options.overrides)
@@ -78,18 +79,28 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _show(recipe: "Recipe") -> int:
+    """Print the recipe and what it needs; refuses what the run would refuse before it starts anything."""
     import yaml
 
+    from experts.transport_kinds import check_transport
+    from model.checkpoint import Checkpoint
+    from model.config import read_config
+    from services.training.checks import check_recipe
     from services.training.driver import absolute
     from services.training.forecast import forecast
+    from services.training.inputs import count_steps, load_data
+    from services.training.result import with_yarn
 
-    console = Console(highlight=False)
+    placed = absolute(recipe)
     try:
-        from model.config import read_config
-        from services.training.result import with_yarn
-
-        found = forecast(absolute(recipe), with_yarn(read_config(recipe.model), recipe.yarn))
-    except ValueError as error:
+        check_transport(placed.experts.transport)
+        random = placed.init == "random"
+        config = with_yarn(read_config(placed.model) if random else Checkpoint.open(placed.model).config, placed.yarn)
+        check_recipe(placed, config)
+        data = load_data(placed)
+        steps = count_steps(placed, data)
+        found = forecast(placed, config)
+    except (ValueError, OSError) as error:
         raise CommandError(str(error)) from error
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
     total = found.dense + found.experts
@@ -97,13 +108,18 @@ def _show(recipe: "Recipe") -> int:
     trained = found.trained_dense + found.trained_experts
     hosts, service = recipe.experts.hosts, recipe.experts.service
     place = f" in hosts of {service}" if service is not None else ""
-    lines = (
+    console = Console(highlight=False)
+    lines = [
         f"# parameters        {total:,}: {found.dense:,} dense, {found.experts:,} in routed experts",
         f"# trained           {at_most}{trained:,}: {found.trained_dense:,} dense, {found.trained_experts:,} in hosts",
         f"# each expert host  {_gib(found.host_bytes)} for weights, gradients and optimizer, of {hosts}{place}",
         f"# each worker       {_gib(found.worker_bytes)} and some {_gib(found.activation_bytes)} of activations",
-        f"# a step            {found.tokens_per_step:,} tokens, {found.micro_batches} micro-batches a worker",
-    )
+        f"# data              {len(data):,} samples, {data.samples.tokens:,} tokens",
+        f"# steps             {steps:,}",
+    ]
+    for stage in found.stages:
+        name = "a step" if len(found.stages) == 1 else f"from step {stage.from_step}"
+        lines.append(f"# {name:16}  {stage.tokens:,} tokens, {stage.micro_batches} micro-batches a worker")
     for line in lines:
         console.print(line, soft_wrap=True)
     return 0

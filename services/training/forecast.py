@@ -14,6 +14,15 @@ NUMBER_BYTES = 4  # of weights, gradients and moments, all fp32
 
 
 @dataclass(frozen=True, slots=True)
+class StageForecast:
+    """What each step has from one step on."""
+
+    from_step: int
+    tokens: int
+    micro_batches: int  # of a worker, with the fewest workers
+
+
+@dataclass(frozen=True, slots=True)
 class Forecast:
     """Counts of parameters, and bytes of the largest actor of each kind, activations aside."""
 
@@ -24,8 +33,7 @@ class Forecast:
     host_bytes: int
     worker_bytes: int
     activation_bytes: int  # of a worker's micro-batch: an estimate
-    tokens_per_step: int
-    micro_batches: int  # of a worker in a step, with the fewest workers
+    stages: tuple[StageForecast, ...]
 
 
 def forecast(recipe: Recipe, config: ModelConfig) -> Forecast:
@@ -49,7 +57,7 @@ def forecast(recipe: Recipe, config: ModelConfig) -> Forecast:
     else:
         host = share * (experts * (1 + rounded) + trained_experts * (3 if recipe.method == "esft" else 4))
         worker = dense + trained_dense * 4
-    tokens = recipe.stages[-1].tokens
+    micro = recipe.micro_batch_tokens * workers
     return Forecast(
         dense=dense,
         experts=experts,
@@ -58,8 +66,9 @@ def forecast(recipe: Recipe, config: ModelConfig) -> Forecast:
         host_bytes=int(host * NUMBER_BYTES),
         worker_bytes=int(worker * NUMBER_BYTES),
         activation_bytes=_activations(recipe, config),
-        tokens_per_step=tokens,
-        micro_batches=-(-tokens // (recipe.micro_batch_tokens * workers)),
+        stages=tuple(
+            StageForecast(stage.from_step, stage.tokens, -(-stage.tokens // micro)) for stage in recipe.stages
+        ),
     )
 
 

@@ -3,25 +3,36 @@
 from services.training.data.training_data import TrainingData
 from services.training.data.training_tokenizer import TrainingTokenizer
 from services.training.recipe import Recipe
-from services.training.schedule import batch_tokens
+from services.training.schedule import batch_tokens, check_schedule
 
 
 def load_data(recipe: Recipe) -> TrainingData:
-    """Raises ValueError naming the first problem."""
+    """They end with the recipe's epochs. Raises ValueError naming the first problem."""
     data = recipe.data
     tokenizer = TrainingTokenizer.load(recipe.model)
     return TrainingData.load(
-        data.files, tokenizer, data.sequence_length, data.format, data.overlong, data.packing, recipe.seed
+        data.files,
+        tokenizer,
+        data.sequence_length,
+        data.format,
+        data.overlong,
+        data.packing,
+        recipe.seed,
+        recipe.epochs,
     )
 
 
 def count_steps(recipe: Recipe, data: TrainingData) -> int:
-    """Steps of a run: as many as the recipe says, or as its epochs take."""
+    """Steps of a run: as many as the recipe says, or as its epochs take.
+
+    Raises ValueError where they are too few for the recipe's warm-up or for one of its batch stages.
+    """
     if recipe.steps is not None:
         return recipe.steps
-    assert recipe.epochs is not None
+    assert data.end is not None
     cursor, steps = 0, 0
-    while cursor < recipe.epochs * len(data):
+    while cursor < data.end:
         cursor = data.after(cursor, batch_tokens(recipe.stages, steps))
         steps += 1
+    check_schedule(steps, recipe.warmup_steps, recipe.stages)
     return steps

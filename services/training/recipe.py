@@ -1,24 +1,19 @@
 """A fine-tuning recipe: everything that a run is, in one checked document."""
 
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from experts.training.spec import ParameterDtype
 from experts.transport_kinds import TransportKind
-from services.training.schedule import BatchStage, LearningRate
+from services.training.part import Amount, Part
+from services.training.schedule import BatchStage, LearningRate, check_schedule
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; names the field, what was given and what was expected."""
-
-
-class Part(BaseModel):
-    """A section: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Data(Part):
@@ -54,9 +49,9 @@ class Esft(Part):
 class Balance(Part):
     """Coefficients of the balance losses; V2 has 0.003, 0.05 and 0.02, Lite 0.001 for the experts alone."""
 
-    expert: float = Field(0.0, ge=0, allow_inf_nan=False)
-    device: float = Field(0.0, ge=0, allow_inf_nan=False)
-    communication: float = Field(0.0, ge=0, allow_inf_nan=False)
+    expert: float = Field(0.0, ge=0)
+    device: float = Field(0.0, ge=0)
+    communication: float = Field(0.0, ge=0)
 
 
 class Optimizer(Part):
@@ -72,12 +67,18 @@ class Optimizer(Part):
 class Yarn(Part):
     """Context extension: the trained model's rope_scaling, written to its config.json, too."""
 
-    factor: float = Field(gt=1)
-    original_max_position_embeddings: int = Field(ge=1)
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 0.707
-    mscale_all_dim: float = 0.707
+    factor: float = Field(gt=1, le=10_000)
+    original_max_position_embeddings: int = Field(ge=1, lt=2**31)
+    beta_fast: float = Field(32.0, gt=0)
+    beta_slow: float = Field(1.0, gt=0)
+    mscale: float = Field(0.707, ge=0)
+    mscale_all_dim: float = Field(0.707, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Yarn":
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast is {self.beta_fast}; expected at least beta_slow ({self.beta_slow})")
+        return self
 
 
 class Experts(Part):
@@ -93,7 +94,7 @@ class Experts(Part):
     threads: int | None = Field(None, ge=1)
     cpus: float = Field(0.0, ge=0, description="Ray CPUs that each reserves")
     gpus: float = Field(0.0, ge=0)
-    resources: dict[str, float] = {}
+    resources: dict[str, Amount] = Field(default_factory=dict)
     transport: TransportKind = "auto"
 
     @model_validator(mode="after")
@@ -139,11 +140,13 @@ class Recipe(Part):
     lora: Lora = Lora()
     esft: Esft = Esft()
     steps: int | None = Field(None, ge=1)
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(
+        None, gt=0, le=10_000, description="the last batch ends with them, and none lies in two"
+    )
     batch_tokens: int = Field(4096, ge=2, description="of a step, over all workers")
     batch_stages: tuple[BatchStage, ...] = Field((), description="instead of batch_tokens, where it grows")
     micro_batch_tokens: int = Field(2048, ge=2, description="of one forward and backward on one worker")
-    lr: float = Field(1e-5, gt=0, allow_inf_nan=False)
+    lr: float = Field(1e-5, gt=0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["steps", "cosine", "constant"] = "steps"
     optimizer: Optimizer = Optimizer()
@@ -166,22 +169,44 @@ class Recipe(Part):
             raise ValueError(f"experts.replicas is {self.experts.replicas}; expected at most experts.hosts")
         if self.workers.most is not None and self.workers.most < self.workers.least:
             raise ValueError(f"workers.most is {self.workers.most}; expected at least workers.least")
+        if self.init == "random" and self.method != "full":
+            raise ValueError(f"init is random and method {self.method}; expected method full: nothing is known yet")
+        if self.yarn is not None and self.method != "full":
+            raise ValueError(
+                f"yarn is given and method is {self.method}; expected method full: an adapter or a delta has no "
+                "config.json to tell of it, and would be served beside the context that the model had before"
+            )
+        self._check_batches()
+        self._check_unused()
+        return self
+
+    def _check_batches(self) -> None:
         starts = [stage.from_step for stage in self.batch_stages]
         if starts and (starts[0] != 0 or starts != sorted(set(starts))):
             raise ValueError(f"batch_stages begin at steps {starts}; expected 0 first, then rising ones")
-        if self.init == "random" and self.method != "full":
-            raise ValueError(f"init is random and method {self.method}; expected method full: nothing is known yet")
-        smallest = min((stage.tokens for stage in self.stages), default=0)
-        if smallest < self.data.sequence_length:
+        smallest, length = min(stage.tokens for stage in self.stages), self.data.sequence_length
+        if smallest < length:
+            raise ValueError(f"a step has {smallest} tokens; expected at least data.sequence_length ({length})")
+        if self.micro_batch_tokens < length:
             raise ValueError(
-                f"a step has {smallest} tokens; expected at least data.sequence_length ({self.data.sequence_length})"
+                f"micro_batch_tokens is {self.micro_batch_tokens}; expected at least data.sequence_length ({length}): "
+                "a row is not divided"
             )
-        if self.micro_batch_tokens < self.data.sequence_length:
-            raise ValueError(
-                f"micro_batch_tokens is {self.micro_batch_tokens}; expected at least data.sequence_length "
-                f"({self.data.sequence_length}): a row is not divided"
-            )
-        return self
+        if self.steps is not None:
+            check_schedule(self.steps, self.warmup_steps, self.stages)
+
+    def _check_unused(self) -> None:
+        """What would change nothing is refused, unless it is the default, as in a recipe that `--dry-run` wrote out."""
+        unused = {
+            "lora": "" if self.method == "lora" else f"method is {self.method}, which has no factors",
+            "esft": "" if self.method == "esft" else f"method is {self.method}, which chooses no experts",
+            "init_std": "" if self.init == "random" else f"init is {self.init}, which draws no weights",
+            "batch_tokens": "batch_stages say how many tokens a step has" if self.batch_stages else "",
+        }
+        for name, why in unused.items():
+            given, default = getattr(self, name), type(self).model_fields[name].default
+            if why and given != default:
+                raise ValueError(f"{_changed(name, given, default)}; expected it left out: {why}")
 
     @property
     def stages(self) -> tuple[BatchStage, ...]:
@@ -190,24 +215,6 @@ class Recipe(Part):
     @property
     def learning_rate(self) -> LearningRate:
         return LearningRate(peak=self.lr, warmup_steps=self.warmup_steps, schedule=self.schedule)
-
-
-def load_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """Read a YAML file, then `key=value` for each of the overrides, with dots into sections.
-
-    Paths in the file are relative to the working directory. Raises RecipeError naming the first thing that is wrong.
-    """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{path} does not exist: give a recipe, such as examples/sft.yaml") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path} holds a {type(raw).__name__}; expected keys and values")
-    for override in overrides:
-        _override(raw, override)
-    return parse_recipe(raw)
 
 
 def parse_recipe(raw: dict[str, Any]) -> Recipe:
@@ -224,35 +231,22 @@ def parse_recipe(raw: dict[str, Any]) -> Recipe:
         raise RecipeError(f"{place + ': ' if place else ''}{message}{given}") from error
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
-    key, sign, value = text.partition("=")
-    if not sign or not key:
-        raise RecipeError(f"{text!r} is no override; expected key=value, such as lr=1e-5 or experts.hosts=4")
-    *sections, last = key.split(".")
-    target = raw
-    for section in sections:
-        target = target.setdefault(section, {})
-        if not isinstance(target, dict):
-            raise RecipeError(f"{key}: {section} is not a section")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{key}: {value!r} cannot be read as YAML: {error}") from error
-    target[last] = _number(parsed)
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 takes 1e-5 for text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _changed(name: str, given: Any, default: Any) -> str:
+    """`name is value`, or of a section the first such field."""
+    if not isinstance(given, Part):
+        return f"{name} is {given}"
+    field = next(field for field in type(given).model_fields if getattr(given, field) != getattr(default, field))
+    return f"{name}.{field} is {getattr(given, field)}"
 
 
 def _known(place: str) -> str:
-    model: Any = Recipe
-    for section in place.split(".")[:-1]:
-        model = model.model_fields[section].annotation
-    return f"expected one of {', '.join(sorted(model.model_fields))}"
+    part: Any = Recipe
+    for name in place.split(".")[:-1]:
+        part = part if name.isdigit() else _part(part.model_fields[name].annotation)
+    return f"expected one of {', '.join(sorted(part.model_fields))}"
+
+
+def _part(annotation: Any) -> Any:
+    """The section of `Section`, `Section | None` and `tuple[Section, ...]`."""
+    inner = typing.get_args(annotation)
+    return inner[0] if inner else annotation

@@ -4,18 +4,18 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from services.training.part import Part
 
 Kind = Literal["steps", "cosine", "constant"]
 DECAY = 0.316  # the paper's, at 60 % and 90 % of the steps
 
 
-class LearningRate(BaseModel):
+class LearningRate(Part):
     """Linear warm-up, then one of three shapes (section 3.1.2, arXiv 2405.04434, has `steps`)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    peak: float = Field(gt=0, allow_inf_nan=False)
+    peak: float = Field(gt=0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Kind = "steps"
     decays_at: tuple[float, ...] = Field((0.6, 0.9), description="shares of all steps; for `steps`")
@@ -40,10 +40,8 @@ class LearningRate(BaseModel):
         return self.peak
 
 
-class BatchStage(BaseModel):
+class BatchStage(Part):
     """From a step on, so many tokens a step."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     from_step: int = Field(ge=0)
     tokens: int = Field(ge=1)
@@ -52,3 +50,17 @@ class BatchStage(BaseModel):
 def batch_tokens(stages: Sequence[BatchStage], step: int) -> int:
     """Tokens of the step after `step` steps; the first stage begins at 0 and the others rise."""
     return [stage.tokens for stage in stages if stage.from_step <= step][-1]
+
+
+def check_schedule(steps: int, warmup_steps: int, stages: Sequence[BatchStage]) -> None:
+    """Raises ValueError for a warm-up that no step follows, and for a stage that no step has."""
+    if warmup_steps >= steps:
+        raise ValueError(
+            f"warmup_steps is {warmup_steps} and the run has {steps} steps; expected less: the learning rate would "
+            "never arrive"
+        )
+    late = [stage.from_step for stage in stages if stage.from_step >= steps]
+    if late:
+        raise ValueError(
+            f"batch_stages has one from step {late[0]} on and the run has {steps} steps; expected it before the end"
+        )

@@ -86,16 +86,16 @@ def test_terminal_shows_what_is_learned_in_colour(
     assert "\x1b[1;32m Hello\\x1b[2J<eos>\x1b[0m" in printed
 
 
-def test_first_problems_are_printed_and_the_others_counted(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_problem_is_listed(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training, which names the first, sends people here for the others."""
     path = written(tmp_path / "a.jsonl", *[BAD] * (KEPT + 3))
     assert run(path, "--format", "messages") == 1
     printed = capsys.readouterr().out
     assert f"{KEPT + 3} problems\n{path}:1: messages[0].role: 'bot' given" in printed
-    assert f"{path}:{KEPT}: " in printed
-    assert f"{path}:{KEPT + 1}: " not in printed
-    assert printed.endswith("and 3 more\n")
+    assert f"{path}:{KEPT + 3}: " in printed
+    assert run(path, "--format", "messages", "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [problem["line"] for problem in report["problems"]] == list(range(1, KEPT + 4))
 
 
 def test_overlong_samples_are_problems_or_dropped(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,8 +107,13 @@ def test_overlong_samples_are_problems_or_dropped(run: Run, tmp_path: Path, caps
     assert "longer than 40 tokens: 1, 1 dropped\n" in capsys.readouterr().out
 
 
-def test_nothing_but_dropped_samples_is_no_success(run: Run, tmp_path: Path) -> None:
-    assert run(written(tmp_path / "a.jsonl", GOOD), "--sequence-length", 2, "--overlong", "drop") == 1
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_nothing_but_dropped_samples_is_a_problem(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], overlong: str
+) -> None:
+    path = written(tmp_path / "a.jsonl", GOOD)
+    assert run(path, "--sequence-length", 2, "--overlong", overlong) == 1
+    assert f"1 problem\n{path}:1: all samples are longer than 2 tokens and were dropped: " in capsys.readouterr().out
 
 
 def test_wrong_use_ends_with_2(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,10 @@ from model.checkpoint import Checkpoint
 from model.config import parse_config
 from services.training.driver import absolute, service_spec
 from services.training.forecast import forecast
+from services.training.inputs import count_steps, load_data
 from services.training.method import make_method
-from services.training.recipe import RecipeError, load_recipe, parse_recipe
+from services.training.recipe import RecipeError, parse_recipe
+from services.training.recipe_file import load_recipe
 from services.training.result import raw_with_yarn, with_yarn
 from services.training.schedule import LearningRate, batch_tokens
 from tests.checkpoints import SHAPES
@@ -26,6 +28,7 @@ RAW: dict[str, object] = {
     "batch_tokens": 128,
     "micro_batch_tokens": 64,
 }
+EXAMPLES = sorted(Path("examples").glob("*.yaml"))
 CONFIG = parse_config({"architectures": ["DeepseekV2ForCausalLM"], **SHAPES["tiny"]})
 
 
@@ -36,7 +39,8 @@ def write(directory: Path, **changed: object) -> Path:
 
 
 def test_overrides_reach_into_sections(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path), ["lr=1e-5", "experts.hosts=4", "data.files=[a, b]", "lora.targets=[experts]"])
+    lora = ["method=lora", "lora.targets=[experts]"]
+    recipe = load_recipe(write(tmp_path), [*lora, "lr=1e-5", "experts.hosts=4", "data.files=[a, b]"])
     assert (recipe.lr, recipe.experts.hosts, recipe.lora.targets) == (1e-5, 4, ("experts",))
     assert recipe.data.files == (Path("a"), Path("b"))
 
@@ -63,6 +67,40 @@ def test_overrides_reach_into_sections(tmp_path: Path) -> None:
         ("seed=-1", "seed: .*greater than or equal to 0"),
         ("batch_stages=[{from_step: 5, tokens: 64}]", "batch_stages begin at steps \\[5\\]"),
         ("init=random", None),
+        ("epochs=inf", "epochs: .*inf"),
+        ("steps=true", "steps: a truth value where none is expected \\(given: True\\)"),
+        ("lr=true", "lr: a truth value"),
+        ("batch_stages=[{from_step: false, tokens: 64}]", "batch_stages.0.from_step: a truth value"),
+        ("optimizer.eps=inf", "optimizer.eps: .*finite number.*inf"),
+        ("optimizer.weight_decay=inf", "optimizer.weight_decay: .*finite number"),
+        ("optimizer.beta1=nan", "optimizer.beta1: .*nan"),
+        ("lora={alpha: .inf}", "lora.alpha: .*finite number"),
+        ("yarn={factor: .inf, original_max_position_embeddings: 64}", "yarn.factor: .*inf"),
+        ("yarn={factor: 1.0e+300, original_max_position_embeddings: 64}", "yarn.factor: .*less than or equal to 10000"),
+        ("yarn={factor: 2, original_max_position_embeddings: 64, mscale: .nan}", "yarn.mscale: .*nan"),
+        (
+            "yarn={factor: 2, original_max_position_embeddings: 64, beta_fast: 0.5}",
+            "beta_fast is 0.5; expected at leas",
+        ),
+        (
+            "yarn={factor: 2, original_max_position_embeddings: 64, original_max: 64}",
+            "yarn.original_max is not a field of a recipe; expected one of .*beta",
+        ),
+        ("batch_stages=[{from_step: 0, tokens: 64, at: 0}]", "stages.0.at is not a field .* one of from_step, tokens"),
+        ("experts.resources={a: -1}", "experts.resources.a: .*greater than or equal to 0.*-1"),
+        ("experts.resources={a: .inf}", "experts.resources.a: .*finite number"),
+        ("experts.resources={a: true}", "experts.resources.a: a truth value"),
+        ("warmup_steps=10", "warmup_steps is 10 and the run has 10 steps; expected less"),
+        (
+            "batch_stages=[{from_step: 0, tokens: 64}, {from_step: 10, tokens: 128}]",
+            "one from step 10 on and the run has",
+        ),
+        ("lora.rank=8", "lora.rank is 8; expected it left out: method is full, which has no factors"),
+        ("esft.share=0.5", "esft.share is 0.5; expected it left out: method is full, which chooses no experts"),
+        ("init_std=0.02", "init_std is 0.02; expected it left out: init is checkpoint, which draws no weights"),
+        ("batch_stages=[{from_step: 0, tokens: 64}]", "batch_tokens is 128; expected it left out: batch_stages say"),
+        ("lr={a: 1, a: 2}", "lr: .*a is given in line 1 and in line 1; expected it once"),
+        ("lr=2024-99-99", "lr: '2024-99-99' cannot be read as YAML"),
         ("lr", "'lr' is no override; expected key=value"),
         ("lr.x=1", "lr.x"),
     ],
@@ -87,18 +125,73 @@ def test_files_that_are_no_recipe_are_named(tmp_path: Path) -> None:
         load_recipe(tmp_path / "bad.yaml", [])
 
 
+def test_a_key_that_is_given_twice_is_refused_with_its_lines(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text("experts:\n  hosts: 2\n  cpus: 1\n  hosts: 3\nlr: 1.0e-5\n")
+    with pytest.raises(RecipeError, match="hosts is given in line 2 and in line 4; expected it once"):
+        load_recipe(path, [])
+
+
+def test_keys_that_are_merged_may_be_given_again(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "balance: {<<: {expert: 0.1, device: 0.2}, device: 0.3}\n")
+    balance = load_recipe(path, []).balance
+    assert (balance.expert, balance.device) == (0.1, 0.3)
+
+
+@pytest.mark.parametrize("method", ["lora", "esft"])
+def test_yarn_is_refused_where_the_result_could_not_tell_of_it(tmp_path: Path, method: str) -> None:
+    yarn = "yarn={factor: 2, original_max_position_embeddings: 64}"
+    with pytest.raises(
+        RecipeError, match=f"yarn is given and method is {method}; expected method full: .* config.json"
+    ):
+        load_recipe(write(tmp_path), [yarn, f"method={method}"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=lora", "lora.rank=4"],
+        ["method=esft", "esft.share=0.3"],
+        ["init=random", "init_std=0.02"],
+        ["yarn={factor: 2, original_max_position_embeddings: 64}"],
+        ["batch_tokens=4096", "batch_stages=[{from_step: 0, tokens: 64}, {from_step: 5, tokens: 256}]"],
+        ["experts.resources={a: 0.5}", "snapshots.at_end=false", "warmup_steps=9"],
+    ],
+)
+def test_a_recipe_that_is_written_out_is_read_again(tmp_path: Path, overrides: list[str]) -> None:
+    """As the workers get it, and as whoever kept what `--dry-run` printed reads it."""
+    recipe = load_recipe(write(tmp_path), overrides)
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    assert load_recipe(printed, []) == recipe
+
+
 def test_hosts_of_a_service_go_through_plain_data(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path), ["experts.service=p8000", "experts.transport=grpc"])
     assert recipe.experts.service == "p8000"
     assert parse_recipe(recipe.model_dump(mode="json")) == recipe  # as the workers get it
 
 
-@pytest.mark.parametrize("path", sorted(Path("examples").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_are_recipes(path: Path) -> None:
     recipe = load_recipe(path, [])
     assert all(file.exists() for file in recipe.data.files)
     make_method(recipe, CONFIG, "run")
     assert forecast(recipe, CONFIG).trained_experts > 0
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_learn_from_their_data(path: Path) -> None:
+    """At full rate for most of their steps, and from each sample at most once a step."""
+    recipe = load_recipe(path, ["model=models/bundled"])
+    data = load_data(recipe)
+    steps = count_steps(recipe, data)
+    assert steps >= 15
+    assert recipe.warmup_steps <= steps / 5
+    samples = data.batch(0, batch_tokens=recipe.stages[-1].tokens).samples
+    assert len(set(samples)) == len(samples)
 
 
 def test_the_learning_rate_has_the_papers_shape() -> None:
@@ -113,7 +206,8 @@ def test_the_learning_rate_has_the_papers_shape() -> None:
 
 
 def test_the_batch_grows_by_stages(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path), ["batch_stages=[{from_step: 0, tokens: 64}, {from_step: 5, tokens: 256}]"])
+    stages = "batch_stages=[{from_step: 0, tokens: 64}, {from_step: 5, tokens: 256}]"
+    recipe = load_recipe(write(tmp_path), ["batch_tokens=4096", stages])
     assert [batch_tokens(recipe.stages, step) for step in (0, 4, 5, 9)] == [64, 64, 256, 256]
 
 

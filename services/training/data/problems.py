@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-KEPT = 50  # problems that are remembered in words; the others are counted
+KEPT = 50  # problems that are remembered in words, unless more are asked for; the others are counted
 SHOWN_CHARS = 60
 
 
@@ -22,14 +22,15 @@ class Problem:
 
 @dataclass(slots=True)
 class ProblemLog:
-    """The first problems, and how many there are."""
+    """The first problems, of which at most `most` are kept, and how many there are."""
 
+    most: int = KEPT
     first: list[Problem] = field(default_factory=list)
     count: int = 0
 
     def add(self, problem: Problem) -> None:
         self.count += 1
-        if len(self.first) < KEPT:
+        if len(self.first) < self.most:
             self.first.append(problem)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.training.data.formats import find_format, read_records
-from services.training.data.problems import Problem, ProblemLog, shown
+from services.training.data.problems import KEPT, Problem, ProblemLog, shown
 from services.training.data.rendering import NotRendered, Rendered, Tokens, render, tokenise
 from services.training.data.samples import SampleSet, SampleSetBuilder
 from services.training.data.training_tokenizer import TrainingTokenizer
@@ -63,12 +63,17 @@ class Reading:
             raise ValueError(f"overlong {shown(self.overlong)} given; expected one of {', '.join(OVERLONG)}")
 
 
-def read_samples(paths: Sequence[Path], tokenizer: TrainingTokenizer, reading: Reading) -> Read:
-    """Samples of all files in order, and every problem found; raises ValueError where no file can be read at all."""
+def read_samples(
+    paths: Sequence[Path], tokenizer: TrainingTokenizer, reading: Reading, most_problems: int = KEPT
+) -> Read:
+    """Samples of all files in order, and the problems found; raises ValueError where no file can be read at all.
+
+    There are samples or problems: that every sample was dropped is one, too.
+    """
     if not paths:
         raise ValueError("no file given; expected at least one file of training data")
     found = [find_format(path, reading.format) for path in paths]
-    reader = _Reader(tokenizer, reading)
+    reader = _Reader(tokenizer, reading, ProblemLog(most_problems))
     for index, (path, format_) in enumerate(zip(paths, found, strict=True)):
         if isinstance(format_, Problem):
             reader.sources.append(Source(path, None))
@@ -76,16 +81,20 @@ def read_samples(paths: Sequence[Path], tokenizer: TrainingTokenizer, reading: R
         else:
             reader.sources.append(Source(path, format_))
             reader.read(index, format_)
-    return Read(reader.builder.build(), tuple(reader.sources), reader.problems)
+    samples = reader.builder.build()
+    if not len(samples) and not reader.problems.count:
+        given = f"all samples are longer than {reading.sequence_length} tokens and were dropped"
+        reader.problems.add(Problem(paths[0], 1, "", f"{given}: nothing is left to learn from; lengthen the context"))
+    return Read(samples, tuple(reader.sources), reader.problems)
 
 
 @dataclass(slots=True)
 class _Reader:
     tokenizer: TrainingTokenizer
     reading: Reading
+    problems: ProblemLog
     builder: SampleSetBuilder = field(default_factory=SampleSetBuilder)
     sources: list[Source] = field(default_factory=list)
-    problems: ProblemLog = field(default_factory=ProblemLog)
 
     def read(self, index: int, format_name: str) -> None:
         source = self.sources[index]

@@ -1,17 +1,20 @@
 """A data set as a training run sees it: from a cursor to the rows of one step.
 
-A step's global batch is decided by the cursor alone. Its rows are packed before they are dealt to the workers, so how
-many workers there are, and whether that changes between steps, changes neither the batch nor its loss.
+A step's global batch is decided by the cursor alone, and by the end of the data where they have one. Its rows are
+packed before they are dealt to the workers, so how many workers there are, and whether that changes between steps,
+changes neither the batch nor its loss.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from services.training.data.order import SampleOrder
 from services.training.data.packing import PackedRow, first_fit, lay
-from services.training.data.problems import DataError, Problem
+from services.training.data.problems import DataError
 from services.training.data.reading import Reading, Source, read_samples
 from services.training.data.samples import SampleSet
 from services.training.data.training_tokenizer import TrainingTokenizer
@@ -41,16 +44,28 @@ class GlobalBatch:
 
 
 class TrainingData:
-    """Samples, their order, and how they are laid into rows of at most `sequence_length` tokens."""
+    """Samples, their order, and how they are laid into rows of at most `sequence_length` tokens.
+
+    With `epochs` they end: `end` is the cursor after so many epochs, rounded up to a sample. Then no batch goes beyond
+    it, and none lies in two epochs, so none has a sample twice. Without, one epoch follows another within a batch.
+    """
 
     def __init__(
-        self, samples: SampleSet, sources: Sequence[Source], sequence_length: int, packing: bool, seed: int
+        self,
+        samples: SampleSet,
+        sources: Sequence[Source],
+        sequence_length: int,
+        packing: bool,
+        seed: int,
+        epochs: float | None = None,
     ) -> None:
         self.samples = samples
         self.sources = tuple(sources)
         self.sequence_length = sequence_length
         self.packing = packing
         self.order = SampleOrder(seed, len(samples))
+        # as it is written: 1.1 epochs of 10 samples are 11, and not one more for the float's last bit
+        self.end = None if epochs is None else math.ceil(Fraction(str(epochs)) * len(samples))
 
     @classmethod
     def load(
@@ -62,6 +77,7 @@ class TrainingData:
         overlong: str = "error",
         packing: bool = True,
         seed: int = 0,
+        epochs: float | None = None,
     ) -> "TrainingData":
         """Read and encode all files; `format` and `overlong` are explained at `Reading`.
 
@@ -72,15 +88,16 @@ class TrainingData:
         read = read_samples(files, tokenizer, Reading(sequence_length, format, overlong))
         if read.problems.count:
             raise DataError(read.problems.first[0], read.problems.count)
-        if not len(read.samples):
-            raise DataError(Problem(files[0], 1, "", f"all samples are longer than {sequence_length} tokens"), 1)
-        return cls(read.samples, read.sources, sequence_length, packing, seed)
+        return cls(read.samples, read.sources, sequence_length, packing, seed, epochs)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def batch(self, cursor: int, *, batch_samples: int | None = None, batch_tokens: int | None = None) -> GlobalBatch:
         """The global batch that begins at the cursor: so many samples, or as many as fit so many tokens, in order.
+
+        Where the data end, fewer at the borders of epochs. A cursor at the end or beyond goes on all the same, with the
+        epoch that it is in: a run that was resumed with smaller batches has more steps than are left of its data.
 
         Raises ValueError unless exactly one of the two is given, for a count below 1, and for a token budget that
         might not hold one sample.
@@ -108,10 +125,17 @@ class TrainingData:
         """The cursor after the batch that begins there, which is not laid out for it; raises what `batch` raises."""
         return cursor + len(self._taken(cursor, None, batch_tokens))
 
+    def _left(self, cursor: int) -> int | None:
+        """Samples that a batch can have from there."""
+        if self.end is None:
+            return None
+        border = (cursor // len(self) + 1) * len(self)
+        return (min(border, self.end) if cursor < self.end else border) - cursor
+
     def _taken(self, cursor: int, batch_samples: int | None, batch_tokens: int | None) -> list[int]:
         if (batch_samples is None) == (batch_tokens is None):
             raise ValueError("expected exactly one of batch_samples and batch_tokens")
-        following = self.order.following(cursor)
+        following = itertools.islice(self.order.following(cursor), self._left(cursor))
         if batch_samples is not None:
             if batch_samples < 1:
                 raise ValueError(f"batch_samples {batch_samples} given; expected at least 1")

@@ -1,0 +1,96 @@
+"""`shoal train --dry-run`: what it shows, and that it refuses what the run refuses."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from services import train_command
+from services.commands import CommandError
+from services.training.recipe_file import load_recipe
+from tests.conftest import MakeCheckpoint
+
+DryRun = Callable[..., int]
+
+
+@pytest.fixture
+def dry_run(checkpoint: MakeCheckpoint, tmp_path: Path) -> DryRun:
+    """On ten lines of text, with `key=value` added."""
+    lines = "".join(f'{{"text": "line {number} of some text"}}\n' for number in range(10))
+    (tmp_path / "text.jsonl").write_text(lines)
+    recipe = {
+        "model": str(checkpoint("tiny")),
+        "output_dir": str(tmp_path / "out"),
+        "data": {"files": [str(tmp_path / "text.jsonl")], "sequence_length": 64},
+        "batch_tokens": 64,
+        "micro_batch_tokens": 64,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    root = argparse.ArgumentParser("shoal")
+    train_command.add_parser(root.add_subparsers(required=True))
+
+    def command(*overrides: str) -> int:
+        options = root.parse_args(["train", str(tmp_path / "recipe.yaml"), *overrides, "--dry-run"])
+        return int(options.run(options))
+
+    return command
+
+
+def test_the_steps_and_the_data_are_counted(dry_run: DryRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run("steps=7") == 0
+    printed = capsys.readouterr().out
+    assert "# steps             7\n# a step            64 tokens, 1 micro-batches a worker\n" in printed
+    assert "# data              10 samples, " in printed
+    assert dry_run("epochs=2", "batch_tokens=4096") == 0
+    assert "# steps             2\n" in capsys.readouterr().out
+
+
+def test_every_stage_is_shown(dry_run: DryRun, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = "batch_stages=[{from_step: 0, tokens: 64}, {from_step: 5, tokens: 2048}]"
+    assert dry_run("steps=7", "batch_tokens=4096", stages) == 0
+    assert capsys.readouterr().out.endswith(
+        "# steps             7\n"
+        "# from step 0       64 tokens, 1 micro-batches a worker\n"
+        "# from step 5       2,048 tokens, 32 micro-batches a worker\n"
+    )
+
+
+def test_what_is_printed_is_the_recipe(dry_run: DryRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run("epochs=2", "lr=1e-4", "method=esft", "esft.share=0.3") == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    again = load_recipe(tmp_path / "printed.yaml", [])
+    assert again == load_recipe(tmp_path / "recipe.yaml", ["epochs=2", "lr=1e-4", "method=esft", "esft.share=0.3"])
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.files=[none.jsonl]", "none.jsonl is not there"),
+        ("data.sequence_length=8", "tokens; the context is 8"),
+        ("experts.hosts=17", "experts.hosts is 17"),
+        ("model=/none", "/none does not exist"),
+        ("warmup_steps=50", "warmup_steps is 50 and the run has"),
+    ],
+)
+def test_what_the_run_refuses_is_refused(
+    dry_run: DryRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, told: str
+) -> None:
+    with pytest.raises(CommandError, match=told):
+        dry_run("epochs=2", override)
+    assert not capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_missing_are_missed_unless_they_are_drawn(
+    dry_run: DryRun, checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in checkpoint("tiny").glob("*.json"):
+        if "index" not in file.name:
+            (bare / file.name).write_bytes(file.read_bytes())
+    assert dry_run("steps=7", f"model={bare}", "init=random") == 0
+    with pytest.raises(CommandError, match="safetensors"):
+        dry_run("steps=7", f"model={bare}")
