@@ -39,16 +39,15 @@ def doors(checkpoint: Callable[[str], Path]) -> Iterator[Doors]:
 def train(
     path: Path, doors: Doors, method_name: str, only: tuple[tuple[int, int], ...] = ()
 ) -> tuple[Recipe, Method, Rig]:
-    recipe = parse_recipe(
-        {
-            "model": str(path),
-            "output_dir": "o",
-            "data": {"files": ["d"], "sequence_length": 64},
-            "steps": STEPS,
-            "method": method_name,
-            "lora": {"rank": 3, "alpha": 6, "targets": ["attention", "dense", "shared", "experts"]},
-        }
-    )
+    raw = {
+        "model": str(path),
+        "output_dir": "o",
+        "data": {"files": ["d"], "sequence_length": 64},
+        "steps": STEPS,
+        "method": method_name,
+    }
+    factors = {"lora": {"rank": 3, "alpha": 6, "targets": ["attention", "dense", "shared", "experts"]}}
+    recipe = parse_recipe(raw | factors if method_name == "lora" else raw)
     opened = Checkpoint.open(path)
     method = make_method(recipe, opened.config, "run", only)
     rig = make_rig(
