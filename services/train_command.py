@@ -82,23 +82,12 @@ def _show(recipe: "Recipe") -> int:
     """Print the recipe and what it needs; refuses what the run would refuse before it starts anything."""
     import yaml
 
-    from experts.transport_kinds import check_transport
-    from model.checkpoint import Checkpoint
-    from model.config import read_config
-    from services.training.checks import check_recipe
-    from services.training.driver import absolute
+    from services.training.driver import absolute, preview
     from services.training.forecast import forecast
-    from services.training.inputs import count_steps, load_data
-    from services.training.result import with_yarn
 
     placed = absolute(recipe)
     try:
-        check_transport(placed.experts.transport)
-        random = placed.init == "random"
-        config = with_yarn(read_config(placed.model) if random else Checkpoint.open(placed.model).config, placed.yarn)
-        check_recipe(placed, config)
-        data = load_data(placed)
-        steps = count_steps(placed, data)
+        config, data, steps = preview(placed)
         found = forecast(placed, config)
     except (ValueError, OSError) as error:
         raise CommandError(str(error)) from error

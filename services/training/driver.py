@@ -15,6 +15,7 @@ from rich.console import Console
 from cluster.spec import ServiceSpec
 from experts.transport_kinds import check_transport
 from model.checkpoint import Checkpoint
+from model.config import ModelConfig, read_config
 from services.training.checks import check_recipe
 from services.training.data.training_data import TrainingData
 from services.training.identity import identify, other_result
@@ -38,18 +39,28 @@ class TrainingFailed(RuntimeError):
     """The run ended before its last step; the message says why, and what is kept."""
 
 
-def prepare(recipe: Recipe) -> tuple[Checkpoint, TrainingData, int]:
-    """Everything that can be known to fail before anything is started: what is trained, on what, and the steps.
+def preview(recipe: Recipe) -> tuple[ModelConfig, TrainingData, int]:
+    """Everything that can be known to fail before anything is started: the trained model's config, data and steps.
 
-    Raises ValueError naming what is wrong. Writes the first weights of a run that begins at random.
+    Raises ValueError naming what is wrong; writes nothing.
     """
     check_transport(recipe.experts.transport)
-    recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = initial_checkpoint(recipe) if recipe.init == "random" else Checkpoint.open(recipe.model)
-    config = with_yarn(checkpoint.config, recipe.yarn)
+    config = read_config(recipe.model) if recipe.init == "random" else Checkpoint.open(recipe.model).config
+    config = with_yarn(config, recipe.yarn)
     check_recipe(recipe, config)
     data = load_data(recipe)
-    return checkpoint, data, count_steps(recipe, data)
+    return config, data, count_steps(recipe, data)
+
+
+def prepare(recipe: Recipe) -> tuple[Checkpoint, TrainingData, int]:
+    """What is trained, on what, and the steps; raises what `preview` raises, and what `initial_checkpoint` does.
+
+    Writes the first weights of a run that begins at random.
+    """
+    _, data, steps = preview(recipe)
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint = initial_checkpoint(recipe) if recipe.init == "random" else Checkpoint.open(recipe.model)
+    return checkpoint, data, steps
 
 
 def train(recipe: Recipe, console: Console) -> int:
