@@ -55,7 +55,7 @@ def complete_all(
         return list(pool.map(lambda prompt: complete(api, prompt, count, on_chunk), prompts))
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """Poll `condition`; fails the test when it does not hold in time."""
     deadline = time.monotonic() + seconds
     while not condition():

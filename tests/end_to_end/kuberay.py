@@ -77,7 +77,7 @@ class LocalKubernetes:
     def _run(self, made: Object) -> None:
         spec = made["spec"]["template"]["spec"] if made["kind"] == "Job" else made["spec"]
         (container,) = spec["containers"]
-        wait_until(lambda: self._head is not None, 120)
+        wait_until(lambda: self._head is not None, 240)
         ended = any(self._execute(container) for _ in range(JOB_TRIES if made["kind"] == "Job" else 1))
         status: Object = {"kind": made["kind"]}
         finish(status, ok=ended)
@@ -92,7 +92,7 @@ class LocalKubernetes:
     def _execute(self, container: Object) -> bool:
         script = [self._local(word) for word in (*container["command"], *container.get("args", []))]
         done = subprocess.run(
-            script, env=self._environment(container, HEAD), capture_output=True, text=True, timeout=300, check=False
+            script, env=self._environment(container, HEAD), capture_output=True, text=True, timeout=600, check=False
         )
         self.logs.append(f"{container['name']}: {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         return done.returncode == 0

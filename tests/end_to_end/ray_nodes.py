@@ -42,7 +42,7 @@ class RayNode:
             self._process = subprocess.Popen(
                 command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True, env=variables
             )
-            wait_until(lambda: not self.alive or STARTED in _read(said), 120)
+            wait_until(lambda: not self.alive or STARTED in _read(said), 240)
             assert self.alive, _read(said).decode(errors="replace")
 
     def kill(self) -> None:

@@ -17,7 +17,7 @@ from tests.end_to_end.prompts import mixed_bodies
 from tests.end_to_end.streams import run_streams
 from tests.end_to_end.test_training import curve, descendants, finish, wait_for_step, write_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 STREAMS = 16
 TOKENS = 32

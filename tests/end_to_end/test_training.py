@@ -18,10 +18,10 @@ from model.checkpoint import Checkpoint
 from tests.oracle import logits
 from tests.serving import greedy, make_engine, run
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
-STEPS = 60
-WAIT_S = 200.0
+STEPS = 40
+WAIT_S = 400.0
 
 
 def write_recipe(directory: Path, model: Path, **given: object) -> Path:
