@@ -21,7 +21,7 @@ import yaml
 
 from tests.end_to_end import ray_nodes
 from tests.end_to_end.clients import free_port, wait_until
-from tests.end_to_end.ray_nodes import COMMANDS, HEAD, RayNode
+from tests.end_to_end.ray_nodes import COMMANDS, HEAD, RayNode, start_node
 from tests.helm.fake_api import FakeApi, finish
 from tests.helm.fake_store import Object, Place
 
@@ -178,7 +178,7 @@ class LocalKubernetes:
             f"--temp-dir={self._directory}",
             *_marks(group),
         ]
-        self._head = RayNode(HEAD, arguments, self._pod_environment(group, HEAD))
+        self._head = start_node(HEAD, arguments, self._pod_environment(group, HEAD))
 
     def _pod_environment(self, group: Object, address: str) -> dict[str, str]:
         """A Ray container's, with what KubeRay adds."""
@@ -199,7 +199,7 @@ class LocalKubernetes:
     def _start(self, group: Object) -> RayNode:
         address = f"127.0.0.{next(ray_nodes.NUMBERS)}"
         arguments = [f"--address={HEAD}:{self._ports['gcs']}", *_marks(group)]
-        return RayNode(address, arguments, self._pod_environment(group, address))
+        return start_node(address, arguments, self._pod_environment(group, address))
 
     def _stop(self, group: Object, node: RayNode) -> None:
         """The preStop, for as long as the pod may take, then the end."""

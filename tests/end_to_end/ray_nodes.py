@@ -19,11 +19,24 @@ HEAD = "127.0.0.2"  # for 127.0.0.1, who joins would take the machine's outer ad
 NUMBERS = itertools.count(3)  # of further loopback addresses
 SETTINGS = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # else a node refuses to join
-    "RAY_raylet_start_wait_time_s": "120",  # a busy machine needs more than the usual 30
+    "RAY_raylet_start_wait_time_s": "60",  # a busy machine needs more than the usual 30
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 STARTED = b"Ray runtime started"
+TRIES = 5
 COMMANDS = Path(sys.executable).parent
+
+
+class NotStarted(RuntimeError):
+    """`ray start` gave up: a raylet ends itself when its agents have not come up in 15 s."""
+
+
+def start_node(address: str, arguments: list[str], environment: Mapping[str, str]) -> "RayNode":
+    """A node that runs, begun again where it did not come up, as a kubelet does; raises NotStarted in the end."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(NotStarted):
+            return RayNode(address, arguments, environment)
+    return RayNode(address, arguments, environment)
 
 
 class RayNode:
@@ -43,7 +56,10 @@ class RayNode:
                 command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True, env=variables
             )
             wait_until(lambda: not self.alive or STARTED in _read(said), 240)
-            assert self.alive, _read(said).decode(errors="replace")
+            if not self.alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)  # what it left
+                raise NotStarted(_read(said).decode(errors="replace"))
 
     def kill(self) -> None:
         """SIGKILL all its processes: nothing is said to anybody."""
