@@ -10,8 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 MakeCheckpoint = Callable[[str], Path]
+
+settings.register_profile("untimed", deadline=None)  # a busy machine breaks no promise
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
