@@ -1,5 +1,6 @@
 """Expert hosts that train, by gRPC: a stream of backward calls and single calls beside it."""
 
+import contextlib
 import itertools
 import json
 import threading
@@ -20,13 +21,13 @@ from experts.training.frames import decode_answer, encode_request
 from experts.training.host import HostState
 from experts.training.messages import BackwardReply, BackwardRequest
 from experts.training.spec import ExpertTraining
-from experts.training.waiting import Supervisor, Waiting
+from experts.training.waiting import SUSPECT_S, Supervisor, Waiting
 from model.snapshots.manifest import Shard
 from router.holding import Pair
 from router.placement import Host
 
 CALL_TIMEOUT_S = 3600.0  # a host that dies breaks its calls at once; this is for one that hangs
-LOOK_S = 1.0  # between looks whether a host that has not answered is still there
+LOOK_S = SUSPECT_S  # between looks: hosts of an earlier table are asked, too, and may take that long
 BACKWARD: Codec[BackwardRequest, BackwardReply] = Codec(f"{SERVICE}Backward", encode_request, decode_answer)
 
 
@@ -115,16 +116,13 @@ class GrpcPeer:
         if self._supervisor is None:
             return bytes(pending.result())
         waiting = Waiting(self._supervisor, self._host, name, CALL_TIMEOUT_S)
-        while True:
-            try:
-                return bytes(pending.result(LOOK_S))
-            except grpc.FutureTimeoutError:
-                pass
-            try:
+        try:
+            while True:
+                with contextlib.suppress(grpc.FutureTimeoutError):
+                    return bytes(pending.result(LOOK_S))
                 waiting.still()
-            except HostUnavailable:
-                pending.cancel()
-                raise
+        finally:
+            pending.cancel()  # which changes nothing once it is answered
 
     def _error(self, error: grpc.RpcError) -> ExpertError:
         code = error.code() if isinstance(error, grpc.Call) else None

@@ -12,10 +12,11 @@ from attention.training.decoder import TrainingDecoder
 from attention.training.segments import MicroBatch
 from experts.training.spec import as_pairs
 from model.snapshots.errors import SnapshotError
+from model.snapshots.history import snapshots
 from router.gate import Routing
 from router.holding import Pair
 from services.training.identity import Identity, differences
-from services.training.outcome import write_whole
+from services.training.outcome import SNAPSHOTS, read_kept, write_whole
 
 CHOSEN = "experts.json"
 
@@ -62,11 +63,12 @@ def choose_once(output_dir: Path, identity: Identity, look: Callable[[], tuple[P
     Another choice, model or data is looked at anew; raises SnapshotError where there are snapshots of the earlier one.
     """
     path, now = output_dir / CHOSEN, _chosen_by(identity)
-    kept = _read(path)
-    changed = next(differences(kept["by"], now, ()), None) if kept is not None else None
-    if kept is not None and changed is None:
+    kept = read_kept(path)
+    known = isinstance(kept, dict) and isinstance(kept.get("by"), dict) and "pairs" in kept
+    changed = next(differences(kept["by"], now, ()), None) if known else None
+    if known and changed is None:
         return as_pairs(kept["pairs"])
-    if any((output_dir / "snapshots").glob("*")):
+    if snapshots(output_dir / SNAPSHOTS):
         why = f"were chosen otherwise: {changed}" if changed else "are not known any more"
         raise SnapshotError(f"the experts of {output_dir} {why}; give the same recipe, or another output_dir")
     pairs = look()
@@ -76,11 +78,3 @@ def choose_once(output_dir: Path, identity: Identity, look: Callable[[], tuple[P
 
 def _chosen_by(identity: Identity) -> dict[str, Any]:
     return {**identity.recipe["esft"], "data": identity.data, "model": identity.model}
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return kept if isinstance(kept, dict) and isinstance(kept.get("by"), dict) and "pairs" in kept else None

@@ -21,7 +21,7 @@ from services.training.data.training_data import TrainingData
 from services.training.identity import identify, other_result
 from services.training.initial import initial_checkpoint
 from services.training.inputs import count_steps, load_data
-from services.training.outcome import STOP, begin_outcome, read_outcome, told
+from services.training.outcome import SNAPSHOTS, STOP, begin_outcome, read_outcome, told
 from services.training.progress import follow
 from services.training.recipe import Recipe
 from services.training.result import with_yarn
@@ -181,7 +181,7 @@ def _train(recipe: Recipe, checkpoint: Checkpoint, steps: int, console: Console)
     if outcome is None:
         raise TrainingFailed("the workers ended without a word; Ray's logs say why")
     if outcome.failed is not None:
-        raise TrainingFailed(f"{outcome.failed}; the snapshots in {recipe.output_dir / 'snapshots'} are kept")
+        raise TrainingFailed(f"{outcome.failed}; the snapshots in {recipe.output_dir / SNAPSHOTS} are kept")
     wrote = f"; wrote {outcome.result}" if outcome.result is not None else ""
     if outcome.steps < steps:
         console.print(f"{outcome.steps} of {steps} steps made; the same command goes on from there")

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,8 +10,9 @@ from torch import Tensor
 from model.checkpoint import Checkpoint
 from model.config import parse_config, read_raw_config
 from model.export import export_checkpoint
+from model.snapshots.history import snapshots
 from model.tensors import expected_tensors
-from services.training.outcome import write_whole
+from services.training.outcome import SNAPSHOTS, read_kept, write_whole
 from services.training.recipe import Recipe
 
 DRAWN_OF = "initial.json"
@@ -27,24 +27,18 @@ def initial_checkpoint(recipe: Recipe) -> Checkpoint:
     out, drawn_of = recipe.output_dir / "initial", recipe.output_dir / DRAWN_OF
     raw = dict(read_raw_config(recipe.model))
     wanted = {"config": raw, "seed": recipe.seed, "init_std": recipe.init_std}
-    if out.exists() and _read(drawn_of) != wanted:
-        if any((recipe.output_dir / "snapshots").glob("*")):
+    if out.exists() and read_kept(drawn_of) != wanted:
+        trained = recipe.output_dir / SNAPSHOTS
+        if snapshots(trained):
             raise ValueError(
-                f"{out} was drawn for another config.json, seed or init_std, and {recipe.output_dir / 'snapshots'} has "
-                "what was trained from it; give the same, or another output_dir"
+                f"{out} was drawn for another config.json, seed or init_std, and {trained} has what was trained from "
+                "it; give the same, or another output_dir"
             )
         shutil.rmtree(out)
     if not out.exists():
         export_checkpoint(out, raw, _weights(recipe, raw), recipe.model)
         write_whole(drawn_of, json.dumps(wanted))
     return Checkpoint.open(out)
-
-
-def _read(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _weights(recipe: Recipe, raw: dict[str, object]) -> Iterator[tuple[str, Tensor]]:

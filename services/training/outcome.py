@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+SNAPSHOTS = "snapshots"
 STOP = "stop"  # whoever makes it asks the run to end after a snapshot
 DONE = "done.json"
 LOG = "log.txt"
@@ -56,6 +57,14 @@ def told(output_dir: Path, since: int = 0) -> tuple[list[str], int]:
     except FileNotFoundError:
         return [], 0
     return raw[since:].decode(errors="replace").splitlines(), len(raw)
+
+
+def read_kept(path: Path) -> Any:
+    """JSON that `write_whole` wrote; None where there is none, or something else lies there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -34,7 +34,7 @@ from services.training.identity import identify
 from services.training.inputs import load_data
 from services.training.keeper import Keeper
 from services.training.method import Method, make_method
-from services.training.outcome import STOP, Outcome, read_outcome, tell, write_outcome
+from services.training.outcome import SNAPSHOTS, STOP, Outcome, read_outcome, tell, write_outcome
 from services.training.plans import lay_flat
 from services.training.recipe import Recipe, parse_recipe
 from services.training.report import RunLogError
@@ -87,7 +87,7 @@ class _WorkerRun:
         optimizer = DenseOptimizer(dense.trained, method.experts.adamw, ranks)
         coordinator = Coordinator(self._hosts.peers, method.experts) if ranks.rank == 0 else None
         keeper = Keeper(
-            recipe.output_dir / "snapshots",
+            recipe.output_dir / SNAPSHOTS,
             recipe.snapshots.keep,
             self._run_id,
             self._identity,

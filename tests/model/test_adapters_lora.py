@@ -177,7 +177,7 @@ def test_config_names_what_peft_needs(small: Path, tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.integers(1, 7))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_experts_parts_are_those_of_pefts_reshape(rank: int, experts: int, inputs: int, outputs: int) -> None:
     a, b = torch.randn(rank * experts, inputs), torch.randn(outputs, rank * experts)
     whole_a, whole_b = a.reshape(experts, -1, inputs), b.reshape(outputs, -1, experts)

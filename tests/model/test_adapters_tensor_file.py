@@ -21,7 +21,7 @@ DTYPES = list(NAMES)
     st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(1, 5), min_size=1, max_size=3)), min_size=1),
     st.randoms(use_true_random=False),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_safetensors_reads_what_was_put_in_any_order(
     shapes: list[tuple[torch.dtype, list[int]]], random: Random
 ) -> None:

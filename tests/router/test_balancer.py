@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from router.balance_quality import Quality, moves, owners_of, quality, worth_moving
@@ -118,19 +118,16 @@ def check_promises(problem: Problem, owners: Mapping[int, Owners]) -> None:
         assert host.max_experts is None or held <= host.max_experts
 
 
-@settings(deadline=None)
 @given(problems())
 def test_copies_are_as_many_as_asked_at_distinct_hosts(problem: Problem) -> None:
     check_promises(problem, problem.solve())
 
 
-@settings(deadline=None)
 @given(problems(limited=True))
 def test_no_host_holds_more_than_its_memory_however_tight(problem: Problem) -> None:
     check_promises(problem, problem.solve())
 
 
-@settings(deadline=None)
 @given(problems(limited=True), st.randoms(use_true_random=False))
 def test_promises_hold_from_any_current_holding(problem: Problem, generator: random.Random) -> None:
     """Also one that names strangers, too few hosts, or too many."""
@@ -142,20 +139,17 @@ def test_promises_hold_from_any_current_holding(problem: Problem, generator: ran
     check_promises(problem, problem.solve(current))
 
 
-@settings(deadline=None)
 @given(problems(limited=True))
 def test_same_question_has_the_same_answer(problem: Problem) -> None:
     assert problem.solve() == problem.solve()
 
 
-@settings(deadline=None)
 @given(problems(limited=True))
 def test_own_answer_moves_nothing(problem: Problem) -> None:
     owners = problem.solve()
     assert problem.solve(by_id(owners, problem.hosts)) == owners
 
 
-@settings(deadline=None)
 @given(problems(), st.integers(0, 9), st.integers(1, 3))
 def test_answer_after_a_change_of_hosts_is_as_lasting(problem: Problem, lost: int, joining: int) -> None:
     first = problem.solve()
@@ -168,7 +162,6 @@ def test_answer_after_a_change_of_hosts_is_as_lasting(problem: Problem, lost: in
     assert later.solve(by_id(second, later.hosts)) == second
 
 
-@settings(deadline=None)
 @given(problems())
 def test_extra_copies_are_of_the_experts_with_the_most_load_per_copy(problem: Problem) -> None:
     for layer, experts in problem.solve().items():
@@ -179,7 +172,6 @@ def test_extra_copies_are_of_the_experts_with_the_most_load_per_copy(problem: Pr
         assert not given_up or not wanting or min(given_up) >= max(wanting) * (1 - 1e-9)
 
 
-@settings(deadline=None)
 @given(problems())
 def test_every_host_has_work_where_there_is_enough(problem: Problem) -> None:
     assume(len(problem.hosts) <= problem.experts * problem.replicas)
@@ -193,7 +185,6 @@ def test_a_very_slow_host_has_the_lightest_expert() -> None:
     assert owners == ((1,), (0,), (1,), (1,))
 
 
-@settings(deadline=None)
 @given(problems(uneven=False), st.sampled_from((0.0, 7.0)))
 def test_uniform_loads_without_groups_give_sizes_that_differ_by_at_most_one(problem: Problem, value: float) -> None:
     uniform = replace(problem, loads={layer: [value] * problem.experts for layer in problem.loads}, groups=1, extra=0)
@@ -205,7 +196,6 @@ def test_uniform_loads_without_groups_give_sizes_that_differ_by_at_most_one(prob
             assert max(held) - min(held) <= 1
 
 
-@settings(deadline=None)
 @given(problems())
 def test_groups_are_whole_where_hosts_allow_and_never_share_hosts_where_there_are_more(problem: Problem) -> None:
     assume(problem.groups > 1)
@@ -221,7 +211,6 @@ def test_groups_are_whole_where_hosts_allow_and_never_share_hosts_where_there_ar
             assert sum(map(len, sets)) == len(set().union(*sets))
 
 
-@settings(deadline=None)
 @given(problems(uneven=False))
 def test_load_is_packed_within_a_third_of_the_best(problem: Problem) -> None:
     """Graham's bound for heaviest-first: 4/3 of the optimum, which is at least the mean and the heaviest."""
@@ -369,7 +358,6 @@ def test_holding_of_another_model_is_refused() -> None:
         balance({0: [1.0] * 8}, make_hosts(2), 1, current={0: (("host-0",),)})
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 5), st.integers(1, 8))
 def test_room_is_spread_over_layers_and_nothing_of_it_lost(limits: list[int], layers: int, experts: int) -> None:
     usable = [min(limit, layers * experts) for limit in limits]

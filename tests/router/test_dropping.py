@@ -61,7 +61,7 @@ def group_loads(experts_TK: Tensor, keep_TK: Tensor, config: ModelConfig) -> Ten
     return torch.bincount(experts_TK[keep_TK] * config.n_group // config.n_routed_experts, minlength=config.n_group)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     tokens=st.integers(0, 24),
     levels=st.integers(1, 40),

@@ -80,7 +80,7 @@ def shapes(draw: st.DrawFn) -> ModelConfig:
     return replace(FULL, n_routed_experts=groups * size, n_group=groups, topk_group=kept, num_experts_per_tok=top_k)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(config=shapes(), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), seed=st.integers(0, 1000))
 def test_losses_are_those_of_the_formulas(config: ModelConfig, lengths: list[int], seed: int) -> None:
     ends = list(accumulate(lengths))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from attention.training.segments import MicroBatch
+from model.snapshots.attempt import begin
 from model.snapshots.errors import SnapshotError
 from router.gate import Routing
 from services.training.choice import add_relevance, choose, choose_once, chosen_pairs, relevance
@@ -74,6 +75,8 @@ def test_experts_are_chosen_once_for_a_run_and_anew_for_another_choice(tmp_path:
 
 
 def test_another_choice_is_refused_where_the_earlier_one_was_trained(tmp_path: Path) -> None:
+    choose_once(tmp_path, identity(share=0.5), lambda: ((1, 7),))
+    begin(tmp_path / "snapshots", 4)  # an attempt that was not finished has trained nothing
     choose_once(tmp_path, identity(), lambda: ((1, 2),))
     (tmp_path / "snapshots" / "step-00000004").mkdir(parents=True)
     with pytest.raises(SnapshotError, match=r"were chosen otherwise: share was 0.2 and is 0.9; give the same recipe"):

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from model.checkpoint import Checkpoint
+from model.snapshots.attempt import begin
 from services.training.driver import prepare, train
 from services.training.identity import identify
 from services.training.initial import initial_checkpoint
@@ -96,6 +97,7 @@ def test_weights_drawn_for_another_recipe_are_drawn_anew_unless_they_were_traine
 
     first = draw()
     assert torch.equal(draw(), first)
+    begin(tmp_path / "out" / "snapshots", 1)  # an attempt that was not finished has trained nothing
     other = draw(seed=9, init_std=0.1)
     assert not torch.equal(other, first)
     assert abs(float(other.std()) - 0.1) < 0.01

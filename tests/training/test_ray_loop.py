@@ -1,0 +1,94 @@
+"""What a worker of Ray Train does with an end that no other life would change."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from services.training import ray_loop
+from services.training.driver import _plain, prepare, service_spec
+from services.training.outcome import Outcome, begin_outcome, read_outcome, write_outcome
+from services.training.recipe import parse_recipe
+from services.training.report import RunLogError
+
+
+class Crowd:
+    """Ranks of a run of two."""
+
+    rank, world = 0, 2
+
+
+@pytest.fixture
+def config(checkpoint: Callable[[str], Path], tmp_path: Path) -> dict[str, Any]:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"number {n}"}) + "\n" for n in range(20)))
+    raw = {
+        "model": str(checkpoint("mini")),
+        "output_dir": str(tmp_path / "out"),
+        "data": {"files": [str(data)], "sequence_length": 64},
+        "steps": 4,
+        "batch_tokens": 128,
+        "micro_batch_tokens": 64,
+        "workers": {"threads": 1},
+    }
+    recipe = parse_recipe(raw)
+    model, _, steps = prepare(recipe)
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "service": _plain(service_spec(recipe, model)),
+        "steps": steps,
+    }
+
+
+@pytest.fixture
+def lives(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Runs that were begun, each of which finds that its log cannot be written."""
+    begun: list[int] = []
+
+    def run(*_: object) -> SimpleNamespace:
+        def fail() -> None:
+            begun.append(1)
+            raise RunLogError("the log in out cannot be written: no room")
+
+        return SimpleNamespace(run=fail)
+
+    monkeypatch.setattr(ray_loop, "_WorkerRun", run)
+    monkeypatch.setattr(ray_loop, "DistributedRanks", Crowd)
+    return begun
+
+
+def world(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(ray_loop.ray.train, "get_context", lambda: SimpleNamespace(get_world_size=lambda: size))
+
+
+def test_a_log_that_cannot_be_written_ends_a_run_with_a_message(
+    config: dict[str, Any], lives: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world(monkeypatch, 1)
+    ray_loop.train_worker(config)
+    assert read_outcome(tmp_path / "out") == Outcome(failed="the log in out cannot be written: no room")
+
+
+def test_with_other_workers_it_dies_of_it_and_no_later_life_tries_again(
+    config: dict[str, Any], lives: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world(monkeypatch, 2)
+    with pytest.raises(RunLogError):
+        ray_loop.train_worker(config)
+    ray_loop.train_worker(config)
+    assert len(lives) == 1
+    begin_outcome(tmp_path / "out")  # by the command, when it is given again
+    with pytest.raises(RunLogError):
+        ray_loop.train_worker(config)
+
+
+def test_a_run_that_had_ended_well_is_no_hindrance(
+    config: dict[str, Any], lives: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_outcome(tmp_path / "out", Outcome(steps=2))
+    world(monkeypatch, 1)
+    ray_loop.train_worker(config)
+    assert len(lives) == 1
