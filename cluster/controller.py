@@ -243,7 +243,7 @@ class Controller:
                 self._remember(core=action.state)
             elif isinstance(action, Publish):
                 self._placement = action.placement
-                fleet.share_threads(len(action.placement.hosts))
+                fleet.share_cores(len(action.placement.hosts))
             elif isinstance(action, GiveUp):
                 self._reason = action.reason
                 await fleet.stop()

@@ -1,12 +1,13 @@
 """What one life of an expert host is made of, without Ray: its experts, its door, and what it takes on."""
 
+import os
 import threading
 import time
 from collections.abc import Collection, Mapping
 
 from cluster.roster import HostReport
 from cluster.spec import ServiceSpec
-from cluster.threads import node_threads
+from cluster.threads import Share, keep_to
 from experts.grpc_server import ExpertServer
 from experts.host import ExpertHost, MakeStore
 from experts.loader import LoadAbandoned, Loader, LoadReport
@@ -34,6 +35,7 @@ class ExpertLife:
 
     def __init__(self, spec: ServiceSpec, name: str, token: str, threads: int) -> None:
         self._spec = spec
+        self._cores = os.sched_getaffinity(0)  # of the node, before any share of them
         self._compute_with(threads)
         prepare_environment()
         self._name = name
@@ -104,7 +106,7 @@ class ExpertLife:
         if host is None or server is None:
             raise RuntimeError(f"{self._name} is still loading")
         held = frozenset(host.held)
-        return HostReport(host.host_id, host.generation, server.address, held, compute=float(node_threads()))
+        return HostReport(host.host_id, host.generation, server.address, held, compute=float(len(self._cores)))
 
     @property
     def nbytes(self) -> int:
@@ -144,10 +146,12 @@ class ExpertLife:
         held = set(self._host.held)
         self._host.unload(sorted(pair for pair in pairs if pair in held))
 
-    def set_threads(self, threads: int) -> None:
-        """Compute with so many threads from now on, where the bits do not depend on it."""
-        if native() is not None and not self._spec.trains:
-            self._compute_with(threads)
+    def share(self, share: Share) -> None:
+        """Keep to a share of the node's cores, and compute with its threads where the bits do not depend on them."""
+        if self._spec.lodges_with is None:
+            if native() is not None and not self._spec.trains:
+                set_threads(share.threads)
+            keep_to(share.cores(self._cores))
 
     def stop(self) -> None:
         """Close the door, letting requests in flight finish."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
@@ -16,7 +17,7 @@ from cluster.nodes import living_nodes
 from cluster.pool import Pool, Process
 from cluster.resident import HostInfo
 from cluster.spec import ServiceSpec
-from cluster.threads import host_threads
+from cluster.threads import Share, host_threads
 from model.checkpoint import Stamps
 
 STOP_TIMEOUT_S = 5.0
@@ -33,7 +34,7 @@ class Life:
     host_id: str
     generation: int
     process: Process
-    threads: int
+    share: Share | None = None  # of its node's cores
     info: HostInfo | None = None
     progress: tuple[int, int] = (0, 1)
     taking: str | None = None  # the change that it loads for
@@ -61,6 +62,7 @@ class Fleet:
         self._changed = changed
         self.lives: dict[tuple[str, int], Life] = {}
         self.stamps = dict(stamps)  # of the checkpoint's files, by node
+        self._sharing = 0  # hosts between which the nodes' cores are divided
         self._tasks: set[asyncio.Task[None]] = set()
 
     def find(self, host_id: str, generation: int) -> Life | None:
@@ -103,13 +105,21 @@ class Fleet:
         ]
         await asyncio.gather(*asked)
 
-    def share_threads(self, hosts: int) -> None:
-        """Divide the nodes' cores between so many hosts."""
+    def share_cores(self, hosts: int) -> None:
+        """Divide the nodes' cores between so many hosts, now and whenever one has ended."""
+        self._sharing = hosts
         threads = self._threads(hosts)
-        for life in self.lives.values():
-            if life.info is not None and life.threads != threads and self._spec.threads is None:
-                life.threads = threads
-                life.actor.set_threads.remote(threads)
+        ready = sorted(
+            (life for life in self.lives.values() if life.info is not None),
+            key=lambda life: (life.process.node or "", life.host_id, life.generation),
+        )
+        for _, group in itertools.groupby(ready, key=lambda life: life.process.node):
+            lives = list(group)
+            for place, life in enumerate(lives):
+                share = Share(threads, place, len(lives))
+                if life.share != share:
+                    life.share = share
+                    life.actor.share.remote(share)
 
     def keep_standby(self) -> None:
         """See to it that a process waits for the next life."""
@@ -133,9 +143,9 @@ class Fleet:
 
     def _start(self, action: StartHost) -> None:
         threads = self._threads(len(self._conductor.roster.views))
-        life = Life(action.host_id, action.generation, self._pool.take(threads), threads)
+        life = Life(action.host_id, action.generation, self._pool.take(threads))
         self.lives[action.host_id, action.generation] = life
-        self._spawn(self._live(life, action))
+        self._spawn(self._live(life, action, threads))
 
     async def _adopt(self, name: str) -> None:
         process = self._pool.find(name)
@@ -148,14 +158,14 @@ class Fleet:
             return
         report, process.node = info.report, info.node
         life = self.lives[report.host_id, report.generation] = Life(
-            report.host_id, report.generation, process, threads=0, info=info
+            report.host_id, report.generation, process, info=info
         )
         self._conductor.host_ready(report, time.monotonic())
         self._spawn(self._watch(life))
 
-    async def _live(self, life: Life, action: StartHost) -> None:
+    async def _live(self, life: Life, action: StartHost, threads: int) -> None:
         try:
-            info = await life.actor.begin.remote(life.host_id, life.generation, action.pairs, life.threads, self.stamps)
+            info = await life.actor.begin.remote(life.host_id, life.generation, action.pairs, threads, self.stamps)
         except RayTaskError as error:  # it said why: the checkpoint is at fault, not the host
             self._conductor.host_failed(life.host_id, life.generation, reason_of(error), time.monotonic())
             self._gone(life)
@@ -185,6 +195,8 @@ class Fleet:
     def _gone(self, life: Life) -> None:
         self._pool.end(life.process)
         self.lives.pop((life.host_id, life.generation), None)
+        if self._sharing:
+            self.share_cores(self._sharing)
         self._changed.set()
 
     async def _load(self, life: Life, action: Load) -> None:

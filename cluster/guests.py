@@ -9,7 +9,7 @@ from cluster.spec import ServiceSpec
 MAX_GUESTS = 8
 CALLS = 3 * MAX_GUESTS  # at once of all guests, each of which has one that waits for its end
 METHODS = frozenset(
-    ("begin", "settle", "take", "taken", "abandon", "drop", "set_threads", "ping", "progress", "wait_for_end", "stop")
+    ("begin", "settle", "take", "taken", "abandon", "drop", "share", "ping", "progress", "wait_for_end", "stop")
 )
 
 

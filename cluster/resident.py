@@ -13,6 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from cluster.roster import HostReport
 from cluster.spec import CONTROLLER_NAME, ServiceSpec
+from cluster.threads import Share
 from model.checkpoint import Stamps
 from router.holding import Pair
 from router.placement import Host
@@ -82,9 +83,9 @@ class Resident:
         self._life.drop(pairs)
         return self._info()
 
-    def set_threads(self, threads: int) -> None:
-        """Compute with so many threads from now on, where the bits do not depend on it."""
-        self._life.set_threads(threads)
+    def share(self, share: Share) -> None:
+        """See `ExpertLife.share`."""
+        self._life.share(share)
 
     def ping(self) -> None:
         """Answered by whoever is not frozen."""

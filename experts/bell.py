@@ -3,7 +3,8 @@
 NIXL's notifications are found by polling only, and a short sleep costs half a core where timers are slow. So whoever
 sends also rings, and whoever waits sleeps in a futex on a page that both map. A ring carries nothing: it is a hint to
 poll, may be lost or come for nothing. A word of the page says whether anybody sleeps, which spares the call where
-nobody does.
+nobody does; another on which core, so that who rings several bells can leave the one on its own core, where it would
+have to make room, for the last.
 
 A socket would do, but a wake-up through one tells the scheduler that its sender is about to sleep: the woken thread is
 put on the sender's core, and a host that wakes there keeps the worker from sending to the next host.
@@ -23,16 +24,22 @@ ADDRESS = re.compile(r"(shoal-[0-9a-f]{32})/([0-9]{1,10})/([0-9]{1,10})")
 SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
 FUTEX_WAIT, FUTEX_WAKE = 0, 1
 EVERYBODY = 0x7FFFFFFF
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def current_core() -> int:
+    """The core that runs this thread, just now."""
+    return int(_LIBC.sched_getcpu())
 
 
 class _Page:
-    """One shared page: a word that every ring changes, and one that says whether anybody sleeps."""
+    """One shared page: a word that every ring changes, whether anybody sleeps, and on which core."""
 
     def __init__(self, file: int) -> None:
         self._memory = mmap.mmap(file, mmap.PAGESIZE)
-        self._words = (ctypes.c_uint32 * 2).from_buffer(self._memory)
+        self._words = (ctypes.c_uint32 * 3).from_buffer(self._memory)
         self._address = ctypes.addressof(self._words)
-        self._call = ctypes.CDLL(None, use_errno=True).syscall
+        self._call = _LIBC.syscall
         self._number = SYS_FUTEX[platform.machine()]
 
     @property
@@ -46,6 +53,14 @@ class _Page:
     @asleep.setter
     def asleep(self, value: bool) -> None:
         self._words[1] = int(value)
+
+    @property
+    def core(self) -> int:
+        return int(self._words[2])
+
+    @core.setter
+    def core(self, value: int) -> None:
+        self._words[2] = value
 
     def ring(self) -> None:
         """Wake everybody who sleeps."""
@@ -96,6 +111,7 @@ class Bell:
                 return
             self._sleeping += 1
             self._page.asleep = True
+            self._page.core = current_core()
         try:
             rings = self._page.rings
             if not look():
@@ -146,6 +162,11 @@ class Ringer:
     def ring(self) -> None:
         if self._page is not None and self._page.asleep:
             self._page.ring()
+
+    @property
+    def core(self) -> int | None:
+        """Where whoever sleeps there, or slept last, is likely to wake."""
+        return self._page.core if self._page is not None else None
 
     def close(self) -> None:
         if self._page is not None:

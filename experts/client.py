@@ -131,6 +131,10 @@ class ExpertClient:
         self._sent += 4 * (rows * x_TD.shape[1] + 2 * owned.slot_P.shape[0])
         return Part(host, owned.slot_P, rows, self._transport.submit(host, request), self._clock())
 
+    def flush(self) -> None:
+        """What was sent leaves now."""
+        self._transport.flush()
+
     def receive(self, part: Part, hidden: int, timeout_s: float) -> ForwardReply:
         """The reply to one part.
 

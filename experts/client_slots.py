@@ -71,6 +71,10 @@ class SlotTable:
     def free(self) -> int:
         return len(self._free)
 
+    @property
+    def taken(self) -> int:
+        return len(self._state) - len(self._free)
+
     def _let_go(self, slot: int) -> None:
         self._state[slot] = FREE
         self._free.append(slot)

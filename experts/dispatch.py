@@ -186,10 +186,12 @@ class Dispatch:
     def _split(self, owner_E: Tensor, slots: Tensor | None) -> list[Part]:
         placement = self._tables.placement
         parts = split_slots(self._experts_TK, owner_E, len(placement.hosts), slots)
-        return [
+        sent = [
             self._client.send(placement.hosts[part.owner], part, self._layer, self._x_TD, placement.epoch)
             for part in parts
         ]
+        self._client.flush()
+        return sent
 
     def _fail(self, part: Part, reason: str) -> None:
         self._failed[part.host] = reason

@@ -46,6 +46,7 @@ class LeaseSettings:
     reply_bytes: int  # of a slot
     agent: Callable[[bool], NixlAgent]  # for near hosts, or far ones
     bell: Bell
+    crowded: Callable[[], bool]  # whether near hosts that compute for this client take all cores
 
 
 class NixlLease:
@@ -100,6 +101,7 @@ class NixlLease:
             if length is None:
                 self.slots.release(slot)
                 return None
+            self.pairing.hold()
             try:
                 self.pairing.write(slot, length, correlation)
             except NixlFailed as error:  # how much was written is not known, so the slot stays taken
@@ -108,9 +110,19 @@ class NixlLease:
                 return None
         return NixlCall(self, slot, correlation)
 
+    def flush(self) -> None:
+        """Wake the host for what was sent."""
+        self.pairing.flush()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a host of this machine may be computing for this client."""
+        return self.ready and self.pairing.near and self.slots.taken > 0
+
     def wait(self, slot: int, correlation: int, timeout_s: float) -> ForwardReply:
         """See `Pending.result`; also raises FrameError when the reply lies about itself."""
         started_s = time.monotonic()
+        self.pairing.flush()
         self._settings.bell.enter()
         try:
             length = self._arrival(slot, started_s, timeout_s)
@@ -157,7 +169,8 @@ class NixlLease:
             return slots.length(slot) > 0 or self.reason is not None
 
         deadline_s = started_s + timeout_s
-        look_until_s = started_s + self._patience.look_s
+        crowded = self._settings.crowded()
+        look_until_s = started_s + (0.0 if crowded else self._patience.look_s)
         slept = False
         while (length := slots.length(slot)) <= 0:
             if self.reason is not None:
@@ -173,7 +186,8 @@ class NixlLease:
                     bell.wait(min(NEAR_SLEEP_S, deadline_s - now_s), look)
                 else:
                     time.sleep(FAR_SLEEP_S)
-        self._patience.waited(slept)
+        if not crowded:
+            self._patience.waited(slept)
         return length
 
     def _lost(self, reason: str) -> HostUnavailable:

@@ -25,6 +25,7 @@ class Pairing:
         self.peer = ""
         self.writers: tuple[SlotWriter, ...] = ()
         self._ringer: Ringer | None = None
+        self._holding = self._unrung = False
         self._registrations = [agent.register(incoming)]
         self._registrations.append(agent.register(outgoing))
 
@@ -42,13 +43,28 @@ class Pairing:
         self.peer = peer
         size = self.outgoing.slot_bytes
         self.writers = tuple(
-            self.agent.writer(peer, slot, address + index * size, self.ring)
+            self.agent.writer(peer, slot, address + index * size, self._on_sent)
             for index, slot in enumerate(self.outgoing.slots)
         )
 
     def write(self, slot: int, length: int, correlation: int) -> None:
         """Send what stands in an outgoing slot; raises NixlFailed when the peer is gone, or still being written to."""
         self.writers[slot].post(length, NOTE.pack(slot, length, correlation))
+
+    def hold(self) -> None:
+        """What is written from now on need not wake the peer before `flush`."""
+        self._holding = True
+
+    def flush(self) -> None:
+        """Wake the peer for what was written since `hold`."""
+        self._holding = False
+        if self._unrung:
+            self.ring()
+
+    @property
+    def core(self) -> int | None:
+        """Where the peer is likely to wake; None when it is not known."""
+        return self._ringer.core if self._ringer is not None else None
 
     def notify(self, note: bytes) -> None:
         """Send a note alone; raises NixlFailed when the peer is gone."""
@@ -57,8 +73,15 @@ class Pairing:
 
     def ring(self) -> None:
         """Wake the peer, if it can be."""
+        self._unrung = False
         if self._ringer is not None:
             self._ringer.ring()
+
+    def _on_sent(self) -> None:
+        if self._holding:
+            self._unrung = True
+        else:
+            self.ring()
 
     def close(self) -> None:
         """Write no more: the peer's memory is its own when this returns."""

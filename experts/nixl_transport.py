@@ -1,10 +1,11 @@
 """Hosts by NIXL where they can be paired with, and by gRPC where not: each host for itself, each call for itself."""
 
+import os
 import secrets
 import threading
 import time
 
-from experts.bell import Bell
+from experts.bell import Bell, current_core
 from experts.grpc_transport import GrpcTransport
 from experts.messages import ForwardRequest
 from experts.nixl import machine_identity
@@ -38,8 +39,17 @@ class NixlTransport:
         self._far: NixlAgent | None = None
         self._bell = Bell()
         self._settings = LeaseSettings(
-            token, tls, machine or machine_identity(), request_bytes, reply_bytes, self._agent_for, self._bell
+            token=token,
+            tls=tls,
+            machine=machine or machine_identity(),
+            request_bytes=request_bytes,
+            reply_bytes=reply_bytes,
+            agent=self._agent_for,
+            bell=self._bell,
+            crowded=self._crowded,
         )
+        self._cores = len(os.sched_getaffinity(0))
+        self._held: dict[NixlLease, None] = {}  # whose hosts were not woken yet
         self._grpc = GrpcTransport(token, tls)
         self._lock = threading.Lock()
         self._leases: dict[Host, NixlLease] = {}
@@ -51,10 +61,20 @@ class NixlTransport:
         if lease is not None and lease.ready:
             call = lease.start(request)
             if call is not None:
+                self._held[lease] = None
                 return call
         elif lease is None or (lease.over and time.monotonic() > lease.over_since_s + RETRY_S):
             self._open(host)
         return self._grpc.submit(host, request)
+
+    def flush(self) -> None:
+        """Wake the hosts that were written to: the one whose core this is last, since it may take it at once."""
+        held, self._held = tuple(self._held), {}
+        if len(held) > 1:
+            here = current_core()
+            held = tuple(sorted(held, key=lambda lease: lease.pairing.core == here))
+        for lease in held:
+            lease.flush()
 
     def wait_ready(self, host: Host, timeout_s: float) -> bool:
         """Pair with a host now; False when calls to it will go by gRPC after all."""
@@ -70,6 +90,7 @@ class NixlTransport:
         with self._lock:
             lease = self._leases.pop(host, None)
             if lease is not None:
+                self._held.pop(lease, None)
                 lease.close()
                 self._leaving[host] = lease.thread
         self._grpc.forget(host)
@@ -86,6 +107,9 @@ class NixlTransport:
             thread.join(max(0.0, deadline_s - time.monotonic()))
         if not any(thread.is_alive() for thread in threads):
             self._bell.close()  # else a frozen host holds its lease, whose thread will ring once more
+
+    def _crowded(self) -> bool:
+        return sum(lease.busy for lease in tuple(self._leases.values())) >= self._cores
 
     def _open(self, host: Host) -> NixlLease | None:
         with self._lock:

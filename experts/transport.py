@@ -20,7 +20,13 @@ class Transport(Protocol):
     """Sends to any host of any placement; hosts come and go without being announced."""
 
     def submit(self, host: Host, request: ForwardRequest) -> Pending:
-        """Send without waiting. Failing to send is reported by the Pending."""
+        """Send without waiting. Failing to send is reported by the Pending.
+
+        It leaves with `flush`, or when the reply is asked for, at the latest.
+        """
+
+    def flush(self) -> None:
+        """See that what was submitted leaves now: hosts that are woken together begin together."""
 
     def forget(self, host: Host) -> None:
         """Drop what is kept open to a host that left."""

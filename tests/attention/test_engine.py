@@ -103,6 +103,9 @@ class Broken:
     def submit(self, host: Host, request: ForwardRequest) -> Pending:
         return _Gone() if self.down else self.inner.submit(host, request)
 
+    def flush(self) -> None:
+        pass
+
     def forget(self, host: Host) -> None:
         pass
 

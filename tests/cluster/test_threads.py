@@ -1,11 +1,15 @@
 """One budget of threads a node, whoever shares it."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import cluster.threads
 from cluster.spec import ServiceSpec
-from cluster.threads import host_threads, thread_environment
+from cluster.threads import Share, host_threads, thread_environment
 
 
 @pytest.mark.parametrize(
@@ -17,6 +21,57 @@ def test_hosts_share_the_cores_of_their_node(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     assert host_threads(hosts, nodes) == each
+
+
+@pytest.mark.parametrize(("cores", "hosts"), [(8, 2), (8, 3), (5, 2), (16, 16), (64, 7)])
+def test_the_hosts_of_a_node_have_cores_of_their_own(cores: int, hosts: int) -> None:
+    parts = [Share(cores // hosts, place, hosts).cores(range(cores)) for place in range(hosts)]
+    assert sorted(core for part in parts for core in part) == list(range(cores))
+    assert min(map(len, parts)) >= cores // hosts  # room for all its threads
+
+
+def test_hosts_that_outnumber_the_cores_are_spread_over_them() -> None:
+    parts = [Share(1, place, 5).cores({0, 1}) for place in range(5)]
+    assert {len(part) for part in parts} == {1}
+    assert {core for part in parts for core in part} == {0, 1}
+
+
+def test_a_host_alone_or_with_more_threads_than_its_part_has_all_cores() -> None:
+    assert Share(4, 0, 1).cores(range(4)) == frozenset(range(4))
+    assert Share(4, 1, 2).cores(range(4)) == frozenset(range(4))
+
+
+def test_both_threads_of_a_physical_core_go_to_one_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for core in range(8):  # numbered as most machines do: the second threads follow all first ones
+        topology = tmp_path / f"cpu{core}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "physical_package_id").write_text("0\n")
+        (topology / "core_id").write_text(f"{core % 4}\n")
+    monkeypatch.setattr(cluster.threads, "TOPOLOGY", tmp_path)
+    assert Share(4, 0, 2).cores(range(8)) == {0, 1, 4, 5}
+    assert Share(4, 1, 2).cores(range(8)) == {2, 3, 6, 7}
+
+
+def test_every_thread_of_the_process_keeps_to_its_cores() -> None:
+    script = """
+import os, threading
+from cluster.threads import keep_to
+begin, go_on = threading.Barrier(4), threading.Event()
+def work(): begin.wait(); go_on.wait()
+threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
+for thread in threads: thread.start()
+begin.wait()
+first = min(os.sched_getaffinity(0))
+keep_to({first})
+after = threading.Thread(target=go_on.wait, daemon=True)
+after.start()
+tasks = os.listdir("/proc/self/task")
+print(len(tasks), all(os.sched_getaffinity(int(task)) == {first} for task in tasks))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60
+    )
+    assert ran.stdout.split() == ["5", "True"], ran.stderr
 
 
 def test_idle_threads_sleep() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.threads import Share
 from tests.end_to_end.clients import wait_until
 from tests.end_to_end.deployment import Deployment
 from tests.end_to_end.prompts import mixed_bodies
@@ -56,10 +57,19 @@ def harmed(service: Deployment, bodies: list[Body], expected: Answers) -> Iterat
     wait_until(lambda: sum(worker["blocks_owned"] for worker in service.status()["attention_workers"]) == 0)
 
 
+def keep_to_their_cores(service: Deployment) -> bool:
+    """Whether the hosts, all on one node, compute on its parts."""
+    hosts = service.hosts()
+    wanted = [Share(1, place, len(hosts)).cores(os.sched_getaffinity(0)) for place in range(len(hosts))]
+    return [os.sched_getaffinity(host["pid"]) for host in hosts] == wanted
+
+
 def test_a_killed_host_is_replaced(service: Deployment, harmed: Callable[..., None]) -> None:
+    wait_until(lambda: keep_to_their_cores(service))
     before = service.hosts()[0]
     harmed(service.kill_host)
     service.wait_ready()
+    wait_until(lambda: keep_to_their_cores(service))
     after = service.hosts()[0]
     assert after["generation"] > before["generation"]
     assert after["pid"] != before["pid"]
@@ -160,6 +170,7 @@ def test_scaling_again_and_again_leaks_nothing(service: Deployment, harmed: Call
             assert service.change("scale", hosts=hosts)["phase"] == "done"
 
     harmed(cycle)
+    wait_until(lambda: keep_to_their_cores(service))
     before = descriptors(service)
     harmed(cycle)
     service.wait_ready(standby=True)

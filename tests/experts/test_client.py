@@ -54,6 +54,7 @@ class Recorded:
     def __init__(self, hosts: dict[str, ExpertHost]) -> None:
         self.hosts = hosts
         self.sent: list[tuple[Host, ForwardRequest]] = []
+        self.flushed: list[int] = []  # requests sent by then
         self.down: set[str] = set()
         self.spoiled: Callable[[ForwardReply], ForwardReply] | None = None
         self._local = LocalTransport(hosts)
@@ -61,6 +62,9 @@ class Recorded:
     def submit(self, host: Host, request: ForwardRequest) -> Pending:
         self.sent.append((host, request))
         return _Reply(self, host, self._local.submit(host, request))
+
+    def flush(self) -> None:
+        self.flushed.append(len(self.sent))
 
     def forget(self, host: Host) -> None:
         pass
@@ -113,6 +117,13 @@ def test_a_row_travels_once_to_a_host(opened: Checkpoint, rows: torch.Tensor, ro
         assert torch.equal(request.x_RD, rows[wanted])
         assert set(request.pair_expert_P.tolist()) <= held
     assert sum(len(request.pair_row_P) for _, request in transport.sent) == routing.experts_TK.numel()
+
+
+def test_hosts_are_woken_when_all_of_a_layer_is_sent(opened: Checkpoint, rows: torch.Tensor, routing: Routing) -> None:
+    hosts, placement = make_hosts(opened, 3)
+    transport = Recorded(hosts)
+    compute(ExpertClient(transport, StaticPlacement(placement)), placement, rows, routing)
+    assert transport.flushed == [len(transport.sent)] == [3]
 
 
 def test_a_lost_host_with_a_replica_costs_a_resend_and_no_bit(

@@ -42,6 +42,9 @@ class Slow:
         self.open.add(call)
         return call
 
+    def flush(self) -> None:
+        pass
+
     def forget(self, host: Host) -> None:
         pass
 

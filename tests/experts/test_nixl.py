@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from experts.messages import ForwardReply, ForwardRequest
 from experts.nixl import find_nixl, prepare_environment
 from experts.nixl_call import NixlCall
 from experts.nixl_door import NixlDoor
+from experts.nixl_pairing import Pairing
 from experts.nixl_transport import NixlTransport
 from model.checkpoint import Checkpoint
 from router.placement import Host
@@ -150,6 +152,7 @@ def test_clients_that_wait_together_are_answered_in_one_call_and_get_their_own(
     host.let_go.clear()
     host.entered.clear()
     first = transports[0].submit(at(server), request(2, seed=9))
+    transports[0].flush()
     assert host.entered.wait(10)
     before = len(host.batches)
     calls = [each.submit(at(server), request(3 + seed, seed)) for seed, each in enumerate(transports)]
@@ -165,6 +168,71 @@ def test_clients_that_wait_together_are_answered_in_one_call_and_get_their_own(
     assert torch.equal(first_answer, host.forward(request(2, seed=9)).y_PD)
     for seed, answer in enumerate(answers):
         assert torch.equal(answer, host.forward(request(3 + seed, seed)).y_PD)
+
+
+def test_the_host_whose_core_this_is_is_woken_last(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    transport = make()
+    woken: list[int | None] = []
+
+    class Lease:
+        def __init__(self, core: int | None) -> None:
+            self.pairing = SimpleNamespace(core=core)
+
+        def flush(self) -> None:
+            woken.append(self.pairing.core)
+
+    monkeypatch.setattr("experts.nixl_transport.current_core", lambda: 1)
+    for cores in ((1, 0, 2), (0, 1, None), (1,)):
+        transport._held = dict.fromkeys(map(Lease, cores))  # type: ignore[arg-type]
+        transport.flush()
+        assert woken == sorted(cores, key=lambda core: core == 1)
+        woken.clear()
+        transport.flush()
+        assert not woken
+
+
+def test_what_was_written_wakes_the_host_with_flush_or_when_it_is_waited_for(
+    host: Counting, server: ExpertServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport, rung = make(), []
+    assert transport.wait_ready(at(server), 10)
+    ring = Pairing.ring
+    pairing = transport._leases[at(server)].pairing
+
+    def count(this: Pairing) -> None:
+        if this is pairing:
+            rung.append(True)
+        ring(this)
+
+    monkeypatch.setattr(Pairing, "ring", count)
+    call = transport.submit(at(server), request())
+    assert not rung
+    transport.flush()
+    transport.flush()
+    assert len(rung) == 1
+    call.result(10)
+    call.release()
+    assert len(rung) == 1
+    ask(transport, at(server), request())
+    assert len(rung) == 2
+
+
+def test_no_core_is_taken_by_looking_while_near_hosts_may_need_them_all(
+    host: Counting, server: ExpertServer, make: Make
+) -> None:
+    near, far = make(), make(machine="another machine")
+    for transport, crowded in ((near, True), (far, False)):
+        assert transport.wait_ready(at(server), 10)
+        transport._cores = 1
+        assert not transport._crowded()
+        call = transport.submit(at(server), request())
+        assert transport._crowded() == crowded
+        transport._cores = 2
+        assert not transport._crowded()
+        call.result(10)
+        call.release()
+        transport._cores = 1
+        assert not transport._crowded()
 
 
 def test_threads_of_one_client_get_their_own_replies(host: Counting, server: ExpertServer, make: Make) -> None:

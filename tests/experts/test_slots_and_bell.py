@@ -1,5 +1,6 @@
 """What NIXL's way is made of, without NIXL: slots, frames in them, bells, patience."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -187,6 +188,25 @@ def test_a_bell_in_another_process_is_rung() -> None:
     assert time.monotonic() - started_s < 15
     assert ringer.wait(10) == 0
     bell.close()
+
+
+def test_a_bell_says_on_which_core_it_will_wake() -> None:
+    here = min(os.sched_getaffinity(0))
+    bell = Bell()
+    ringer = Ringer(bell.address)
+
+    def sleep() -> None:
+        os.sched_setaffinity(0, {here})  # of this thread alone
+        bell.wait(0.01, lambda: False)
+
+    for core in sorted(os.sched_getaffinity(0)):
+        here = core
+        sleeper = threading.Thread(target=sleep)
+        sleeper.start()
+        sleeper.join(20)
+        assert ringer.core == core
+    bell.close()
+    assert Ringer(bell.address).core is None  # it is gone
 
 
 @pytest.mark.parametrize("address", ["", "shoal", "/etc/passwd", "shoal-" + "0" * 32 + "/1/../../etc/passwd"])
