@@ -29,6 +29,8 @@ def keep_private() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray runs its actors at the lowest priority but four: on a machine that does anything else, they would starve.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Each event of a stream passes from the ingress to Serve's proxy: as a message of gRPC, not as an object of Ray's.
+    os.environ.setdefault("RAY_SERVE_PROXY_USE_GRPC", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tokens are on, as they should be
 

@@ -1,12 +1,14 @@
 """The one thread of an expert host that computes: takes what all its clients sent, and answers it in one batch."""
 
 import collections
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -17,6 +19,7 @@ from experts.messages import ForwardReply, ForwardRequest
 from experts.patience import Patience
 
 MAX_SLEEP_S = 1.0
+LONGEST_NAME = 15  # of a thread, in Linux
 Answer = ForwardReply | HostRefused
 log = logging.getLogger("shoal.experts")
 
@@ -112,6 +115,7 @@ class HostLoop:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        _tell_name(self._thread.name)
         last_s = time.monotonic()
         slept = False
         patience = Patience()
@@ -158,3 +162,9 @@ class HostLoop:
             except IndexError:  # another thread took the last
                 return
             job.settle(HostRefused("failed", reason))
+
+
+def _tell_name(name: str) -> None:
+    """Name this thread to the system, too, whose tools then say which host a process is."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name[:LONGEST_NAME])

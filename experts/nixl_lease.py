@@ -111,18 +111,31 @@ class NixlLease:
         return NixlCall(self, slot, correlation)
 
     def flush(self) -> None:
-        """Wake the host for what was sent."""
-        self.pairing.flush()
+        """Wake the host for what was sent, unless it is over."""
+        with self._lock:
+            if not self._closing:
+                self.pairing.flush()
+
+    @property
+    def core(self) -> int | None:
+        """Where a near host is likely to wake."""
+        with self._lock:
+            return self.pairing.core if self.ready else None
+
+    @property
+    def near(self) -> bool:
+        """Whether the host is on this machine; to be asked of one that was `ready`."""
+        return self.pairing.near
 
     @property
     def busy(self) -> bool:
-        """Whether a host of this machine may be computing for this client."""
-        return self.ready and self.pairing.near and self.slots.taken > 0
+        """Whether the host may be computing for this client."""
+        return self.ready and self.slots.taken > 0
 
     def wait(self, slot: int, correlation: int, timeout_s: float) -> ForwardReply:
         """See `Pending.result`; also raises FrameError when the reply lies about itself."""
         started_s = time.monotonic()
-        self.pairing.flush()
+        self.flush()
         self._settings.bell.enter()
         try:
             length = self._arrival(slot, started_s, timeout_s)

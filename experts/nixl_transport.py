@@ -50,6 +50,7 @@ class NixlTransport:
         )
         self._cores = len(os.sched_getaffinity(0))
         self._held: dict[NixlLease, None] = {}  # whose hosts were not woken yet
+        self._asked: tuple[NixlLease, ...] = ()  # near ones whose hosts were woken last
         self._grpc = GrpcTransport(token, tls)
         self._lock = threading.Lock()
         self._leases: dict[Host, NixlLease] = {}
@@ -72,9 +73,10 @@ class NixlTransport:
         held, self._held = tuple(self._held), {}
         if len(held) > 1:
             here = current_core()
-            held = tuple(sorted(held, key=lambda lease: lease.pairing.core == here))
+            held = tuple(sorted(held, key=lambda lease: lease.core == here))
         for lease in held:
             lease.flush()
+        self._asked = tuple(lease for lease in held if lease.near)
 
     def wait_ready(self, host: Host, timeout_s: float) -> bool:
         """Pair with a host now; False when calls to it will go by gRPC after all."""
@@ -91,6 +93,7 @@ class NixlTransport:
             lease = self._leases.pop(host, None)
             if lease is not None:
                 self._held.pop(lease, None)
+                self._asked = ()
                 lease.close()
                 self._leaving[host] = lease.thread
         self._grpc.forget(host)
@@ -109,7 +112,7 @@ class NixlTransport:
             self._bell.close()  # else a frozen host holds its lease, whose thread will ring once more
 
     def _crowded(self) -> bool:
-        return sum(lease.busy for lease in tuple(self._leases.values())) >= self._cores
+        return len(self._asked) >= self._cores and sum(lease.busy for lease in self._asked) >= self._cores
 
     def _open(self, host: Host) -> NixlLease | None:
         with self._lock:

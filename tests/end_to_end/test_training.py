@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -119,6 +119,20 @@ def actors(process: "subprocess.Popen[str]", name: str) -> list[int]:
     return [pid for pid, line in descendants(process.pid) if line.startswith(f"ray::{name}")]
 
 
+def hosts(process: "subprocess.Popen[str]") -> list[int]:
+    """Expert actors that are hosts; the others stand by."""
+    return [pid for pid in actors(process, "ExpertActor") if any(name.startswith("expert-") for name in threads(pid))]
+
+
+def threads(pid: int) -> list[str]:
+    """Names of a process's threads."""
+    names: list[str] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/comm"):
+        with suppress(OSError):  # it has ended
+            names.append(task.read_text())
+    return names
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("training")
@@ -155,11 +169,11 @@ def test_whatever_dies_and_however_it_is_stopped_the_curve_is_the_same(
     recipe = write_recipe(place, checkpoint("mini"), experts={"hosts": 2, "replicas": 2, "threads": 1})
     with training(recipe, out) as process:
         wait_for_step(out, 3, process)
-        os.kill(actors(process, "ExpertActor.wait_for_end")[0], signal.SIGKILL)
+        os.kill(hosts(process)[0], signal.SIGKILL)
         wait_for_step(out, 5, process)
         os.kill(actors(process, "Controller")[0], signal.SIGKILL)
         wait_for_step(out, 7, process)
-        os.kill(actors(process, "ExpertActor.wait_for_end")[0], signal.SIGSTOP)
+        os.kill(hosts(process)[0], signal.SIGSTOP)
         wait_for_step(out, 9, process)
         os.kill(actors(process, "RayTrainWorker")[0], signal.SIGKILL)
         wait_for_step(out, 12, process)

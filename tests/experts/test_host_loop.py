@@ -128,6 +128,14 @@ def test_a_failure_is_told_and_the_next_request_computed(host: ExpertHost) -> No
     assert loop.close(10)
 
 
+def test_the_system_knows_which_host_a_thread_computes_for(host: ExpertHost) -> None:
+    loop = HostLoop(host)
+    loop.start()
+    loop.submit(request()).result(10)
+    assert "expert-host-0\n" in [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+    assert loop.close(10)
+
+
 def test_after_the_end_a_request_is_refused(host: ExpertHost) -> None:
     loop = HostLoop(host)
     loop.start()

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,11 +174,13 @@ def test_the_host_whose_core_this_is_is_woken_last(make: Make, monkeypatch: pyte
     woken: list[int | None] = []
 
     class Lease:
+        near = True
+
         def __init__(self, core: int | None) -> None:
-            self.pairing = SimpleNamespace(core=core)
+            self.core = core
 
         def flush(self) -> None:
-            woken.append(self.pairing.core)
+            woken.append(self.core)
 
     monkeypatch.setattr("experts.nixl_transport.current_core", lambda: 1)
     for cores in ((1, 0, 2), (0, 1, None), (1,)):
@@ -226,6 +227,7 @@ def test_no_core_is_taken_by_looking_while_near_hosts_may_need_them_all(
         transport._cores = 1
         assert not transport._crowded()
         call = transport.submit(at(server), request())
+        transport.flush()
         assert transport._crowded() == crowded
         transport._cores = 2
         assert not transport._crowded()
