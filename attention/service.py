@@ -11,8 +11,9 @@ import grpc
 
 from attention.requests import GenerateRequest, Update
 from attention.runner import EngineThread
-from attention.wire import METHOD, OPTIONS, identity
+from attention.wire import METHOD, OPTIONS
 from experts.tls import TlsFiles, server_credentials
+from experts.wire import identity
 
 MAX_STREAMS = 64  # ingress replicas connected at once
 

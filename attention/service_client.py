@@ -8,8 +8,9 @@ import grpc
 import grpc.aio
 
 from attention.requests import GenerateRequest, Update
-from attention.wire import METHOD, OPTIONS, identity
+from attention.wire import METHOD, OPTIONS
 from experts.tls import TlsFiles, channel_credentials, channel_options
+from experts.wire import identity
 
 CHANNEL_OPTIONS = (*OPTIONS, ("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
 

@@ -6,10 +6,10 @@ from collections.abc import Generator, Sequence
 import grpc
 
 from experts.errors import TransferFailed
-from experts.grpc_server import identity
 from experts.grpc_stream import call_metadata, describe, open_channel
 from experts.tls import TlsFiles
 from experts.transfer import METHOD, ExpertForm, decode_expert, encode_request
+from experts.wire import identity
 from model.checkpoint import ExpertWeights
 from router.holding import Pair
 from router.placement import Host

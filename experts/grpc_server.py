@@ -22,24 +22,12 @@ from experts.tls import TlsFiles, server_credentials
 from experts.transfer import METHOD as FETCH_METHOD
 from experts.transfer import decode_request as decode_fetch
 from experts.transfer import encode_expert
+from experts.wire import METHOD, OPTIONS, TOKEN_KEY, identity
 
 if TYPE_CHECKING:
     from experts.training.door import TrainingDoor
 
-METHOD = "/shoal.Experts/Forward"
-TOKEN_KEY = "shoal-token"
-MAX_MESSAGE_BYTES = (1 << 30) + 4096
 MAX_CLIENTS = 128
-OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),
-)
-
-
-def identity(message: bytes) -> bytes:
-    """gRPC's serialiser of frames, which are bytes already."""
-    return message
 
 
 class ExpertServer(grpc.GenericRpcHandler):

@@ -11,8 +11,8 @@ from typing import Generic, TypeVar
 import grpc
 
 from experts.errors import ExpertError, FrameError, HostSlow, HostUnavailable
-from experts.grpc_server import OPTIONS, TOKEN_KEY, identity
 from experts.tls import TlsFiles, channel_credentials, channel_options
+from experts.wire import OPTIONS, TOKEN_KEY, identity
 from router.placement import Host
 
 CHANNEL_OPTIONS = (

@@ -5,10 +5,10 @@ import threading
 from collections.abc import Callable
 
 from experts.frames import decode_header, decode_reply, encode_request
-from experts.grpc_server import METHOD
 from experts.grpc_stream import Codec, FrameStream, StreamCall
 from experts.messages import ForwardReply, ForwardRequest
 from experts.tls import TlsFiles
+from experts.wire import METHOD
 from router.placement import Host
 
 

@@ -15,7 +15,6 @@ from experts.bell import Bell
 from experts.client_slots import SlotTable
 from experts.errors import ExpertError, FrameError, HostSlow, HostUnavailable
 from experts.frames import HEADER
-from experts.grpc_server import identity
 from experts.grpc_stream import call_metadata, describe, open_channel
 from experts.lease import METHOD, NOTE, PING, VERSION, Accept, Granted, Hello, LeaseRefused, Message, Offer
 from experts.lease import decode as decode_message
@@ -26,6 +25,7 @@ from experts.nixl_call import NixlCall
 from experts.nixl_pairing import Pairing
 from experts.patience import Patience
 from experts.tls import TlsFiles
+from experts.wire import identity
 from router.placement import Host
 
 NEAR_SLEEP_S = 5e-3  # the bell ends it; this is for a note that was still on its way when it rang

@@ -13,7 +13,6 @@ import grpc
 
 from experts.errors import CallRefused, ExpertError, HostUnavailable
 from experts.frames import parse_refusal
-from experts.grpc_server import identity
 from experts.grpc_stream import Codec, FrameStream, StreamCall, call_metadata, describe, open_channel
 from experts.tls import TlsFiles
 from experts.training.door import SERVICE
@@ -22,6 +21,7 @@ from experts.training.host import HostState
 from experts.training.messages import BackwardReply, BackwardRequest
 from experts.training.spec import ExpertTraining
 from experts.training.waiting import SUSPECT_S, Supervisor, Waiting
+from experts.wire import identity
 from model.snapshots.manifest import Shard
 from router.holding import Pair
 from router.placement import Host

@@ -15,7 +15,8 @@ from attention.requests import GenerateRequest, SamplingParams, TokenLogprob, Up
 from attention.runner import EngineThread
 from attention.service import AttentionServer
 from attention.service_client import AttentionClient, WorkerLost
-from attention.wire import METHOD, identity
+from attention.wire import METHOD
+from experts.wire import identity
 from tests.serving import greedy, make_engine, run
 
 TOKEN = "the-token-of-this-service"

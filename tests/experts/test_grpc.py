@@ -10,11 +10,12 @@ import torch
 
 from experts.errors import HostRefused, HostUnavailable
 from experts.frames import decode_header, decode_reply, encode_request
-from experts.grpc_server import METHOD, TOKEN_KEY, ExpertServer, identity
+from experts.grpc_server import ExpertServer
 from experts.grpc_transport import GrpcTransport
 from experts.host import ExpertHost
 from experts.messages import ForwardReply, ForwardRequest
 from experts.tls import TlsFiles
+from experts.wire import METHOD, TOKEN_KEY, identity
 from model.checkpoint import Checkpoint
 from router.placement import Host
 from tests.certificates import make_certificate

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 
 from experts.errors import TransferFailed
 from experts.fetch import fetch
-from experts.grpc_server import TOKEN_KEY, ExpertServer, identity
+from experts.grpc_server import ExpertServer
 from experts.host import ExpertHost
 from experts.transfer import (
     DIGEST_BYTES,
@@ -27,6 +27,7 @@ from experts.transfer import (
     encode_expert,
     encode_request,
 )
+from experts.wire import TOKEN_KEY, identity
 from model.checkpoint import Checkpoint, ExpertWeights
 from router.placement import Host
 from tests.certificates import make_certificate
