@@ -1,6 +1,8 @@
 """Helpers that talk to a running service over HTTP as its users do."""
 
+import contextlib
 import itertools
+import random
 import socket
 import time
 from collections.abc import Callable
@@ -9,12 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 
 TOKENS = 64
+PORTS = range(20000, 32000)  # between those of Ray's workers and those that Linux gives away
+TRIES = 20
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody gets who asks for any port, as every process of Ray does before this one is used."""
+    for port in random.sample(PORTS, TRIES):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"{TRIES} ports of {PORTS} are in use")
 
 
 def client(url: str, key: str = "none") -> openai.OpenAI:
