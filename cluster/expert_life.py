@@ -1,5 +1,6 @@
 """What one life of an expert host is made of, without Ray: its experts, its door, and what it takes on."""
 
+import logging
 import os
 import threading
 import time
@@ -25,6 +26,8 @@ from model.adapters.overlay import open_with_adapters
 from model.checkpoint import Checkpoint, Stamps
 from router.holding import Pair
 from router.placement import Host
+
+log = logging.getLogger("shoal.experts")
 
 
 class ExpertLife:
@@ -151,7 +154,10 @@ class ExpertLife:
         if self._spec.lodges_with is None:
             if native() is not None and not self._spec.trains:
                 set_threads(share.threads)
-            keep_to(share.cores(self._cores))
+            try:
+                keep_to(share.cores(self._cores))
+            except OSError as error:  # its cores were taken away: it computes wherever it may
+                log.warning("%s does not keep to its cores: %s", self._name, error)
 
     def stop(self) -> None:
         """Close the door, letting requests in flight finish."""

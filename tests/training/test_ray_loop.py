@@ -1,6 +1,5 @@
 """What a worker of Ray Train does with an end that no other life would change."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from services.training.driver import _plain, prepare, service_spec
 from services.training.outcome import Outcome, begin_outcome, read_outcome, write_outcome
 from services.training.recipe import parse_recipe
 from services.training.report import RunLogError
+from tests.training.small_run import small_run
 
 
 class Crowd:
@@ -23,18 +23,7 @@ class Crowd:
 
 @pytest.fixture
 def config(checkpoint: Callable[[str], Path], tmp_path: Path) -> dict[str, Any]:
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"text": f"number {n}"}) + "\n" for n in range(20)))
-    raw = {
-        "model": str(checkpoint("mini")),
-        "output_dir": str(tmp_path / "out"),
-        "data": {"files": [str(data)], "sequence_length": 64},
-        "steps": 4,
-        "batch_tokens": 128,
-        "micro_batch_tokens": 64,
-        "workers": {"threads": 1},
-    }
-    recipe = parse_recipe(raw)
+    recipe = parse_recipe(small_run(checkpoint("mini"), tmp_path) | {"workers": {"threads": 1}})
     model, _, steps = prepare(recipe)
     return {
         "recipe": recipe.model_dump(mode="json"),

@@ -17,24 +17,16 @@ from services.training.identity import identify
 from services.training.initial import initial_checkpoint
 from services.training.outcome import Outcome, read_outcome, tell, told, write_outcome
 from services.training.recipe import Recipe, parse_recipe
+from tests.training.small_run import small_run
 
 Make = Callable[..., Recipe]
 
 
 @pytest.fixture
 def make(checkpoint: Callable[[str], Path], tmp_path: Path) -> Make:
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"text": f"number {n}"}) + "\n" for n in range(20)))
+    raw = small_run(checkpoint("mini"), tmp_path)
 
     def recipe(**given: object) -> Recipe:
-        raw = {
-            "model": str(checkpoint("mini")),
-            "output_dir": str(tmp_path / "out"),
-            "data": {"files": [str(data)], "sequence_length": 64},
-            "steps": 4,
-            "batch_tokens": 128,
-            "micro_batch_tokens": 64,
-        }
         return parse_recipe(raw | given)
 
     return recipe
