@@ -45,8 +45,27 @@ def measure_training(options: Options, vocabulary: int, collected: Collected, sa
         say(f"repeat {repeat + 1}/{options.repeats}  training  {PARALLEL}  {rate:.0f} tokens/s")
 
 
-def _batch(options: Options, vocabulary: int, repeat: int, step: int) -> Prompts:
-    return draw_prompts(f"{options.seed}-training-{repeat}-{step}", SEQUENCES, SEQUENCE_TOKENS, vocabulary)
+def _batch(options: Options, vocabulary: int, repeat: int, step: int, tokens: int = SEQUENCE_TOKENS) -> Prompts:
+    return draw_prompts(f"{options.seed}-training-{repeat}-{step}", SEQUENCES, tokens, vocabulary)
+
+
+def text_of(tokenizer: Tokenizer, ids: Sequence[int], tokens: int) -> str:
+    """A beginning of what random ids say, its ASCII alone, that is so many tokens when it is read again.
+
+    Raises BenchError where all of it is less.
+    """
+    text = "".join(filter(str.isascii, tokenizer.decode(ids)))
+    least, most = 0, len(text)
+    while least < most:  # a character more is a token more at most
+        middle = (least + most) // 2
+        if len(tokenizer.encode(text[:middle], add_special_tokens=False)) < tokens:
+            least = middle + 1
+        else:
+            most = middle
+    found = len(tokenizer.encode(text[:least], add_special_tokens=False))
+    if found != tokens:
+        raise BenchError(f"a text of {len(ids)} random tokens has {found} to train on; expected {tokens}")
+    return text[:least]
 
 
 def _transformers(options: Options, vocabulary: int, repeat: int, steps: int) -> float:
@@ -73,10 +92,11 @@ def _shoal(options: Options, vocabulary: int, repeat: int, steps: int) -> float:
         directory = Path(scratch)
         tokenizer = Tokenizer.load(options.checkpoint)
         text = directory / "text.jsonl"
-        with text.open("w", encoding="utf-8") as file:  # random tokens make at least as many when they are read again
+        with text.open("w", encoding="utf-8") as file:
             for step in range(steps):
-                for sequence in _batch(options, vocabulary, repeat, step):
-                    file.write(json.dumps({"text": tokenizer.decode(sequence)}) + "\n")
+                for sequence in _batch(options, vocabulary, repeat, step, 2 * SEQUENCE_TOKENS):
+                    written = text_of(tokenizer, sequence, SEQUENCE_TOKENS - 1)  # and the token that ends a document
+                    file.write(json.dumps({"text": written}) + "\n")
         recipe = {
             "model": str(options.checkpoint.resolve()),
             "output_dir": str(directory / "run"),

@@ -101,7 +101,8 @@ def _show(recipe: "Recipe") -> int:
     lines = [
         f"# parameters        {total:,}: {found.dense:,} dense, {found.experts:,} in routed experts",
         f"# trained           {at_most}{trained:,}: {found.trained_dense:,} dense, {found.trained_experts:,} in hosts",
-        f"# each expert host  {_gib(found.host_bytes)} for weights, gradients and optimizer, of {hosts}{place}",
+        f"# each expert host  {_gib(found.host_bytes)} for weights, gradients and optimizer, of {hosts}{place},"
+        f" and some {_gib(found.host_activation_bytes)} of activations",
         f"# each worker       {_gib(found.worker_bytes)} and some {_gib(found.activation_bytes)} of activations",
         f"# data              {len(data):,} samples, {data.samples.tokens:,} tokens",
         f"# steps             {steps:,}",

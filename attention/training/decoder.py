@@ -22,7 +22,12 @@ from router.dropping import drop_tokens
 from router.gate import Routing, route
 from router.losses import BalanceCoefficients, balance_losses, gate_scores
 
-HEAD_TOKENS = 1024  # whose logits are in memory at once
+HEAD_BYTES = 64 << 20  # of fp32 logits
+
+
+def head_tokens(config: ModelConfig) -> int:
+    """Tokens whose logits are in memory at once."""
+    return max(1, HEAD_BYTES // (4 * config.vocab_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +134,11 @@ class TrainingDecoder:
             rows = norm(h_lD, dense["model.norm.weight"], config.rms_norm_eps)
             return F.cross_entropy(dense.linear(head, rows).float(), target_l, reduction="sum")
 
-        if len(h_LD) <= HEAD_TOKENS:
+        tokens = head_tokens(config)
+        if len(h_LD) <= tokens:
             return part(h_LD, target_L)
         total = h_LD.new_zeros((), dtype=torch.float32)
-        for h_lD, target_l in zip(h_LD.split(HEAD_TOKENS), target_L.split(HEAD_TOKENS), strict=True):
+        for h_lD, target_l in zip(h_LD.split(tokens), target_L.split(tokens), strict=True):
             total = total + checkpoint(part, h_lD, target_l, use_reentrant=False)
         return total
 

@@ -53,7 +53,7 @@ class TrainingDoor:
 
             def backward(frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
                 check(context)
-                return map(self._backward, frames)
+                return self._backwards(frames)
 
             return grpc.stream_stream_rpc_method_handler(backward, bytes, bytes)
         if name == "States":
@@ -83,6 +83,11 @@ class TrainingDoor:
         except ExpertError as error:  # another host did not hand over what was asked of it
             context.abort(grpc.StatusCode.ABORTED, str(error))
         raise AssertionError("abort raises")
+
+    def _backwards(self, frames: Iterator[bytes]) -> Iterator[bytes]:
+        for frame in frames:
+            yield self._backward(frame)
+            self._host.settle()  # gRPC comes back for more once the reply is on its way
 
     def _backward(self, frame: bytes) -> bytes:
         correlation = 0

@@ -3,6 +3,7 @@
 Shapes: `N` rows of this expert, `D` model, `I` intermediate, `r` rank.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -40,6 +41,7 @@ class TrainedExpert:
     _scale: float = 0.0  # of the low-rank product; 0 where there is none
     _used: tuple[Tensor, Tensor] | None = None  # what is computed with, where that is not the matrices themselves
     _rounded: bool = False
+    _kept: deque[tuple[Tensor, Tensor]] = field(default_factory=lambda: deque(maxlen=0))  # x [N, D], gate_up [N, 2I]
 
     def configure(self, pair: Pair, training: ExpertTraining) -> None:
         """Begin a run from the weights that are held: no gradients, no moments, version 0."""
@@ -57,7 +59,7 @@ class TrainedExpert:
 
     @property
     def nbytes(self) -> int:
-        """Of everything that is held for it."""
+        """Of everything that is held for it from step to step."""
         held = [self.gate_up, self.down]
         for trained in self.parameters.values():
             more = (trained.value, trained.buffer, trained.mean, trained.square)
@@ -67,16 +69,21 @@ class TrainedExpert:
         return sum(tensor.nbytes for tensor in held)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Unweighted output [N, D]."""
-        return self._linear("down_proj", self._matrices[1], _swiglu(self._gate_up(x_ND)))
+        """Unweighted output [N, D]. `x_ND` is not changed afterwards."""
+        gate_up_N2I = self._gate_up(x_ND)
+        self._kept.append((x_ND, gate_up_N2I))
+        return self._linear("down_proj", self._matrices[1], _swiglu(gate_up_N2I))
 
     def backward(self, x_ND: Tensor, dout_ND: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor, Contribution]:
         """dx [N, D] and dweight [N] of weight · expert(x), for the output gradient dout, and what the gradients gain.
 
-        The forward is computed again. dweight = dout · y is taken as (dout W_down) · h, which needs no y.
+        What forward of these rows computed is taken, if it was kept, or else computed again, which gives the same bits.
+        dweight = dout · y is taken as (dout W_down) · h, which needs no y.
         """
         _, down = self._matrices
-        gate_up_N2I = self._gate_up(x_ND)
+        gate_up_N2I = self._take(x_ND)
+        if gate_up_N2I is None:
+            gate_up_N2I = self._gate_up(x_ND)
         h_NI = _swiglu(gate_up_N2I)
         dh_NI = dout_ND @ down
         if self._scale:
@@ -103,7 +110,13 @@ class TrainedExpert:
             self.parameters[f"{name}.lora_A"].add(self._scale * (dout @ factor_b), into)
             self.parameters[f"{name}.lora_B"].add(self._scale * dout, into @ factor_a.T)
 
+    def begin(self, kept: int) -> None:
+        """Begin a step without gradients; of so many forwards, what they computed is kept for backward."""
+        self.drop_gradients()
+        self._kept = deque(maxlen=kept)
+
     def drop_gradients(self) -> None:
+        self._kept.clear()
         for trained in self.parameters.values():
             trained.grad = None
 
@@ -145,6 +158,14 @@ class TrainedExpert:
     @property
     def _matrices(self) -> tuple[Tensor, Tensor]:
         return self._used if self._used is not None else (self.gate_up, self.down)
+
+    def _take(self, x_ND: Tensor) -> Tensor | None:
+        """gate_up of exactly these rows, where it was kept: it is there once."""
+        for place, (kept_ND, gate_up_N2I) in enumerate(self._kept):
+            if torch.equal(kept_ND, x_ND):
+                del self._kept[place]
+                return gate_up_N2I
+        return None
 
     def _gate_up(self, x_ND: Tensor) -> Tensor:
         return self._linear("gate_up_proj", self._matrices[0], x_ND)

@@ -65,7 +65,7 @@ class TrainingHost:
         Refused when one of them is not held, or not at this step.
         """
         with self.host.computing():
-            self._run()
+            training = self._run()
             held = set(self.host.held)
             for pair in pairs:
                 version = self.expert(pair).version if pair in held else None
@@ -74,16 +74,17 @@ class TrainingHost:
                     raise self._refusal(f"expert {pair} is {found}; step {step} was to begin")
             self._close()
             for pair in pairs:
-                self.expert(pair).drop_gradients()
+                self.expert(pair).begin(ranks if training.keeps else 0)  # each worker has one micro-batch under way
             self._ledger = StepLedger(step, micros, ranks)
             self._members = frozenset(pairs)
             self.host.closed = None
 
     def backward(self, request: BackwardRequest) -> BackwardReply:
-        """Gradients for the rows of the answered pairs; the experts' own gradients gain each request once.
+        """Gradients for the rows of the answered pairs; the experts' own gradients gain each request once, by `settle`.
 
         Refused as `bad_request` when it is malformed.
         """
+        self.settle()
         with self.host.computing(), torch.no_grad():
             ledger = self._check(request)
             turn = ledger.turn(request.micro, request.rank)
@@ -105,11 +106,23 @@ class TrainingHost:
                     pair_N, dx_ND, dweight_N = pair_N[wanted_N], dx_ND[wanted_N], dweight_N[wanted_N]
                 dx_AD.index_copy_(0, place_P[pair_N], dx_ND.cpu())
                 dweight_A.index_copy_(0, place_P[pair_N], dweight_N.cpu())
-            ledger.add(request.layer, turn, gains, self._accumulate)
+            ledger.add(request.layer, turn, gains)
         return BackwardReply(self.host.generation, dx_AD, dweight_A)
+
+    def settle(self) -> None:
+        """Add to the experts' gradients what `backward` left: a caller has its reply before that, and goes on."""
+        with self.host.computing(), torch.no_grad():
+            if self._ledger is None:
+                return
+            try:
+                self._ledger.settle(self._accumulate)
+            except BaseException:  # no memory, a device that failed: gradients lack something
+                self._close()
+                raise
 
     def squared_norms(self, step: int) -> dict[Pair, float]:
         """Squared gradient norm of each expert of the step; refused until every micro-batch of every worker came."""
+        self.settle()
         with self.host.computing():
             ledger = self._at(step)
             missing = ledger.missing({layer for layer, _ in self._members})
@@ -121,6 +134,7 @@ class TrainingHost:
 
     def apply(self, step: int, learning_rate: float, grad_scale: float) -> None:
         """Step every expert of this step; one that has made it already is left alone, so it may be asked again."""
+        self.settle()
         with self._reading, self.host.computing(), torch.no_grad():
             training = self._run()
             self.host.closed = CLOSED

@@ -31,21 +31,22 @@ class StepLedger:
             )
         return micro * self.ranks + rank
 
-    def add(self, layer: int, turn: int, gains: Gains, apply: Apply) -> bool:
-        """Apply what is due now; False when this turn was there before, and nothing is done."""
-        due = self._next.get(layer, 0)
-        waiting = self._waiting.setdefault(layer, {})
-        if turn < due or turn in waiting:
+    def add(self, layer: int, turn: int, gains: Gains) -> bool:
+        """Take a contribution; False when this turn was there before, and nothing is taken."""
+        if turn < self._next.get(layer, 0) or turn in self._waiting.setdefault(layer, {}):
             return False
-        waiting[turn] = gains
-        while due in waiting:
-            apply(layer, waiting.pop(due))
-            due += 1
-        self._next[layer] = due
+        self._waiting[layer][turn] = gains
         return True
 
+    def settle(self, apply: Apply) -> None:
+        """Apply, and drop, what was taken and is due. After an error of `apply` the step must not be used."""
+        for layer, waiting in self._waiting.items():
+            while (due := self._next.get(layer, 0)) in waiting:
+                self._next[layer] = due + 1
+                apply(layer, waiting.pop(due))
+
     def missing(self, layers: Iterable[int]) -> list[tuple[int, int, int]]:
-        """(layer, micro-batch, rank) that did not come yet; the first of each layer."""
+        """(layer, micro-batch, rank) that did not come yet; the first of each layer. What came is settled before."""
         turns = self.micros * self.ranks
         return [
             (layer, *divmod(self._next.get(layer, 0), self.ranks))

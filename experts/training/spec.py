@@ -40,6 +40,7 @@ class ExpertTraining:
     adamw: AdamW = field(default_factory=AdamW)
     only: tuple[Pair, ...] | None = None  # (layer, expert) pairs that are trained; None: all
     lora: LowRank | None = None  # None: the matrices themselves are trained
+    keeps: bool = True  # what forward computed is kept for backward, instead of computed again
 
     def __post_init__(self) -> None:
         if not self.run_id:

@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from attention.training.decoder import head_tokens
 from model.adapters.spec import lora_tensors
 from model.config import ModelConfig
 from model.tensors import expected_tensors
-from services.training.method import lora_spec
+from services.training.method import keeps_activations, lora_spec
 from services.training.recipe import Recipe
 
 NUMBER_BYTES = 4  # of weights, gradients and moments, all fp32
@@ -33,6 +34,7 @@ class Forecast:
     host_bytes: int
     worker_bytes: int
     activation_bytes: int  # of a worker's micro-batch: an estimate
+    host_activation_bytes: int  # kept by a host of all workers' micro-batches, were all experts chosen equally often
     stages: tuple[StageForecast, ...]
 
 
@@ -66,6 +68,7 @@ def forecast(recipe: Recipe, config: ModelConfig) -> Forecast:
         host_bytes=int(host * NUMBER_BYTES),
         worker_bytes=int(worker * NUMBER_BYTES),
         activation_bytes=_activations(recipe, config),
+        host_activation_bytes=_host_activations(recipe, config) * workers // hosts,
         stages=tuple(
             StageForecast(stage.from_step, stage.tokens, -(-stage.tokens // micro)) for stage in recipe.stages
         ),
@@ -84,5 +87,13 @@ def _activations(recipe: Recipe, config: ModelConfig) -> int:
     feed_forward = 3 * max(config.moe_intermediate_size * config.n_shared_experts, config.intermediate_size)
     layer = 6 * config.hidden_size + (0 if recipe.checkpointing else attention + feed_forward)
     rows = recipe.micro_batch_tokens * config.num_hidden_layers * layer
-    logits = 3 * min(recipe.micro_batch_tokens, 1024) * config.vocab_size
+    logits = 3 * min(recipe.micro_batch_tokens, head_tokens(config)) * config.vocab_size
     return NUMBER_BYTES * (rows + logits)
+
+
+def _host_activations(recipe: Recipe, config: ModelConfig) -> int:
+    """Of one worker's micro-batch, on all hosts: an input row and both halves of its network for each slot."""
+    if not keeps_activations(recipe):
+        return 0
+    slots = recipe.micro_batch_tokens * config.num_experts_per_tok * len(config.moe_layers)
+    return NUMBER_BYTES * slots * (config.hidden_size + 2 * config.moe_intermediate_size)

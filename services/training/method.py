@@ -52,10 +52,16 @@ def make_method(recipe: Recipe, config: ModelConfig, run_id: str, chosen: tuple[
         adamw=AdamW(optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay),
         only=only,
         lora=LowRank(lora.rank, lora.alpha) if lora is not None and lora.routed_experts else None,
+        keeps=keeps_activations(recipe),
     )
     factors = dict(_first_factors(config, lora, recipe.seed)) if lora is not None else {}
     full = recipe.method == "full"
     return Method(experts, lambda name: full, lora, factors)
+
+
+def keeps_activations(recipe: Recipe) -> bool:
+    """Whether the hosts keep what forward computed; rows that are dropped come forward, and not back."""
+    return not recipe.checkpointing and not recipe.drop_tokens
 
 
 def lora_spec(recipe: Recipe, config: ModelConfig) -> LoraSpec:

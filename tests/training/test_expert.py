@@ -60,6 +60,33 @@ def test_gradients_are_autograds(lora: LowRank | None) -> None:
         assert torch.allclose(one.double(), other, atol=1e-5, rtol=1e-5)
 
 
+def test_what_forward_computed_is_kept_for_the_same_rows_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    expert = make(ExpertTraining("run"))
+    computed: list[Tensor] = []
+    gate_up = TrainedExpert._gate_up
+
+    def count(this: TrainedExpert, x_ND: Tensor) -> Tensor:
+        computed.append(x_ND)
+        return gate_up(this, x_ND)
+
+    monkeypatch.setattr(TrainedExpert, "_gate_up", count)
+    rows = [torch.randn(ROWS, HIDDEN) for _ in range(3)]
+    dout, weight = torch.randn(ROWS, HIDDEN), torch.rand(ROWS)
+    expert.begin(2)
+    for x in rows:
+        expert.forward(x)  # the first is dropped for the third
+    kept = [expert.backward(x.clone(), dout, weight)[0] for x in (rows[2], rows[1])]
+    assert len(computed) == 3
+    again = [expert.backward(x, dout, weight)[0] for x in (rows[2], rows[1], rows[0])]
+    assert len(computed) == 6
+    assert all(torch.equal(*pair) for pair in zip(kept, again, strict=False))
+    expert.forward(rows[0])
+    expert.begin(0)
+    expert.forward(rows[0])
+    expert.backward(rows[0], dout, weight)
+    assert len(computed) == 9
+
+
 def test_bf16_experts_compute_with_rounded_weights_and_step_whole_ones() -> None:
     expert = make(ExpertTraining("run", dtype="bfloat16"))
     x = torch.randn(ROWS, HIDDEN)
@@ -111,9 +138,8 @@ def test_contributions_are_applied_once_in_one_order(order: tuple[int, ...]) -> 
     for turn in order:
         assert ledger.missing([1]) != []
         for first in (True, False):
-            assert (
-                ledger.add(1, turn, {0: things[turn]}, lambda layer, gains: applied.append((layer, gains[0]))) is first
-            )
+            assert ledger.add(1, turn, {0: things[turn]}) is first
+            ledger.settle(lambda layer, gains: applied.append((layer, gains[0])))
     assert applied == [(1, thing) for thing in things]
     assert ledger.missing([1]) == []
     assert ledger.missing([1, 2]) == [(2, 0, 0)]

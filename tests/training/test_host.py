@@ -10,6 +10,7 @@ from torch import Tensor
 from experts.errors import HostRefused
 from experts.host import ExpertHost
 from experts.messages import ForwardRequest
+from experts.training.expert import Contribution, TrainedExpert
 from experts.training.host import TrainingHost
 from experts.training.messages import BackwardRequest
 from experts.training.spec import ExpertTraining
@@ -74,10 +75,12 @@ def test_a_request_asked_for_twice_counts_once_and_is_answered_twice(host: Train
     host.configure(ExpertTraining("run"))
     host.begin(0, 2, 1, PAIRS)
     first = host.backward(request())
+    host.settle()
     grad = host.expert((1, 0)).parameters["down_proj"].grad
     assert grad is not None
     kept = grad.clone()
     second = host.backward(request())
+    host.settle()
     assert torch.equal(first.dx_AD, second.dx_AD)
     assert first.dx_AD.shape == (1, 64)
     assert torch.equal(grad, kept)
@@ -89,6 +92,45 @@ def test_norms_are_not_told_before_everything_came(host: TrainingHost) -> None:
     host.backward(request())
     with pytest.raises(HostRefused, match="micro-batch 1 of worker 0 is missing in layer 1"):
         host.squared_norms(0)
+    host.begin(0, 2, 1, PAIRS)
+    fill(host)
+    assert set(host.squared_norms(0)) == set(PAIRS)
+
+
+def test_gradients_are_whole_whoever_settles_them(opened: Checkpoint) -> None:
+    stepped: list[Tensor] = []
+    for settled in (True, False):
+        _, host = make_host(opened, Host("host-0", 1, "local"), PAIRS)
+        host.configure(ExpertTraining("run"))
+        host.begin(0, 2, 1, PAIRS)
+        fill(host)
+        if settled:
+            host.settle()
+        host.apply(0, 1e-2, 1.0)
+        stepped.append(host.expert((2, 3)).down.clone())
+    assert torch.equal(*stepped)
+
+
+def test_a_step_whose_gradients_could_not_be_kept_is_not_made(
+    host: TrainingHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.configure(ExpertTraining("run"))
+    host.begin(0, 2, 1, PAIRS)
+    fill(host)
+    before = host.expert((2, 3)).down.clone()
+
+    def fail(expert: TrainedExpert, gained: Contribution) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(TrainedExpert, "accumulate", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        host.settle()
+    monkeypatch.undo()
+    for call in (lambda: host.squared_norms(0), lambda: host.backward(request())):
+        with pytest.raises(HostRefused, match="in step None"):
+            call()
+    host.apply(0, 1e-2, 1.0)
+    assert torch.equal(host.expert((2, 3)).down, before)
     host.begin(0, 2, 1, PAIRS)
     fill(host)
     assert set(host.squared_norms(0)) == set(PAIRS)

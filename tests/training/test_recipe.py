@@ -182,6 +182,22 @@ def test_the_examples_are_recipes(path: Path) -> None:
     assert forecast(recipe, CONFIG).trained_experts > 0
 
 
+def test_hosts_keep_activations_unless_they_are_computed_again(tmp_path: Path) -> None:
+    """Nor where rows that come forward are dropped, and do not come back."""
+
+    def kept(*overrides: str) -> int:
+        recipe = load_recipe(write(tmp_path), list(overrides))
+        needs = forecast(recipe, CONFIG).host_activation_bytes
+        assert make_method(recipe, CONFIG, "run").experts.keeps is (needs > 0)
+        return needs
+
+    slots = CONFIG.num_experts_per_tok * len(CONFIG.moe_layers)
+    row = 4 * (CONFIG.hidden_size + 2 * CONFIG.moe_intermediate_size)
+    assert kept("experts.hosts=1") == 64 * slots * row
+    assert kept("experts.hosts=2", "workers.least=2") == 64 * slots * row
+    assert kept("checkpointing=true") == kept("drop_tokens=true") == 0
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_learn_from_their_data(path: Path) -> None:
     """At full rate for most of their steps, and from each sample at most once a step."""
