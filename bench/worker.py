@@ -15,6 +15,7 @@ from bench.errors import BenchError
 T = TypeVar("T")
 ANSWER_TIMEOUT_S = 1800.0
 END_TIMEOUT_S = 10.0
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # transformers' own, between the lines that say how far the run is
 
 
 class WorkerProcess:
@@ -26,7 +27,7 @@ class WorkerProcess:
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | environment,
+            env={**os.environ, **QUIET, **environment},
         )
 
     @property

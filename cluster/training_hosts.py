@@ -15,8 +15,9 @@ from cluster.spec import ServiceSpec
 from experts.grpc_transport import GrpcTransport
 from experts.nixl import prepare_environment
 from experts.nixl_transport import NixlTransport
-from experts.training.client import StepLost, StepPlacement, TrainingClient
+from experts.training.client import TrainingClient
 from experts.training.grpc_peer import GrpcPeers
+from experts.training.step_hosts import StepLost, StepPlacement
 from experts.transports import open_transport
 from model.config import ModelConfig
 from router.placement import Placement

@@ -21,15 +21,13 @@ from experts.lease import decode as decode_message
 from experts.lease import encode as encode_message
 from experts.messages import ForwardReply, ForwardRequest
 from experts.nixl_agent import NixlAgent, NixlFailed
+from experts.nixl_arrival import Arrival
 from experts.nixl_call import NixlCall
 from experts.nixl_pairing import Pairing
-from experts.patience import Patience
 from experts.tls import TlsFiles
 from experts.wire import identity
 from router.placement import Host
 
-NEAR_SLEEP_S = 5e-3  # the bell ends it; this is for a note that was still on its way when it rang
-FAR_SLEEP_S = 20e-6
 CONNECT_S = 5.0
 CONNECT_POLL_S = 200e-6
 log = logging.getLogger("shoal.experts")
@@ -61,7 +59,7 @@ class NixlLease:
         self._lock = threading.Lock()  # around writing: nothing is written once `_closing`
         self._closing = False
         self._pinged = False
-        self._patience = Patience()
+        self._arrival = Arrival(host, settings.bell, settings.crowded)
         self._cleanup: Callable[[], None] | None = None
         self.slots = SlotTable(SLOTS)
         self.ready = False
@@ -134,21 +132,15 @@ class NixlLease:
 
     def wait(self, slot: int, correlation: int, timeout_s: float) -> ForwardReply:
         """See `Pending.result`; also raises FrameError when the reply lies about itself."""
-        started_s = time.monotonic()
+        deadline_s = time.monotonic() + timeout_s
         self.flush()
-        self._settings.bell.enter()
         try:
-            length = self._arrival(slot, started_s, timeout_s)
-        except NixlFailed as error:
-            self.slots.abandon(slot)
-            raise self._lost(str(error)) from error
+            length = self._arrival.wait(self.pairing, self.slots, slot, deadline_s, lambda: self.reason)
         except HostSlow:
             raise  # the slot waits on
         except HostUnavailable:
             self.slots.abandon(slot)
             raise
-        finally:
-            self._settings.bell.leave()
         try:
             return get_reply(self.pairing.incoming.slots[slot], length, correlation)
         except ExpertError:
@@ -171,40 +163,6 @@ class NixlLease:
         """Wait for the host's word that the pairing is over; False when it did not come."""
         self.thread.join(timeout_s)
         return self.ended
-
-    def _arrival(self, slot: int, started_s: float, timeout_s: float) -> int:
-        """Bytes of the reply in a slot, once it is there."""
-        agent, slots, bell = self.pairing.agent, self.slots, self._settings.bell
-
-        def look() -> bool:
-            if agent.poll():
-                bell.ring_others()
-            return slots.length(slot) > 0 or self.reason is not None
-
-        deadline_s = started_s + timeout_s
-        crowded = self._settings.crowded()
-        look_until_s = started_s + (0.0 if crowded else self._patience.look_s)
-        slept = False
-        while (length := slots.length(slot)) <= 0:
-            if self.reason is not None:
-                raise self._lost(self.reason)
-            if look():
-                continue
-            now_s = time.monotonic()
-            if now_s >= deadline_s:
-                raise HostSlow(f"{self._host.id} at {self._host.address}: no reply in {timeout_s:.1f} s")
-            if now_s >= look_until_s:
-                slept = True
-                if self.pairing.near:
-                    bell.wait(min(NEAR_SLEEP_S, deadline_s - now_s), look)
-                else:
-                    time.sleep(FAR_SLEEP_S)
-        if not crowded:
-            self._patience.waited(slept)
-        return length
-
-    def _lost(self, reason: str) -> HostUnavailable:
-        return HostUnavailable(f"{self._host.id} at {self._host.address}: {reason}")
 
     def _run(self) -> None:
         reason = "the host ended the lease"

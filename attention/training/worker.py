@@ -18,8 +18,9 @@ from attention.training.optimizer import DenseOptimizer
 from attention.training.ranks import Ranks
 from attention.training.segments import MicroBatch
 from experts.errors import ExpertError
-from experts.training.client import StepHosts, StepLost, TrainingClient
+from experts.training.client import TrainingClient
 from experts.training.coordinator import Coordinator
+from experts.training.step_hosts import StepHosts, StepLost
 from router.placement import Placement
 
 

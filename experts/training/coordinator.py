@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from experts.errors import ExpertError, HostRefused, HostUnavailable
-from experts.training.client import StepHosts, StepLost
 from experts.training.host import HostState
 from experts.training.peer import Peer, Peers
 from experts.training.spec import ExpertTraining
+from experts.training.step_hosts import StepHosts, StepLost
 from model.snapshots.manifest import Shard
 from router.holding import Pair
 from router.placement import Host, Placement

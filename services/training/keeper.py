@@ -12,8 +12,8 @@ from attention.training.optimizer import DenseOptimizer
 from attention.training.parameters import DenseParameters
 from attention.training.ranks import Ranks
 from experts.errors import ExpertError
-from experts.training.client import StepHosts
 from experts.training.coordinator import Coordinator
+from experts.training.step_hosts import StepHosts
 from model.snapshots.attempt import abandon, abandon_all, begin, commit
 from model.snapshots.errors import SnapshotBroken, SnapshotError
 from model.snapshots.history import open_newest, prune, set_aside

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from attention.training.parameters import DenseParameters
 from experts.errors import TransferFailed
-from experts.training.client import StepLost
 from experts.training.coordinator import Coordinator
 from experts.training.grpc_peer import GrpcPeers
 from experts.training.states import decode_state
+from experts.training.step_hosts import StepLost
 from model.adapters.delta import delta_names, write_delta
 from model.adapters.lora_write import write_adapter
 from model.adapters.spec import lora_tensors

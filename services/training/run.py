@@ -8,8 +8,9 @@ from typing import Protocol
 from attention.training.ranks import Ranks
 from attention.training.worker import NotFinite, Placements, StepPlan, StepReport, TrainingWorker
 from experts.errors import ExpertError
-from experts.training.client import StepLost, TrainingClient
+from experts.training.client import TrainingClient
 from experts.training.coordinator import Coordinator
+from experts.training.step_hosts import StepLost
 from model.snapshots.snapshot import Snapshot
 from services.training.data.training_data import GlobalBatch, TrainingData
 from services.training.keeper import Keeper

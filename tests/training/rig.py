@@ -19,13 +19,14 @@ from experts.grpc_transport import GrpcTransport
 from experts.host import ExpertHost
 from experts.local import LocalTransport
 from experts.training.adamw import AdamW
-from experts.training.client import StepPlacement, TrainingClient
+from experts.training.client import TrainingClient
 from experts.training.coordinator import Coordinator
 from experts.training.door import TrainingDoor
 from experts.training.grpc_peer import GrpcPeers
 from experts.training.host import TrainingHost
 from experts.training.peer import Peers
 from experts.training.spec import ExpertTraining
+from experts.training.step_hosts import StepPlacement
 from experts.training.store import TrainableExperts
 from experts.training.waiting import Supervisor
 from experts.transport import Transport

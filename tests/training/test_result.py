@@ -10,9 +10,9 @@ import torch
 from transformers import DeepseekV2ForCausalLM
 
 from attention.training.parameters import DenseParameters
-from experts.training.client import StepLost
 from experts.training.grpc_peer import GrpcPeers
 from experts.training.states import encode_state
+from experts.training.step_hosts import StepLost
 from model.adapters.overlay import open_with_adapters
 from model.checkpoint import Checkpoint
 from model.config import read_raw_config

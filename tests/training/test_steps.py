@@ -13,9 +13,9 @@ from attention.training.segments import MicroBatch
 from attention.training.worker import NotFinite
 from experts.errors import HostUnavailable
 from experts.training.adamw import AdamW
-from experts.training.client import StepLost
 from experts.training.coordinator import Behind
 from experts.training.spec import ExpertTraining
+from experts.training.step_hosts import StepLost
 from router.placement import Host, initial_placement
 from tests.training.rig import Rig, make_host, make_rig, plans, samples
 
