@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from attention.mla import LATENT_NORM_EPS
+from attention.training.causal import causal_attention
 from attention.training.parameters import DenseParameters
 from kernels.rotary import rotate
 from model.config import ModelConfig
@@ -44,13 +45,8 @@ def segment_attention(
     k_rope_TNR = rotate(k_rope, cos, sin)[:, None].expand(-1, heads, -1)
     k_TNQ = torch.cat((k_nope, k_rope_TNR), dim=-1)
 
-    out: list[Tensor] = []
-    parts = zip(q_TNQ.split(list(lengths)), k_TNQ.split(list(lengths)), v_TNV.split(list(lengths)), strict=True)
-    for q_tNQ, k_tNQ, v_tNV in parts:
-        q, k, v = (part.transpose(0, 1)[None] for part in (q_tNQ, k_tNQ, v_tNV))
-        o_1NtV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=config.softmax_scale)
-        out.append(o_1NtV[0].transpose(0, 1).flatten(1))
-    return dense.linear(f"{prefix}.o_proj", torch.cat(out))
+    out_TNV = causal_attention(q_TNQ, k_TNQ, v_TNV, lengths, config.softmax_scale)
+    return dense.linear(f"{prefix}.o_proj", out_TNV.flatten(1))
 
 
 def norm(x: Tensor, weight: Tensor, eps: float = LATENT_NORM_EPS) -> Tensor:
