@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attention.rope import RotaryTable
+from attention.training.causal import SampleGroups
 from attention.training.mla import norm, segment_attention
 from attention.training.parameters import DenseParameters
 from attention.training.segments import IGNORED, MicroBatch
@@ -73,12 +74,13 @@ class TrainingDecoder:
         """
         dense, config = self.dense, self.config
         rotation = self._rotary.at(batch.position_T)
+        samples = SampleGroups.of(batch.lengths, batch.token_T.device)
         h_TD = F.embedding(batch.token_T, dense["model.embed_tokens.weight"])
         if not h_TD.requires_grad:  # nothing dense is trained: backward must reach the experts all the same
             h_TD.requires_grad_()
         losses = Losses(h_TD.new_zeros(()), h_TD.new_zeros(()))
         for layer in range(config.num_hidden_layers):
-            h_TD = h_TD + self._again(self._attention, layer, h_TD, rotation, batch.lengths)
+            h_TD = h_TD + self._again(self._attention, layer, h_TD, rotation, samples)
             x_TD = norm(h_TD, dense[f"model.layers.{layer}.post_attention_layernorm.weight"], config.rms_norm_eps)
             if config.is_moe(layer):
                 h_TD = h_TD + self._experts(layer, micro, x_TD, batch, protected_T, losses)
@@ -88,10 +90,10 @@ class TrainingDecoder:
         losses.cross_entropy = self._cross_entropy(h_TD[counted], batch.target_T[counted])
         return losses
 
-    def _attention(self, layer: int, h_TD: Tensor, rotation: tuple[Tensor, Tensor], lengths: tuple[int, ...]) -> Tensor:
+    def _attention(self, layer: int, h_TD: Tensor, rotation: tuple[Tensor, Tensor], samples: SampleGroups) -> Tensor:
         weight = self.dense[f"model.layers.{layer}.input_layernorm.weight"]
         x_TD = norm(h_TD, weight, self.config.rms_norm_eps)
-        return segment_attention(self.dense, self.config, layer, x_TD, rotation, lengths)
+        return segment_attention(self.dense, self.config, layer, x_TD, rotation, samples)
 
     def _mlp(self, prefix: str, x_TD: Tensor) -> Tensor:
         gate, up = (self.dense.linear(f"{prefix}.{name}_proj", x_TD) for name in ("gate", "up"))

@@ -3,14 +3,12 @@
 Shapes: `T` tokens, `D` model, `N` heads, `C` latent, `R` rotary dimensions, `Q` = nope + R.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from attention.mla import LATENT_NORM_EPS
-from attention.training.causal import causal_attention
+from attention.training.causal import SampleGroups
 from attention.training.parameters import DenseParameters
 from kernels.rotary import rotate
 from model.config import ModelConfig
@@ -22,9 +20,9 @@ def segment_attention(
     layer: int,
     x_TD: Tensor,
     rotation: tuple[Tensor, Tensor],
-    lengths: Sequence[int],
+    samples: SampleGroups,
 ) -> Tensor:
-    """Causal attention of samples of these lengths, [T, D] -> [T, D]; `rotation` is cos and sin of every token."""
+    """Causal attention of each sample, [T, D] -> [T, D]; `rotation` is cos and sin of every token."""
     prefix = f"model.layers.{layer}.self_attn"
     tokens, heads, nope = len(x_TD), config.num_attention_heads, config.qk_nope_head_dim
     cos, sin = rotation
@@ -45,7 +43,7 @@ def segment_attention(
     k_rope_TNR = rotate(k_rope, cos, sin)[:, None].expand(-1, heads, -1)
     k_TNQ = torch.cat((k_nope, k_rope_TNR), dim=-1)
 
-    out_TNV = causal_attention(q_TNQ, k_TNQ, v_TNV, lengths, config.softmax_scale)
+    out_TNV = samples.attend(q_TNQ, k_TNQ, v_TNV, config.softmax_scale)
     return dense.linear(f"{prefix}.o_proj", out_TNV.flatten(1))
 
 

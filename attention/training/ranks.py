@@ -1,6 +1,6 @@
 """What training workers do together; each call is made by all of them, in the same order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET_NUMBERS = 1 << 24  # summed at once
+BUCKET_NUMBERS = 1 << 24  # sent at once
 
 
 class Ranks(Protocol):
@@ -21,7 +21,7 @@ class Ranks(Protocol):
         """Replace each fp32 tensor by its sum over the workers: the same bits on every one."""
 
     def broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
-        """Replace each tensor by the source's."""
+        """Replace each fp32 tensor by the source's."""
 
     def gather(self, message: str) -> list[str]:
         """Every worker's message, in rank order."""
@@ -51,20 +51,10 @@ class DistributedRanks:
         self.world = dist.get_world_size()
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        bucket: list[Tensor] = []
-        numbers = 0
-        for tensor in tensors:
-            bucket.append(tensor)
-            numbers += tensor.numel()
-            if numbers >= BUCKET_NUMBERS:
-                self._sum_bucket(bucket)
-                bucket, numbers = [], 0
-        if bucket:
-            self._sum_bucket(bucket)
+        _in_buckets(tensors, dist.all_reduce)
 
     def broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
-        for tensor in tensors:
-            dist.broadcast(tensor, source)
+        _in_buckets(tensors, lambda flat: dist.broadcast(flat, source))
 
     def gather(self, message: str) -> list[str]:
         data = torch.from_numpy(np.frombuffer(message.encode(), np.uint8).copy())
@@ -78,11 +68,24 @@ class DistributedRanks:
         dist.all_gather(parts, padded)
         return [bytes(part[: int(each)].numpy()).decode() for part, each in zip(parts, lengths, strict=True)]
 
-    def _sum_bucket(self, bucket: Sequence[Tensor]) -> None:
-        if len(bucket) == 1 and bucket[0].is_contiguous():
-            dist.all_reduce(bucket[0])
-            return
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        dist.all_reduce(flat)
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+
+def _in_buckets(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:
+    """Each call costs a round of all workers, so small tensors go together."""
+    bucket: list[Tensor] = []
+    numbers = 0
+    for place, tensor in enumerate(tensors, 1):
+        bucket.append(tensor)
+        numbers += tensor.numel()
+        if numbers >= BUCKET_NUMBERS or place == len(tensors):
+            _as_one(bucket, collective)
+            bucket, numbers = [], 0
+
+
+def _as_one(bucket: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        collective(bucket[0])
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+    collective(flat)
+    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))

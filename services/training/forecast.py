@@ -83,7 +83,7 @@ def _split(sizes: Mapping[str, int]) -> tuple[int, int]:
 def _activations(recipe: Recipe, config: ModelConfig) -> int:
     """What autograd keeps of a micro-batch: a few rows of the widths that a layer has, and one chunk of logits."""
     heads = config.num_attention_heads
-    attention = heads * (3 * config.qk_head_dim + 2 * config.v_head_dim) + 2 * config.latent_width
+    attention = heads * (5 * config.qk_head_dim + config.v_head_dim) + 2 * config.latent_width
     feed_forward = 3 * max(config.moe_intermediate_size * config.n_shared_experts, config.intermediate_size)
     layer = 6 * config.hidden_size + (0 if recipe.checkpointing else attention + feed_forward)
     rows = recipe.micro_batch_tokens * config.num_hidden_layers * layer

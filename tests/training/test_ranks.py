@@ -20,9 +20,11 @@ def _meet(rank: int, directory: str) -> None:
     tensors = [torch.full((2, 3), float(rank + 1)), torch.tensor([10.0 * rank]), torch.ones(4)[::2]]
     ranks.sum(tensors)
     assert [tensor.flatten().tolist() for tensor in tensors] == [[6.0] * 6, [30.0], [3.0, 3.0]]
-    given = torch.tensor([float(rank)])
-    ranks.broadcast([given], 2)
-    assert given.item() == 2.0
+    given = [torch.tensor([float(rank)]), torch.full((2, 4), float(10 * rank))[:, ::2], torch.full((3,), float(-rank))]
+    ranks.broadcast(given, 2)
+    assert [tensor.flatten().tolist() for tensor in given] == [[2.0], [20.0] * 4, [-2.0] * 3]
+    ranks.broadcast(given[:1], 0)
+    assert given[0].item() == 2.0
     dist.destroy_process_group()
 
 
