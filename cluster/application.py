@@ -3,11 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 from cluster.spec import ServiceSpec
 
@@ -21,10 +19,10 @@ log = logging.getLogger("shoal.controller")
 async def wait_until_over(spec: ServiceSpec, came: Callable[[], bool], busy: Callable[[], bool]) -> bool:
     """Return when nobody needs the hosts any more; False where that is for somebody else to say.
 
-    `came`: whether the application was heard of; `busy`: whether a worker is there.
+    `came`: whether a worker was ever heard of; `busy`: whether one is there.
     """
     if spec.follow_application:
-        await wait_until_gone(spec.name, came)
+        await wait_until_gone(spec.name, came, busy)
     elif spec.idle_end_s is not None:
         await wait_until_idle(busy, spec.idle_end_s)
     else:
@@ -32,23 +30,34 @@ async def wait_until_over(spec: ServiceSpec, came: Callable[[], bool], busy: Cal
     return True
 
 
-async def wait_until_gone(name: str, came: Callable[[], bool]) -> None:
+async def wait_until_gone(name: str, came: Callable[[], bool], busy: Callable[[], bool]) -> None:
     """Return when the application is gone, or did not come.
 
-    `came` knows better than Serve that it was there: an application may be deleted before it was once seen here.
+    A worker that is there needs the hosts, whatever Serve says. Only without one is Serve asked: its answer is large.
     """
-    misses, started_s, seen = 0, time.monotonic(), False
+    misses, started_s = 0, time.monotonic()
     while misses < MISSES:
         await asyncio.sleep(CHECK_S)
+        if busy() or not (came() or time.monotonic() > started_s + COMES_S):
+            misses = 0
+            continue
         try:
             async with asyncio.timeout(ANSWER_S):
-                present = name in (await asyncio.to_thread(serve.status)).applications
-        except (RayError, RayServeException, TimeoutError, ValueError, RuntimeError):
+                misses = 0 if name in await asyncio.to_thread(applications) else misses + 1
+        except (RayError, TimeoutError, ValueError, RuntimeError):
             log.warning("Serve does not say which applications run; asking again", exc_info=True)
-            continue  # its controller is being restarted
-        seen = seen or present
-        if seen or came() or time.monotonic() > started_s + COMES_S:
-            misses = 0 if present else misses + 1
+            # its controller is being restarted
+
+
+def applications() -> Collection[str]:
+    """Names of what runs on Serve; raises RayError or RuntimeError where it does not say."""
+    from ray import serve  # half of what this process would import before it starts the hosts
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        return set(serve.status().applications)
+    except RayServeException as error:
+        raise RuntimeError(str(error)) from error
 
 
 async def wait_until_idle(busy: Callable[[], bool], idle_s: float) -> None:

@@ -31,6 +31,8 @@ def keep_private() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Each event of a stream passes from the ingress to Serve's proxy: as a message of gRPC, not as an object of Ray's.
     os.environ.setdefault("RAY_SERVE_PROXY_USE_GRPC", "1")
+    # A proxy that is not ready in time is killed, and Serve's start fails with it: 5 s are too few for a busy machine.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tokens are on, as they should be
 

@@ -14,6 +14,7 @@ from cluster.discovery import find_controller
 from services.launch import LaunchError
 
 POLL_S = 0.2
+SERVE_POLL_S = 1.0  # Serve's answers take some of the cores with which everything starts
 
 
 def show_progress(name: str, namespace: str, console: Console, stop: threading.Event, deadline_s: float) -> None:
@@ -21,6 +22,7 @@ def show_progress(name: str, namespace: str, console: Console, stop: threading.E
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task("loading experts", total=None)
+        ask_s = 0.0  # when Serve is to be asked
         while not stop.wait(POLL_S):
             status = _controller_status(namespace)
             if status is not None:
@@ -31,9 +33,13 @@ def show_progress(name: str, namespace: str, console: Console, stop: threading.E
                 bars.update(task, completed=done, total=max(total, 1))
                 if status["state"] == "ready":
                     bars.update(task, description="opening the door")
-            application = serve.status().applications.get(name)
+            serves = status is not None and bool(status["attention_workers"])
+            application = None
+            if serves or time.monotonic() >= ask_s:
+                application = serve.status().applications.get(name)
+                ask_s = time.monotonic() + SERVE_POLL_S
             if application is not None:
-                if application.status == "RUNNING" and status is not None and status["attention_workers"]:
+                if application.status == "RUNNING" and serves:
                     return
                 if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                     raise LaunchError(f"the application cannot start: {_reason(application)}")

@@ -5,10 +5,11 @@ import hashlib
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -30,6 +31,9 @@ from services.training.session import (
     check_service,
     ray_of_run,
 )  # nothing above imports ray, which this must do first
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 UPLOADED = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` sent
 IDLE_END_S = 120.0  # the hosts of a run that has no worker any more end so long after it
@@ -169,7 +173,7 @@ def _train(recipe: Recipe, checkpoint: Checkpoint, steps: int, console: Console)
     watcher = threading.Thread(target=follow, args=(recipe.output_dir, steps, stop, console), name="progress")
     watcher.start()
     try:
-        trainer.fit()
+        _fit(trainer)
     except TrainingFailedError as error:
         raise TrainingFailed(_reason(error)) from error
     finally:
@@ -188,6 +192,22 @@ def _train(recipe: Recipe, checkpoint: Checkpoint, steps: int, console: Console)
     else:
         console.print(f"{outcome.steps} steps made{wrote}", soft_wrap=True)
     return outcome.steps
+
+
+def _fit(trainer: "TorchTrainer") -> None:
+    """Fit in a thread of its own: in the main one Ray Train takes SIGINT for itself, and ends without a snapshot."""
+    ended: Future[None] = Future()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001  who waits raises it
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
+
+    threading.Thread(target=fit, name="fit", daemon=True).start()  # none that a second signal would have to wait for
+    ended.result()
 
 
 def _plain(service: ServiceSpec) -> dict[str, Any]:

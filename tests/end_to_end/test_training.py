@@ -73,6 +73,16 @@ def finish(process: "subprocess.Popen[str]") -> str:
     return output
 
 
+def stop(process: "subprocess.Popen[str]", number: signal.Signals, out: Path) -> int:
+    """A signal ends the run with a snapshot of the last step that it made; which that is."""
+    process.send_signal(number)
+    output = finish(process)
+    made = len(records(out))
+    assert f"{made} of {STEPS} steps made; the same command goes on from there" in output
+    assert (out / "snapshots" / f"step-{made:08}").is_dir()
+    return made
+
+
 def records(out: Path) -> list[dict[str, float]]:
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -177,11 +187,10 @@ def test_whatever_dies_and_however_it_is_stopped_the_curve_is_the_same(
         wait_for_step(out, 9, process)
         os.kill(actors(process, "RayTrainWorker")[0], signal.SIGKILL)
         wait_for_step(out, 12, process)
-        process.send_signal(signal.SIGTERM)
-        output = finish(process)
-        assert "the same command goes on from there" in output
-    made = len(records(out))
-    assert 12 <= made < STEPS
+        made = stop(process, signal.SIGTERM, out)
+    with training(recipe, out, "experts.replicas=1", "experts.hosts=1") as process:
+        wait_for_step(out, made + 2, process)
+        assert made + 2 <= stop(process, signal.SIGINT, out) < STEPS
     with training(recipe, out, "experts.replicas=1", "experts.hosts=3") as process:
         output = finish(process)
     assert f"wrote {out}/model" in output

@@ -1,9 +1,11 @@
 """What the values make of the RayCluster: its nodes, their model, keys and files."""
 
 import json
+import os
 
 import pytest
 
+from cluster.session import keep_private
 from tests.helm.charts import Values, container, environment, find, groups, merge, pods, render, serve_config
 from tests.helm.fake_store import Object
 
@@ -34,6 +36,16 @@ def test_gpus_reach_the_pods_and_the_application() -> None:
     assert limits["attention"] == {"cpu": "2", "memory": "4Gi", "nvidia.com/gpu": "1"}
     arguments = serve_config(objects)["applications"][0]["args"]
     assert (arguments["experts"]["gpus"], arguments["attention"]["gpus"]) == (1, 1)
+
+
+def test_nodes_have_what_a_ray_of_our_own_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    keep_private()
+    given = {name: {"value": value} for name, value in os.environ.items() if name.startswith("RAY_")}
+    assert "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S" in given
+    for pod in pods([cluster()]):
+        assert given.items() <= environment(container(pod)).items()
 
 
 def test_placement_is_of_its_group() -> None:
