@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -22,10 +22,8 @@ from experts.transport_kinds import check_transport
 from model.adapters.overlay import open_with_adapters
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
+from services.app_args import AppArgs, service_spec
 from services.state import ServiceRecord, remove_record, write_record
-
-if TYPE_CHECKING:
-    from services.app import AppArgs
 
 START_TIMEOUT_S = 900.0
 
@@ -85,10 +83,8 @@ def check(options: LaunchOptions) -> Checkpoint:
     return checkpoint
 
 
-def application_args(options: LaunchOptions, admin_token: str) -> "AppArgs":
+def application_args(options: LaunchOptions, admin_token: str) -> AppArgs:
     """What the Serve application is told; raises pydantic's ValidationError for a value out of range."""
-    from services.app import AppArgs
-
     return AppArgs.model_validate(
         {
             "model": str(Path(options.model).resolve()),
@@ -166,16 +162,18 @@ def serve_foreground(options: LaunchOptions, console: Console) -> int:
 
 
 def _run(options: LaunchOptions, admin_token: str, console: Console, stop: threading.Event) -> None:
+    from cluster.discovery import get_or_start_controller
+
+    arguments = application_args(options, admin_token)
+    get_or_start_controller(service_spec(arguments))  # hosts load while Serve starts
+
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    from cluster.discovery import get_or_start_controller
-    from services.app import build, service_spec
+    from services.app import build
     from services.progress import show_progress
 
-    arguments = application_args(options, admin_token)
     application = build(arguments)
-    get_or_start_controller(service_spec(arguments))  # hosts load while Serve starts
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(http_options=HTTPOptions(host=options.host, port=options.port), logging_config=_quiet())
     target = serve.RunTarget(application, name=f"p{options.port}", route_prefix="/", logging_config=_quiet())

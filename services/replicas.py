@@ -14,9 +14,8 @@ from model.generation import read_generation_defaults
 from model.tokenizer import Tokenizer
 from services.api import create_app
 from services.backend import ServedModel
+from services.guards import SHORTEST_KEY
 from services.pool import WorkerPool
-
-SHORTEST_KEY = 8
 
 
 class AttentionReplica:

@@ -51,3 +51,12 @@ def test_what_computes_nothing_loads_no_torch(module: str) -> None:
     """It takes seconds of a start, and a quarter of a gigabyte in each of these processes."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "module", ["services.launch", "cluster.controller", "cluster.discovery", "cluster.expert_actor"]
+)
+def test_what_hosts_wait_for_loads_no_serve(module: str) -> None:
+    """It is twice as much as Ray itself, and hosts are what a start takes longest for."""
+    code = f"import sys, {module}; sys.exit('ray.serve' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -23,7 +23,7 @@ class Deployment:
     """Owns one Ray and one Serve application on it. A context manager."""
 
     def __init__(self, model: Path, **arguments: Any) -> None:
-        """`arguments` as `services.app.AppArgs` takes them."""
+        """`arguments` as `services.app_args.AppArgs` takes them."""
         self._arguments: dict[str, Any] = {"model": str(model), "name": NAME, "admin_token": ADMIN, **arguments}
         self._temp_dir = Path(tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp"))
         self.url = ""
@@ -36,7 +36,8 @@ class Deployment:
         from ray.cluster_utils import Cluster
         from ray.serve.config import HTTPOptions
 
-        from services.app import AppArgs, build
+        from services.app import build
+        from services.app_args import AppArgs
 
         Path("/tmp/ray").mkdir(exist_ok=True)  # where Cluster notes its address, whatever its directory is
         port = free_port()

@@ -6,7 +6,8 @@ import pytest
 from ray.serve._private.deploy_utils import get_app_code_version
 from ray.serve.schema import ServeDeploySchema
 
-from services.app import AppArgs, build
+from services.app import build
+from services.app_args import AppArgs
 from tests.helm.charts import CHART, EXAMPLES, Values, example, render, serve_config
 
 ALL: Values = {

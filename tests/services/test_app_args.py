@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from services.app import AppArgs, build
+from services.app import build
+from services.app_args import AppArgs
 
 
 def test_dotted_and_nested_keys_mean_the_same() -> None:
