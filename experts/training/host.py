@@ -137,12 +137,14 @@ class TrainingHost:
         self.settle()
         with self._reading, self.host.computing(), torch.no_grad():
             training = self._run()
+            if self._ledger is None:
+                raise self._refusal(f"no step is under way; step {step} was to be made")
             self.host.closed = CLOSED
             for pair in sorted(self._members):
                 expert = self.expert(pair)
                 if expert.version == step + 1:
                     continue
-                if expert.version != step or self._ledger is None or self._ledger.step != step:
+                if expert.version != step or self._ledger.step != step:
                     raise self._refusal(
                         f"expert {pair} is at step {expert.version}, without the gradients of step {step}"
                     )

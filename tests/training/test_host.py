@@ -71,6 +71,16 @@ def test_a_step_asked_for_twice_is_made_once(host: TrainingHost) -> None:
     assert set(host.status().versions.values()) == {1}
 
 
+def test_a_step_that_was_given_up_is_not_made(host: TrainingHost, opened: Checkpoint) -> None:
+    host.configure(ExpertTraining("run"))
+    host.begin(0, 1, 1, [(1, 0)])
+    host.backward(request())
+    host.restart(opened, [(2, 3)])
+    with pytest.raises(HostRefused, match="no step is under way; step 0 was to be made"):
+        host.apply(0, 1e-2, 1.0)
+    assert host.expert((1, 0)).version == 0
+
+
 def test_a_request_asked_for_twice_counts_once_and_is_answered_twice(host: TrainingHost) -> None:
     host.configure(ExpertTraining("run"))
     host.begin(0, 2, 1, PAIRS)
@@ -129,7 +139,8 @@ def test_a_step_whose_gradients_could_not_be_kept_is_not_made(
     for call in (lambda: host.squared_norms(0), lambda: host.backward(request())):
         with pytest.raises(HostRefused, match="in step None"):
             call()
-    host.apply(0, 1e-2, 1.0)
+    with pytest.raises(HostRefused, match="no step is under way"):
+        host.apply(0, 1e-2, 1.0)
     assert torch.equal(host.expert((2, 3)).down, before)
     host.begin(0, 2, 1, PAIRS)
     fill(host)
