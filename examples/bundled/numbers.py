@@ -86,10 +86,12 @@ def add(rng: random.Random) -> Question:
 
 
 def subtract(rng: random.Random) -> Question:
-    """Half of the differences would be negative; a person asks for those more rarely."""
+    """Half of the differences would be negative, which a person asks for more rarely, and too few of them 0."""
     a, b = _number(rng), _number(rng)
     if a < b and rng.random() < 0.4:
         a, b = b, a
+    if rng.random() < 0.03:
+        b = a
     return Question(_pair(a, b), phrase(rng, SUBTRACT, a=str(a), b=str(b)), str(a - b))
 
 
@@ -119,7 +121,7 @@ def sort_numbers(rng: random.Random) -> Question:
 
 
 def neighbour(rng: random.Random) -> Question:
-    number = rng.randrange(1, 99)
+    number = rng.randrange(100)
     templates, answer = rng.choice(((AFTER, number + 1), (BEFORE, number - 1)))
     return Question(str(number), phrase(rng, templates, n=str(number)), str(answer))
 

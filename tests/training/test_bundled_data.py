@@ -153,6 +153,13 @@ def test_no_held_out_content_is_trained_on(data: Path) -> None:
     assert not words[0] & words[1]
 
 
+def test_numbers_whose_neighbour_has_another_length_are_trained_on() -> None:
+    asked = {one.content for each in training(0, 20_000) for one in each.questions}
+    lonely = {n for n in range(100) if {len(str(n - 1)), len(str(n)), len(str(n + 1))} != {len(str(n))}}
+    assert lonely == {0, 9, 10, 99}
+    assert {str(n) for n in lonely} <= asked
+
+
 def test_no_topic_of_the_examination_is_trained_on() -> None:
     trained = [one.text for each in training(0, 4000) for one in each.questions if one.answer == talk.ADMITS]
     topics = {each.questions[-1].content for each in examination(0, 40) if each.family == "admit"}
