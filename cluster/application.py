@@ -44,9 +44,8 @@ async def wait_until_gone(name: str, came: Callable[[], bool], busy: Callable[[]
         try:
             async with asyncio.timeout(ANSWER_S):
                 misses = 0 if name in await asyncio.to_thread(applications) else misses + 1
-        except (RayError, TimeoutError, ValueError, RuntimeError):
+        except (RayError, TimeoutError, ValueError, RuntimeError):  # its controller is being restarted
             log.warning("Serve does not say which applications run; asking again", exc_info=True)
-            # its controller is being restarted
 
 
 def applications() -> Collection[str]:

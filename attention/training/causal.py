@@ -5,7 +5,6 @@ Shapes: `T` tokens, `N` heads, `Q` query and key width, `V` value width, `S` sam
 
 import itertools
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -13,49 +12,42 @@ from torch import Tensor
 
 
 class SampleGroups:
-    """Samples of a micro-batch, grouped so that the lengths of a group differ by less than twice.
+    """Where a micro-batch's samples lie side by side: those in one group whose lengths differ by less than twice.
 
     A shorter sample is filled up with its last token: those keys come after all of its own queries, which see none of
     them.
     """
 
-    def __init__(self, shape: tuple[int, int] | None, groups: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """`shape` is [S, L] where all samples are of one length, and then there are no groups.
-
-        A group is the token at each place, int64 [S, L], and whether it is not there to fill up, bool [S, L].
-        """
-        self._shape = shape
-        self._groups = groups
-        self._place_T = None if shape else torch.cat([index_SL[own_SL] for index_SL, own_SL in groups]).argsort()
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Self:
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         """`lengths` in the order in which the samples lie."""
-        if len(set(lengths)) == 1:
-            return cls((len(lengths), lengths[0]), ())
         starts = [0, *itertools.accumulate(lengths)]
         by_size: dict[int, list[int]] = {}
         for sample, length in enumerate(lengths):
             by_size.setdefault(length.bit_length(), []).append(sample)
-        groups: list[tuple[Tensor, Tensor]] = []
+        self._token_SL: list[Tensor] = []  # of each group, which token is at each place
+        self._place_T = torch.empty(starts[-1], dtype=torch.int64, device=device)  # of each token, over all groups
+        places = 0
         for samples in by_size.values():
             length_S1 = torch.tensor([[lengths[sample]] for sample in samples], device=device)
             start_S1 = torch.tensor([[starts[sample]] for sample in samples], device=device)
             place_L = torch.arange(int(length_S1.max()), device=device)
-            groups.append((start_S1 + place_L.minimum(length_S1 - 1), place_L < length_S1))
-        return cls(None, groups)
+            token_SL = start_S1 + place_L.minimum(length_S1 - 1)
+            own_SL = place_L < length_S1
+            self._place_T[token_SL[own_SL]] = places + own_SL.flatten().nonzero().flatten()
+            self._token_SL.append(token_SL)
+            places += token_SL.numel()
+        self._even = (len(lengths), lengths[0]) if len(set(lengths)) == 1 else None
 
     def attend(self, q_TNQ: Tensor, k_TNQ: Tensor, v_TNV: Tensor, scale: float) -> Tensor:
         """softmax(scale · q kᵀ, causal) v of each sample, [T, N, V]."""
-        if self._place_T is None:
-            assert self._shape is not None
-            q, k, v = (one.unflatten(0, self._shape) for one in (q_TNQ, k_TNQ, v_TNV))
+        given = q_TNQ, k_TNQ, v_TNV
+        if self._even is not None:  # nothing to move
+            q, k, v = (one.unflatten(0, self._even) for one in given)
             return _attend(q, k, v, scale).flatten(0, 1)
         outs: list[Tensor] = []
-        for index_SL, own_SL in self._groups:
-            flat = index_SL.flatten()
-            q, k, v = (one.index_select(0, flat).unflatten(0, index_SL.shape) for one in (q_TNQ, k_TNQ, v_TNV))
-            outs.append(_attend(q, k, v, scale)[own_SL])
+        for token_SL in self._token_SL:
+            q, k, v = (one.index_select(0, token_SL.flatten()).unflatten(0, token_SL.shape) for one in given)
+            outs.append(_attend(q, k, v, scale).flatten(0, 1))
         return torch.cat(outs).index_select(0, self._place_T)
 
 

@@ -74,7 +74,7 @@ class TrainingDecoder:
         """
         dense, config = self.dense, self.config
         rotation = self._rotary.at(batch.position_T)
-        samples = SampleGroups.of(batch.lengths, batch.token_T.device)
+        samples = SampleGroups(batch.lengths, batch.token_T.device)
         h_TD = F.embedding(batch.token_T, dense["model.embed_tokens.weight"])
         if not h_TD.requires_grad:  # nothing dense is trained: backward must reach the experts all the same
             h_TD.requires_grad_()

@@ -17,7 +17,7 @@ def tensors(tokens: int, value: int = 4) -> tuple[Tensor, ...]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    return SampleGroups.of(lengths, q.device).attend(q, k, v, SCALE)
+    return SampleGroups(lengths, q.device).attend(q, k, v, SCALE)
 
 
 def alone(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
