@@ -159,7 +159,7 @@ class Watch:
         """What is not at rest yet."""
         world = self._world
         conductor = world.shell.conductor
-        if conductor is None or not world.shell.adopted:
+        if conductor is None or not world.shell.up:
             return "the controller is away"
         if conductor.change is not None:
             return f"{conductor.change.id} is in phase {conductor.change.phase}"
