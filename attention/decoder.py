@@ -4,6 +4,7 @@ Shapes: `T` tokens of a step, `D` model, `L` rows that want logits, `V` vocabula
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,14 +13,22 @@ from attention.absorbed import AbsorbedAttention
 from attention.batch import StepBatch
 from attention.cache import LatentCache
 from experts.client import ExpertClient, PlacementSource
+from experts.dispatch import Dispatch
 from kernels.linear import PackedLinear
 from kernels.norm import rms_norm
 from kernels.swiglu import PackedSwiglu
 from model.checkpoint import Checkpoint
+from model.config import ModelConfig
 from router.gate import route
 from router.placement import Placement
 
 Progress = Callable[[int, int], None]
+HALF_ROWS = 16  # of an expert on average, in a half: with fewer, reading its weights twice costs more than is gained
+
+
+def halve_from(config: ModelConfig) -> int:
+    """Tokens of a step from which halves in turn are worth it, where the experts are in other processes."""
+    return 2 * HALF_ROWS * config.n_routed_experts // max(1, config.num_experts_per_tok)
 
 
 def dense_mlp(checkpoint: Checkpoint, prefix: str, dtype: torch.dtype, device: str) -> PackedSwiglu:
@@ -51,19 +60,40 @@ class DecoderLayer:
         else:
             self._mlp = dense_mlp(checkpoint, f"{prefix}.mlp", dtype, device)
 
-    def __call__(
+    def begin(
         self, h_TD: Tensor, batch: StepBatch, cache: LatentCache, experts: ExpertClient, placement: Placement
-    ) -> Tensor:
+    ) -> "Underway":
+        """All that is computed here; the rows of a layer of experts are then with the hosts."""
         eps = self._config.rms_norm_eps
         h_TD = self._attention(rms_norm(h_TD, self._input_norm, eps), h_TD, batch, cache)
         x_TD = rms_norm(h_TD, self._post_norm, eps)
         if self._gate is None:
             assert self._mlp is not None
-            return self._mlp(x_TD, h_TD)
+            return Underway(self._mlp(x_TD, h_TD))
         routing = route(self._gate(x_TD.float()), self._config)
         dispatch = experts.start(self._layer, x_TD, routing, placement)
         shared_TD = self._mlp(x_TD) if self._mlp is not None else None  # while the rows are with the hosts
-        return dispatch.finish(shared_TD, h_TD).to(h_TD.dtype)
+        return Underway(h_TD, dispatch, shared_TD)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Underway:
+    """A layer that has begun; without a dispatch, it is over."""
+
+    h_TD: Tensor  # the layer's output, or to be added to that of the experts
+    dispatch: Dispatch | None = None
+    shared_TD: Tensor | None = None
+
+    def end(self) -> Tensor:
+        """The layer's output, [T, D]; raises as `Dispatch.finish` does."""
+        if self.dispatch is None:
+            return self.h_TD
+        return self.dispatch.finish(self.shared_TD, self.h_TD).to(self.h_TD.dtype)
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more."""
+        if self.dispatch is not None:
+            self.dispatch.abandon()
 
 
 class Decoder:
@@ -76,7 +106,11 @@ class Decoder:
         placements: PlacementSource,
         device: str = "cpu",
         progress: Progress | None = None,
+        halve_from: int | None = None,
     ) -> None:
+        """A step of `halve_from` tokens or more is computed as two halves in turn: hosts compute one while the other
+        is attended to here, and the same bits come out. None: never, as where the experts are in this process.
+        """
         config = checkpoint.config
         # CPUs compute in fp32 whatever the checkpoint's dtype: bf16 is far slower there.
         dtype = torch.float32 if device == "cpu" else checkpoint.tensor("model.norm.weight").dtype
@@ -85,6 +119,7 @@ class Decoder:
         self.device = device
         self._experts = experts
         self._placements = placements
+        self._halve_from = halve_from
         self._embedding_VD = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype)
         self._layers: list[DecoderLayer] = []
         for layer in range(config.num_hidden_layers):
@@ -104,8 +139,17 @@ class Decoder:
         are then undefined, all others unharmed.
         """
         placement = self._placements.snapshot()
-        h_TD = self._embedding_VD[batch.token_T]
-        for layer in self._layers:
-            h_TD = layer(h_TD, batch, cache, self._experts, placement)
+        halved = self._halve_from is not None and len(batch) >= max(2, self._halve_from)
+        parts = batch.halves() if halved else (batch,)
+        underway = [Underway(self._embedding_VD[part.token_T]) for part in parts]
+        try:
+            for layer in self._layers:
+                for index, part in enumerate(parts):  # the second may attend to what the first has written
+                    underway[index] = layer.begin(underway[index].end(), part, cache, self._experts, placement)
+            h_TD = torch.cat([each.end() for each in underway]) if halved else underway[0].end()
+        except BaseException:
+            for each in underway:
+                each.abandon()
+            raise
         rows_LD = rms_norm(h_TD[batch.logit_row_L], self._norm, self.config.rms_norm_eps)
         return self._head(rows_LD).float()

@@ -4,11 +4,7 @@ The host answers with the rows it got: what is measured is the way, with all tha
 a frame.
 """
 
-import contextlib
 import secrets
-import select
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,17 +15,16 @@ import torch
 from bench.checkpoint import SHAPES, write_checkpoint
 from bench.child import now_s
 from bench.errors import BenchError
+from bench.host_process import START_TIMEOUT_S, host_process
 from bench.results import RoundTrip
 from experts.messages import ForwardRequest
 from experts.nixl import find_nixl, prepare_environment
 from experts.nixl_transport import NixlTransport
 from experts.transport_kinds import TransportKind
 from experts.transports import open_transport
-from router.placement import Host
 
 HIDDEN = 1024  # a row is 4 KiB
 WARM_UP_ROUNDS = 30
-START_TIMEOUT_S = 60.0
 _CONFIG: dict[str, Any] = {
     **SHAPES["bench"],
     "hidden_size": HIDDEN,
@@ -59,8 +54,7 @@ def _measure(
     directory: Path, transport: TransportKind, payload_bytes: Sequence[int], rounds: int
 ) -> Iterator[RoundTrip]:
     token = secrets.token_hex(16)
-    with _host_process(directory, transport, token) as address:
-        host = Host("host-0", 1, address)
+    with host_process("echo", directory, transport, token) as host:
         way = open_transport(transport, token, None, max(payload_bytes) // (4 * HIDDEN), 1, HIDDEN)
         try:
             if isinstance(way, NixlTransport) and not way.wait_ready(host, START_TIMEOUT_S):
@@ -90,27 +84,3 @@ def _request(rows: int) -> ForwardRequest:
     return ForwardRequest(
         epoch=1, generation=1, layer=1, x_RD=torch.randn(rows, HIDDEN), pair_row_P=indices, pair_expert_P=indices % 2
     )
-
-
-@contextlib.contextmanager
-def _host_process(directory: Path, transport: str, token: str) -> Iterator[str]:
-    """The address of a host that serves until the block ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.dispatch_host", str(directory), transport, token],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        ready, _, _ = select.select([process.stdout], [], [], START_TIMEOUT_S)
-        address = process.stdout.readline().strip() if ready else ""
-        if not address:
-            raise BenchError("the host process of the dispatch round trip did not start; its output says why")
-        yield address
-    finally:
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()

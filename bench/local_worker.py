@@ -13,11 +13,11 @@ from pydantic import TypeAdapter
 
 from attention.decoder import Decoder
 from attention.engine import Engine, EngineLimits
-from attention.requests import GenerateRequest, SamplingParams
-from bench.child import answer_commands, now_s
+from bench.child import answer_commands
+from bench.engine_run import measure_engine
 from bench.errors import BenchError
 from bench.results import Traffic
-from bench.timing import GenerationClock, Sample, Workload
+from bench.timing import Sample, Workload
 from experts.client import ExpertClient
 from experts.host import ExpertHost
 from experts.local import LocalTransport
@@ -77,22 +77,7 @@ class LocalShoal:
         self._numbers = itertools.count()
 
     def measure(self, workload: Workload) -> Sample:
-        """Submit every prompt, step until the clock says that it has seen enough, cancel the rest."""
-        run = next(self._numbers)
-        places = {f"{run}-{place}": place for place in range(workload.batch)}
-        params = SamplingParams(max_tokens=workload.most_tokens, temperature=0.0, ignore_eos=True)
-        clock = GenerationClock(workload, now_s())
-        for name, prompt in zip(places, workload.prompts, strict=True):
-            self._engine.submit(GenerateRequest(name, prompt, params))
-        while self._engine.has_work and not clock.done:
-            updates, at_s = self._engine.step(), now_s()
-            for update in updates:
-                if update.error is not None:
-                    raise BenchError(update.error)
-                clock.add(places[update.id], update.token_ids, at_s)
-        for name in places:
-            self._engine.cancel(name)
-        return clock.sample()
+        return measure_engine(self._engine, workload, f"run-{next(self._numbers)}")
 
     def traffic(self, command: TrafficCommand) -> Traffic:
         """Prefill and decode a workload under a placement over `command.hosts` hosts, and read the counters."""

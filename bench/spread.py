@@ -18,6 +18,10 @@ class Spread(BaseModel):
     maximum: float
     samples: tuple[float, ...]  # one a repeat, in order
 
+    def text(self, digits: int) -> str:
+        """The median and, in brackets, the range."""
+        return f"{self.median:.{digits}f} ({self.minimum:.{digits}f}-{self.maximum:.{digits}f})"
+
 
 def spread(samples: Sequence[float]) -> Spread:
     """Median, quartiles and range of `samples`; raises ValueError for none."""

@@ -96,8 +96,7 @@ def _phases(results: Results) -> tuple[str, ...]:
 
 def _throughput(results: Results) -> Table:
     def rate(value: Spread) -> str:
-        digits = 0 if value.median >= 100 else 1
-        return f"{value.median:.{digits}f} ({value.minimum:.{digits}f}-{value.maximum:.{digits}f})"
+        return value.text(0 if value.median >= 100 else 1)
 
     rows: list[tuple[str, ...]] = []
     for contender in results.contenders:
@@ -198,4 +197,4 @@ def _memory(results: Results) -> Table:
 
 
 def _ratio(value: Spread | None) -> str:
-    return f"{value.median:.2f} ({value.minimum:.2f}-{value.maximum:.2f})" if value is not None else ""
+    return value.text(2) if value is not None else ""

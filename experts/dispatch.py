@@ -84,7 +84,12 @@ class Dispatch:
             return combine_slots(outputs, self._weights_TK, shared_TD, residual_TD)
         finally:
             _release(part for part, _ in answers)
-            _release(self._sent)  # where an error left some
+            self.abandon()  # where an error left some
+
+    def abandon(self) -> None:
+        """Nobody waits for what was sent any more; after `finish`, nothing is left to give up."""
+        sent, self._sent = self._sent, []
+        _release(sent)
 
     def _collect(self, part: Part) -> list[Answer]:
         """What answers a part's slots: its own reply, or those of replicas when it is late and they are first."""

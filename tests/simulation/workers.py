@@ -76,7 +76,7 @@ class Worker:
             self.wire, self.placements, world.deadline_s, reply_timeout_s=REPLY_TIMEOUT_S, clock=world.clock.now
         )
         decoder = copy.copy(world.reference.decoder)
-        decoder._experts, decoder._placements = client, self.placements
+        decoder._experts, decoder._placements, decoder._halve_from = client, self.placements, world.halve_from
         self.client = client
         self.engine = Engine(decoder, world.engine_limits())
         self.stepping = False

@@ -1,0 +1,80 @@
+"""An expert host in a process of its own, without Ray.
+
+`python -m bench.host_process KIND DIR TRANSPORT TOKEN THREADS` prints its address and serves until its standard input
+ends. An "echo" answers with the rows that it got: the far end of the round trip.
+"""
+
+import contextlib
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, cast
+
+from torch import Tensor
+
+from bench.errors import BenchError
+from experts.grpc_server import ExpertServer
+from experts.host import ExpertHost
+from experts.nixl import prepare_environment
+from experts.transport_kinds import TransportKind
+from experts.transports import open_door
+from kernels.threads import set_threads
+from model.checkpoint import Checkpoint
+from router.placement import Host
+
+Kind = Literal["echo", "computing"]
+START_TIMEOUT_S = 60.0
+
+
+class EchoHost(ExpertHost):
+    """Checks and batches as a host does, and computes nothing."""
+
+    def _apply(
+        self, layer: int, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor | None
+    ) -> Tensor:
+        return x_RD.clone() if out_PD is None else out_PD.copy_(x_RD)
+
+
+@contextlib.contextmanager
+def host_process(kind: Kind, directory: Path, transport: TransportKind, token: str, threads: int = 1) -> Iterator[Host]:
+    """A host that holds every expert and serves until the block ends; raises BenchError when it does not start."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.host_process", kind, str(directory), transport, token, str(threads)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        ready, _, _ = select.select([process.stdout], [], [], START_TIMEOUT_S)
+        address = process.stdout.readline().strip() if ready else ""
+        if not address:
+            raise BenchError("the process of the expert host did not start; its output says why")
+        yield Host("host-0", 1, address)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def main() -> None:
+    kind, directory, transport, token, threads = sys.argv[1:]
+    prepare_environment()
+    set_threads(int(threads))
+    checkpoint = Checkpoint.open(directory)
+    config = checkpoint.config
+    host = (EchoHost if kind == "echo" else ExpertHost)(config, "host-0", 1)
+    host.load(checkpoint, [(layer, expert) for layer in config.moe_layers for expert in range(config.n_routed_experts)])
+    server = ExpertServer(host, token=token, door=open_door(cast(TransportKind, transport), "host-0", 1))
+    server.start()
+    print(server.address, flush=True)
+    sys.stdin.read()
+    server.stop(0)
+
+
+if __name__ == "__main__":
+    main()
