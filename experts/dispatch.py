@@ -162,6 +162,7 @@ class Dispatch:
 
     def _hedge(self, part: Part) -> list[Part]:
         """The part once more, to replicas alone; nothing where one of its experts has no other holder."""
+        self._keep_up()
         failed = {**self._failed, part.host: "late"}
         owner_E = self._tables.owners(self._layer, self._turn, failed, self._client.avoided)
         try:
@@ -177,6 +178,7 @@ class Dispatch:
     def _send(self, slots: Tensor | None) -> list[Part]:
         """Send these slots (None: all) to holders that have not failed, waiting for a newer table while none is."""
         while True:
+            self._keep_up()
             placement = self._tables.placement
             try:
                 return self._split(
@@ -187,6 +189,10 @@ class Dispatch:
                 if newer.epoch == placement.epoch:
                     self._failed.clear()  # the same life may have come back: ask it again
                 self._tables = self._client.tables(newer)
+
+    def _keep_up(self) -> None:
+        """Ask nobody by an older table than another dispatch of this client has gone on to."""
+        self._tables = self._client.tables(self._tables.placement)
 
     def _split(self, owner_E: Tensor, slots: Tensor | None) -> list[Part]:
         placement = self._tables.placement

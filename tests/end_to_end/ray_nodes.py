@@ -50,6 +50,8 @@ class RayNode:
         self.id = secrets.token_hex(28)
         command = [str(COMMANDS / "ray"), "start", f"--node-ip-address={address}", *arguments, "--block"]
         command += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--dashboard-agent-listen-port={free_port()}"]
+        if "--head" not in arguments:
+            command.append("--include-log-monitor=False")  # one a machine: the head's sees every node's files
         variables = os.environ | SETTINGS | dict(environment) | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": self.id}
         with tempfile.TemporaryFile() as said:
             self._process = subprocess.Popen(

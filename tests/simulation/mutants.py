@@ -53,6 +53,11 @@ def retry_dropped() -> contextlib.AbstractContextManager[None]:
     return _patched((Dispatch, "_collect", lossy))
 
 
+def halves_part_ways() -> contextlib.AbstractContextManager[None]:
+    """A half of a step goes on asking by the table that the other has left behind."""
+    return _patched((Dispatch, "_keep_up", lambda self: None))
+
+
 def fencing_off() -> contextlib.AbstractContextManager[None]:
     """Replies of older lives are taken."""
 
@@ -276,6 +281,7 @@ def joiners_kept() -> contextlib.AbstractContextManager[None]:
 
 MUTANTS: tuple[Mutant, ...] = (
     retry_dropped,
+    halves_part_ways,
     fencing_off,
     sum_in_order_of_arrival,
     seed_lost_on_replay,
