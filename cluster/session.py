@@ -19,6 +19,16 @@ import ray
 
 LOOPBACK = "127.0.0.1"
 LOOK_S, QUIET_LOOKS, MOST_LOOKS = 0.1, 3, 100  # at a directory that is to go
+UNWATCHED = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",  # never
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "SCAN_EVENT_DIR_INTERVAL_SECONDS": "60",
+    # the driver prints no actor's log: files are looked for as if there were too many of them
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "10",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
+}
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Ray carries control messages only
 
 
@@ -35,6 +45,12 @@ def keep_private() -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tokens are on, as they should be
+
+
+def keep_quiet() -> None:
+    """Have a Ray without a dashboard not collect, ten times a second, what nobody looks at; before it starts."""
+    for name, value in UNWATCHED.items():
+        os.environ.setdefault(name, value)
 
 
 def remove_for_good(directory: Path) -> None:
@@ -55,6 +71,7 @@ class LocalCluster:
     def __init__(self, namespace: str, cpus: int | None = None) -> None:
         self._temp_dir = Path(tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp"))  # short: it holds Unix sockets
         keep_private()
+        keep_quiet()
         # Ray ends what it started half as the interpreter exits, and last of all comes what was registered before it
         self._remove = functools.partial(remove_for_good, self._temp_dir)
         atexit.register(self._remove)
