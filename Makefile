@@ -8,15 +8,18 @@ SEEDS  ?= 100000
 MINUTES ?= 60
 BIN    := .venv/bin
 STAMP  := .venv/.installed
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: env serve test check format bench soak bundled clean
 
 env: $(STAMP)
 
+# bytecode by all cores, not by pip on one; what does not compile are packages' templates
 $(STAMP): pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,nixl]'
+	$(PIP) "$(TORCH)"
+	$(PIP) -c constraints.txt -e '.[dev,nixl]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	$(BIN)/python -m kernels.build
 	@touch $(STAMP)
 

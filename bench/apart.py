@@ -9,6 +9,7 @@ import argparse
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from attention.decoder import Decoder, halve_from
@@ -38,7 +39,7 @@ DOCUMENT = Path("docs/performance.md")
 BEGIN, END = "<!-- apart:start -->", "<!-- apart:end -->"
 
 
-def measure(path: Path, repeats: int) -> Table:
+def measure(path: Path, batches: Sequence[int], repeats: int) -> Table:
     """Prefill tokens/s of both ways, which take turns; raises BenchError on one core."""
     cores = os.sched_getaffinity(0)
     threads = node_threads() // 2
@@ -66,14 +67,14 @@ def measure(path: Path, repeats: int) -> Table:
                 Engine(Decoder(checkpoint, client, source, halve_from=rows), limits)
                 for rows in (None, halve_from(config))
             ]
-            return _compare(engines, config.vocab_size, repeats, threads)
+            return _compare(engines, config.vocab_size, batches, repeats, threads)
         finally:
             way.close()
 
 
-def _compare(engines: list[Engine], vocabulary: int, repeats: int, threads: int) -> Table:
+def _compare(engines: Sequence[Engine], vocabulary: int, batches: Sequence[int], repeats: int, threads: int) -> Table:
     rows: list[tuple[str, ...]] = []
-    for batch in BATCHES:
+    for batch in batches:
         rates: list[list[float]] = []
         for repeat in range(repeats + 1):
             workload = draw_workload(f"apart {batch} {repeat}", batch, PROMPT_TOKENS, vocabulary, 1)
@@ -91,13 +92,14 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser("python -m bench.apart", description="Prefill with a host on cores of its own.")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, metavar="DIR", help=str(CHECKPOINT))
+    parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, metavar="N", help="prompts at once (8 32)")
     parser.add_argument("--repeats", type=int, default=REPEATS, metavar="N", help=str(REPEATS))
     parser.add_argument("--report", action="store_true", help=f"write the table into {DOCUMENT}, too")
     options = parser.parse_args()
-    if options.repeats < 1:
-        parser.error(f"--repeats {options.repeats}: expected at least 1")
+    if min(options.repeats, *options.batch) < 1:
+        parser.error(f"--repeats {options.repeats} --batch {options.batch}: expected at least 1 each")
     try:
-        text = markdown_table(measure(options.checkpoint, options.repeats))
+        text = markdown_table(measure(options.checkpoint, options.batch, options.repeats))
     except (BenchError, OSError, ValueError) as error:
         print(f"python -m bench.apart: {error}", file=sys.stderr)
         return 1

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -72,7 +73,8 @@ def main() -> int:
         print("kernels: no C++ compiler was found, so the slower torch kernels serve; install g++ and build again")
         return 0
     try:
-        current = {build(name, cxx) for name in buildable()}
+        with ThreadPoolExecutor() as pool:
+            current = set(pool.map(lambda name: build(name, cxx), buildable()))
     except BuildError as error:
         print(f"kernels: {cxx} cannot build them, so the slower torch kernels serve\n{error}", file=sys.stderr)
         return 0
