@@ -23,10 +23,10 @@ from router.gate import route
 from router.placement import Placement
 
 Progress = Callable[[int, int], None]
-HALF_ROWS = 16  # of an expert on average, in a half: with fewer, reading its weights twice costs more than is gained
+HALF_ROWS = 16  # of an expert on average, in a half: the packed product slows down with fewer
 
 
-def halve_from(config: ModelConfig) -> int:
+def halving_rows(config: ModelConfig) -> int:
     """Tokens of a step from which halves in turn are worth it, where the experts are in other processes."""
     return 2 * HALF_ROWS * config.n_routed_experts // max(1, config.num_experts_per_tok)
 
@@ -147,9 +147,8 @@ class Decoder:
                 for index, part in enumerate(parts):  # the second may attend to what the first has written
                     underway[index] = layer.begin(underway[index].end(), part, cache, self._experts, placement)
             h_TD = torch.cat([each.end() for each in underway]) if halved else underway[0].end()
-        except BaseException:
-            for each in underway:
+        finally:
+            for each in underway:  # of which an error left some
                 each.abandon()
-            raise
         rows_LD = rms_norm(h_TD[batch.logit_row_L], self._norm, self.config.rms_norm_eps)
         return self._head(rows_LD).float()

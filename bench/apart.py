@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from attention.decoder import Decoder, halve_from
+from attention.decoder import Decoder, halving_rows
 from attention.engine import Engine, EngineLimits
 from bench.engine_run import measure_engine
 from bench.errors import BenchError
@@ -65,7 +65,7 @@ def measure(path: Path, batches: Sequence[int], repeats: int) -> Table:
             client = ExpertClient(way, source)
             engines = [
                 Engine(Decoder(checkpoint, client, source, halve_from=rows), limits)
-                for rows in (None, halve_from(config))
+                for rows in (None, halving_rows(config))
             ]
             return _compare(engines, config.vocab_size, batches, repeats, threads)
         finally:

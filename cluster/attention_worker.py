@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from attention.cache import bytes_per_block
-from attention.decoder import Decoder, halve_from
+from attention.decoder import Decoder, halving_rows
 from attention.engine import Engine, EngineLimits, EngineStats
 from attention.runner import EngineThread
 from attention.scheduler import SchedulerLimits
@@ -48,7 +48,7 @@ class AttentionWorker:
         self._meter = LoadMeter(config.moe_layers, config.n_routed_experts)
         self._client = ExpertClient(self._transport, self._placements, spec.expert_deadline_s, meter=self._meter)
         device = "cuda" if spec.gpus > 0 else "cpu"
-        decoder = Decoder(checkpoint, self._client, self._placements, device, halve_from=halve_from(config))
+        decoder = Decoder(checkpoint, self._client, self._placements, device, halve_from=halving_rows(config))
         limits = EngineLimits(
             cache_blocks=-(-spec.cache_tokens // spec.block_size),
             block_size=spec.block_size,

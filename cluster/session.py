@@ -27,6 +27,7 @@ UNWATCHED = {
     # the driver prints no actor's log: files are looked for as if there were too many of them
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     "LOG_NAME_UPDATE_INTERVAL_S": "10",
+    # not for a dashboard, but Serve's look at its few replicas, 0.1 by default
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
 }
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Ray carries control messages only

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from experts.errors import HostUnavailable
 from experts.host import ExpertHost
 from experts.messages import ForwardReply, ForwardRequest
+from experts.transport import Pending
 from router.placement import Host
 
 
@@ -30,7 +31,7 @@ class LocalTransport:
     def __init__(self, hosts: Mapping[str, ExpertHost]) -> None:
         self._hosts = hosts
 
-    def submit(self, host: Host, request: ForwardRequest) -> _Call:
+    def submit(self, host: Host, request: ForwardRequest) -> Pending:
         return _Call(self._hosts.get(host.id), host.id, request)
 
     def flush(self) -> None:

@@ -94,23 +94,13 @@ def test_what_can_never_be_served_is_refused(engine: Engine, request_: GenerateR
     assert not engine.has_work
 
 
-class Broken:
-    """A transport whose hosts are gone while `down`."""
+class Broken(LocalTransport):
+    """Local hosts that are gone while `down`."""
 
-    def __init__(self, inner: LocalTransport) -> None:
-        self.inner, self.down = inner, False
+    down = False
 
     def submit(self, host: Host, request: ForwardRequest) -> Pending:
-        return _Gone() if self.down else self.inner.submit(host, request)
-
-    def flush(self) -> None:
-        pass
-
-    def forget(self, host: Host) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+        return _Gone() if self.down else super().submit(host, request)
 
 
 class _Gone:
@@ -126,8 +116,8 @@ def test_unreachable_experts_fail_the_step_and_not_the_engine(
 ) -> None:
     path = checkpoint("tiny")
     hosts, _ = make_hosts(Checkpoint.open(path), 2)
-    transport = Broken(LocalTransport(hosts))
-    engine = make_engine(path, 2, EngineLimits(cache_blocks=64), transport)  # type: ignore[arg-type]
+    transport = Broken(hosts)
+    engine = make_engine(path, 2, EngineLimits(cache_blocks=64), transport)
     monkeypatch.setattr(engine._decoder._experts, "_deadline_s", 0.0)
     good = ask(engine).tokens
     transport.down = True

@@ -1,7 +1,7 @@
 """A step computed as two halves in turn: the same bits, hosts busy with one while the other is attended to."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from attention.requests import GenerateRequest
 from attention.scheduler import SchedulerLimits
 from experts.client import ExpertClient
 from experts.errors import HostUnavailable
+from experts.host import ExpertHost
 from experts.local import LocalTransport
 from experts.messages import ForwardReply, ForwardRequest
 from experts.static import StaticPlacement
@@ -23,11 +24,11 @@ from tests.serving import greedy, make_hosts, run
 LIMITS = EngineLimits(cache_blocks=256, block_size=4, scheduler=SchedulerLimits(step_tokens=37, running=8))
 
 
-class Watched:
-    """A transport over local hosts that notes what is sent and read; from call `dies_at` on, nobody answers."""
+class Watched(LocalTransport):
+    """Local hosts, of whose calls it notes what is sent and read; from call `dies_at` on, nobody answers."""
 
-    def __init__(self, inner: LocalTransport) -> None:
-        self.inner = inner
+    def __init__(self, hosts: Mapping[str, ExpertHost]) -> None:
+        super().__init__(hosts)
         self.events: list[tuple[str, int, int]] = []  # what happened, layer, rows
         self.open: set[object] = set()
         self.calls = 0
@@ -37,16 +38,7 @@ class Watched:
         self.calls += 1
         self.events.append(("sent", request.layer, request.x_RD.shape[0]))
         dead = self.dies_at is not None and self.calls >= self.dies_at
-        return Call(self, self.inner.submit(host, request), request, dead)
-
-    def flush(self) -> None:
-        pass
-
-    def forget(self, host: Host) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+        return Call(self, super().submit(host, request), request, dead)
 
 
 class Call:
@@ -67,7 +59,7 @@ class Call:
 def make(path: Path, hosts: int, halve_from: int | None) -> tuple[Engine, Watched]:
     checkpoint = Checkpoint.open(path)
     loaded, placement = make_hosts(checkpoint, hosts)
-    source, watched = StaticPlacement(placement), Watched(LocalTransport(loaded))
+    source, watched = StaticPlacement(placement), Watched(loaded)
     client = ExpertClient(watched, source, deadline_s=0.0)
     return Engine(Decoder(checkpoint, client, source, halve_from=halve_from), LIMITS), watched
 

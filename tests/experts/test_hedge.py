@@ -21,7 +21,7 @@ LAYER = 2
 NEVER = 1e9
 
 
-class Slow:
+class Slow(LocalTransport):
     """A transport, and the clock and placement of its client: some lives answer late, by a clock that waits advance."""
 
     def __init__(self, hosts: Mapping[str, ExpertHost], placement: Placement) -> None:
@@ -34,22 +34,13 @@ class Slow:
         self.reports: list[tuple[str, str]] = []
         self.replaced_at_s = NEVER
         self.next_lives: Placement | None = None
-        self._local = LocalTransport(hosts)
+        super().__init__(hosts)
 
     def submit(self, host: Host, request: ForwardRequest) -> Pending:
         self.asked.append(host.id)
-        call = _Call(self, host, self._local.submit(host, request), self.now_s)
+        call = _Call(self, host, super().submit(host, request), self.now_s)
         self.open.add(call)
         return call
-
-    def flush(self) -> None:
-        pass
-
-    def forget(self, host: Host) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
     def snapshot(self) -> Placement:
         if self.now_s >= self.replaced_at_s and self.next_lives is not None:
