@@ -18,7 +18,6 @@ from cluster.pool import Process
 from cluster.processes import end_process
 from cluster.resident import HostInfo
 from cluster.spec import ServiceSpec
-from cluster.threads import thread_environment
 
 PLACE = 0.001  # of the resource that marks a node: no more than to be there
 REST_S = 1.0  # after anything happened, before another stand-by is made: the hosts come first
@@ -158,7 +157,6 @@ class ActorPool:
                 num_gpus=self._spec.gpus,
                 resources=resources,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False) if node else "SPREAD",
-                runtime_env={"env_vars": thread_environment(threads)},
             )
             .remote(self._spec, name, self._token, threads)
         )

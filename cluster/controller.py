@@ -249,7 +249,7 @@ class Controller:
                 await fleet.stop()
             else:
                 fleet.carry_out(action)
-        if self._state_name() == "ready":
+        if self._state_name() == "ready" and self._workers.settled(now_s):
             fleet.keep_standby()
         await self._notice.give()
 

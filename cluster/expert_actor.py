@@ -11,6 +11,7 @@ from typing import Any
 from cluster.guests import Guests
 from cluster.resident import Resident, wait_until_unwanted
 from cluster.spec import ServiceSpec
+from cluster.threads import settle_threads
 
 GUESTS = "guests"  # Ray's name for the threads that guests' calls run on, so that they take none from the host's own
 
@@ -31,6 +32,7 @@ class ExpertActor(Resident):
     """Threaded actor: a life that has the process for itself, but for its guests."""
 
     def __init__(self, spec: ServiceSpec, name: str, token: str, threads: int) -> None:
+        settle_threads(threads)
         super().__init__(spec, name, token, threads)
         self._spec = spec
         self._name = name

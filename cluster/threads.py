@@ -67,8 +67,17 @@ def host_threads(hosts: int, nodes: int) -> int:
     return max(1, node_threads() // -(-hosts // nodes))
 
 
+def settle_threads(threads: int) -> None:
+    """Give this process the environment of `threads` threads, before it imports what computes: OpenMP reads it once.
+
+    An actor does it to itself: for a runtime environment Ray runs one more interpreter, which imports Ray, before it
+    starts the actor's. Raises what `thread_environment` raises.
+    """
+    os.environ.update(thread_environment(threads))
+
+
 def thread_environment(threads: int) -> dict[str, str]:
-    """Environment of an actor that computes with `threads` threads; raises ValueError below 1."""
+    """Environment of a process that computes with `threads` threads; raises ValueError below 1."""
     if threads < 1:
         raise ValueError(f"threads is {threads}; expected at least 1")
     return {

@@ -6,7 +6,8 @@ from typing import Any
 from cluster.events import EventLog
 
 SILENT_S = 5.0  # without a heartbeat after which a worker is not offered any more
-PRIVATE = ("address", "load", "seen_s")  # of a heartbeat, not for people
+SETTLED_S = 2.0  # with a worker after which a service is no longer starting: whoever waited for it has an answer
+PRIVATE = ("address", "load", "since_s", "seen_s")  # of a heartbeat, not for people
 
 
 class Workers:
@@ -21,7 +22,7 @@ class Workers:
         """A worker lives at worker["address"]."""
         worker_id = worker["id"]
         before = self._known.get(worker_id)
-        self._known[worker_id] = {**worker, "seen_s": now_s}
+        self._known[worker_id] = {**worker, "since_s": before["since_s"] if before else now_s, "seen_s": now_s}
         if before is None or before["address"] != worker["address"]:
             self.version += 1
             self._events.record("worker_ready", now_s, worker=worker_id, node=worker["node"])
@@ -41,6 +42,10 @@ class Workers:
     @property
     def any(self) -> bool:
         return bool(self._known)
+
+    def settled(self, now_s: float) -> bool:
+        """Whether one has been here for a while: what can wait until the service answers need not wait any more."""
+        return any(now_s - worker["since_s"] >= SETTLED_S for worker in self._known.values())
 
     def addresses(self) -> dict[str, str]:
         return {worker_id: worker["address"] for worker_id, worker in self._known.items()}

@@ -6,7 +6,7 @@ from ray import serve
 from ray.serve import Application
 
 from cluster.spec import WorkerSpec
-from cluster.threads import node_threads, thread_environment
+from cluster.threads import node_threads
 from services.app_args import AppArgs, service_spec
 from services.replicas import AttentionReplica, Ingress, IngressSpec
 
@@ -41,11 +41,7 @@ def build(args: AppArgs) -> Application:
         health_check_period_s=1.0,
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=5.0,
-        ray_actor_options={
-            "num_cpus": args.attention.cpus,
-            "num_gpus": args.attention.gpus,
-            "runtime_env": {"env_vars": thread_environment(worker.threads)},
-        },
+        ray_actor_options={"num_cpus": args.attention.cpus, "num_gpus": args.attention.gpus},
     )
     door = serve.deployment(Ingress).options(
         name="ingress",
@@ -53,7 +49,7 @@ def build(args: AppArgs) -> Application:
         max_ongoing_requests=4 * args.max_in_flight,
         health_check_period_s=1.0,
         graceful_shutdown_timeout_s=5.0,
-        ray_actor_options={"num_cpus": args.control_cpus, "runtime_env": {"env_vars": thread_environment(1)}},
+        ray_actor_options={"num_cpus": args.control_cpus},
     )
     application: Application = door.bind(ingress, attention.bind(service, worker))
     return application

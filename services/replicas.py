@@ -9,6 +9,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.spec import ServiceSpec, WorkerSpec
+from cluster.threads import settle_threads
 from model.adapters.overlay import open_with_adapters
 from model.generation import read_generation_defaults
 from model.tokenizer import Tokenizer
@@ -22,6 +23,7 @@ class AttentionReplica:
     """Serve starts, counts and replaces it; requests reach its worker by the worker's own door."""
 
     def __init__(self, service: ServiceSpec, spec: WorkerSpec) -> None:
+        settle_threads(spec.threads)
         from cluster.attention_worker import AttentionWorker  # the ingress, which is here too, needs nothing of it
 
         replica = serve.get_replica_context().replica_id.unique_id

@@ -4,12 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 import cluster.threads
-from cluster.spec import ServiceSpec
+from cluster.expert_actor import ExpertActor
+from cluster.spec import ServiceSpec, WorkerSpec
 from cluster.threads import Share, host_threads, thread_environment
+from services.replicas import AttentionReplica
 
 
 @pytest.mark.parametrize(
@@ -80,6 +84,47 @@ def test_idle_threads_sleep() -> None:
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     with pytest.raises(ValueError, match="threads is 0"):
         thread_environment(0)
+
+
+class Found:
+    """Stands for what an actor imports to compute: takes note of what OpenMP would read then."""
+
+    def __init__(self, *given: object) -> None:
+        self.environment = {name: os.environ.get(name) for name in thread_environment(1)}
+
+
+@pytest.fixture
+def unsettled(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in thread_environment(1):
+        monkeypatch.setenv(name, "whatever Ray thinks")
+
+
+@pytest.mark.usefixtures("unsettled")
+def test_an_expert_actor_settles_its_threads_before_it_loads_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.expert_life.ExpertLife", Found)
+    monkeypatch.setattr(ExpertActor, "_follow_controller", lambda actor: None)
+    life: Any = ExpertActor(ServiceSpec("service", "model"), "expert:1", "token", 3)._life
+    assert life.environment == thread_environment(3)
+
+
+@pytest.mark.usefixtures("unsettled")
+def test_an_attention_replica_settles_its_threads_before_it_loads_what_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.attention_worker.AttentionWorker", Found)
+    monkeypatch.setattr(Found, "close", lambda worker: None, raising=False)
+    monkeypatch.setattr("ray.serve.get_replica_context", MagicMock())
+    worker: Any = AttentionReplica(ServiceSpec("service", "model"), WorkerSpec(threads=2))._worker
+    assert worker.environment == thread_environment(2)
+
+
+@pytest.mark.parametrize("module", ["cluster.expert_actor", "services.replicas"])
+def test_an_actor_is_there_before_torch_is(module: str) -> None:
+    script = f"import sys, {module}; print('torch' in sys.modules)"
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60
+    )
+    assert ran.stdout.split() == ["False"], ran.stderr
 
 
 def test_a_spec_names_the_field_that_is_wrong() -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from cluster.events import EventLog
-from cluster.workers import SILENT_S, Workers
+from cluster.workers import SETTLED_S, SILENT_S, Workers
 
 
 def beat(worker_id: str, address: str = "127.0.0.1:1", **counts: int) -> dict[str, Any]:
@@ -29,6 +29,18 @@ def test_who_is_not_heard_of_is_silent() -> None:
     workers.beat(beat("b"), 1.0)
     assert workers.silent(SILENT_S) == []
     assert workers.silent(SILENT_S + 0.5) == ["a"]
+
+
+def test_a_service_is_settled_once_a_worker_has_been_there_for_a_while() -> None:
+    workers = Workers(EventLog())
+    assert not workers.settled(1e9)
+    workers.beat(beat("a"), 1.0)
+    workers.beat(beat("b"), 2.0)
+    workers.beat(beat("a"), 2.5)
+    assert not workers.settled(1.0 + SETTLED_S - 0.1)
+    assert workers.settled(1.0 + SETTLED_S)
+    workers.leave("a", "it said so", 3.0)
+    assert not workers.settled(2.0 + SETTLED_S - 0.1)
 
 
 def test_what_happened_is_told_once() -> None:

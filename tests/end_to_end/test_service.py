@@ -1,8 +1,10 @@
 """Tokens through HTTP, Ray Serve and expert actors are transformers' tokens, with however many hosts."""
 
 import os
+import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +14,9 @@ import httpx
 import openai
 import pytest
 
+from attention.decoder import halving_rows
+from cluster.attention_worker import HEARTBEAT_S
+from model.config import read_config
 from model.tokenizer import Tokenizer
 from tests import oracle
 from tests.certificates import make_certificate
@@ -62,6 +67,23 @@ def test_64_greedy_tokens_are_those_of_transformers(service: Deployment, expecte
     assert len({host["pid"] for host in report["expert_hosts"]}) == hosts  # each in a process of its own
     assert complete(api, prompts(16)[0]) == expected[0]
     assert complete_all(api, prompts(16)) == expected
+
+
+def dispatches(service: Deployment) -> int:
+    """Those that the workers' heartbeats told of; the next tells of all others."""
+    time.sleep(2.5 * HEARTBEAT_S)
+    return sum(worker["dispatches"] for worker in service.status()["attention_workers"])
+
+
+def test_a_long_prompt_is_computed_as_halves_in_turn(service: Deployment, path: Path) -> None:
+    config = read_config(path)
+    rng = random.Random(8)
+    prompt = [rng.randrange(2, 2000) for _ in range(halving_rows(config))]
+    before = dispatches(service)
+    assert complete(client(service.url), prompt, 1) == Tokenizer.load(path).decode(
+        oracle.greedy_tokens(path, prompt, 1)
+    )
+    assert dispatches(service) - before == 2 * len(config.moe_layers)
 
 
 def test_a_chat_streams_to_the_openai_client(service: Deployment, path: Path) -> None:
