@@ -31,23 +31,26 @@ WEIGHTS = {
 """How often each family is asked, out of 110: what is hard to learn more often."""
 LAST_WEIGHTS = {
     "add": 10,
-    "subtract": 26,
-    "compare": 7,
+    "subtract": 44,
+    "compare": 9,
     "sort-numbers": 10,
-    "neighbour": 2,
+    "neighbour": 12,
     "parity": 1,
     "reverse": 4,
-    "sort-letters": 5,
-    "length": 7,
-    "count": 40,
-    "copy": 3,
+    "sort-letters": 6,
+    "length": 6,
+    "count": 16,
+    "copy": 5,
     "place": 4,
     "case": 3,
-    "greet": 2,
-    "about": 3,
-    "admit": 4,
+    "greet": 3,
+    "about": 5,
+    "admit": 6,
 }
 """The same for the last lessons, which dwell on what the model still gets wrong."""
+FIRST_FAMILIES = FAMILIES | {"count": words.count_at_once}
+LAST_FAMILIES = FAMILIES | {"neighbour": numbers.neighbour_of_many}
+"""What lessons ask in place of what is examined: a shorter answer at first, more numbers at last."""
 SYSTEMS = ("You are a helpful assistant.", "You are Shoal.", "Be brief.", "Answer in one line.", "Be kind and helpful.")
 
 
@@ -69,15 +72,20 @@ class Conversation:
 
 
 def converse(
-    rng: random.Random, family: str, turns: int, held_out: bool, weights: Mapping[str, int] = WEIGHTS
+    rng: random.Random,
+    family: str,
+    turns: int,
+    held_out: bool,
+    families: Mapping[str, Family] = FAMILIES,
+    weights: Mapping[str, int] = WEIGHTS,
 ) -> Conversation:
     """So many questions, fewer where they would be too long; the last is of the family, those before of any."""
     system = rng.choice(SYSTEMS) if rng.random() < 0.04 else None
-    last = draw(FAMILIES[family], held_out, rng)
+    last = draw(families[family], held_out, rng)
     questions = [last]
     left = LONGEST - _length(last) - len(system or "")
     while len(questions) < turns:
-        question = draw(FAMILIES[_any_family(rng, weights)], held_out, rng)
+        question = draw(families[_any_family(rng, weights)], held_out, rng)
         left -= _length(question)
         if left < 0:
             break
@@ -86,13 +94,13 @@ def converse(
 
 
 def training(seed: int, count: int) -> list[Conversation]:
-    """Families by their weights."""
-    return _conversations(random.Random(f"training {seed}"), count, WEIGHTS)
+    """Families by their weights; letters are counted at once."""
+    return _conversations(random.Random(f"training {seed}"), count, FIRST_FAMILIES, WEIGHTS)
 
 
 def last_lessons(seed: int, count: int) -> list[Conversation]:
-    """Other conversations, with the weights of the last lessons."""
-    return _conversations(random.Random(f"last lessons {seed}"), count, LAST_WEIGHTS)
+    """Other conversations: letters are counted aloud, neighbours are of up to three digits."""
+    return _conversations(random.Random(f"last lessons {seed}"), count, LAST_FAMILIES, LAST_WEIGHTS)
 
 
 def examination(seed: int, count: int) -> list[Conversation]:
@@ -116,11 +124,10 @@ def examination(seed: int, count: int) -> list[Conversation]:
     return found
 
 
-def _conversations(rng: random.Random, count: int, weights: Mapping[str, int]) -> list[Conversation]:
-    return [
-        converse(rng, _any_family(rng, weights), rng.choice(TURNS), held_out=False, weights=weights)
-        for _ in range(count)
-    ]
+def _conversations(
+    rng: random.Random, count: int, families: Mapping[str, Family], weights: Mapping[str, int]
+) -> list[Conversation]:
+    return [converse(rng, _any_family(rng, weights), rng.choice(TURNS), False, families, weights) for _ in range(count)]
 
 
 def _any_family(rng: random.Random, weights: Mapping[str, int]) -> str:

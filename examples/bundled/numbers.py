@@ -121,14 +121,26 @@ def sort_numbers(rng: random.Random) -> Question:
 
 
 def neighbour(rng: random.Random) -> Question:
-    number = rng.randrange(100)
-    templates, answer = rng.choice(((AFTER, number + 1), (BEFORE, number - 1)))
-    return Question(str(number), phrase(rng, templates, n=str(number)), str(answer))
+    return _neighbour(rng, rng.randrange(100), after=rng.choice((True, False)))
+
+
+def neighbour_of_many(rng: random.Random) -> Question:
+    """Half of up to three digits, and every third next to another ten: few numbers of two show what follows a 9."""
+    after = rng.choice((True, False))
+    number = rng.randrange(rng.choice((100, 1000)))
+    if rng.random() < 0.3:
+        number = number // 10 * 10 + (9 if after else 0)
+    return _neighbour(rng, number, after)
 
 
 def parity(rng: random.Random) -> Question:
     number = _number(rng)
     return Question(str(number), phrase(rng, PARITY, n=str(number)), "odd" if number % 2 else "even")
+
+
+def _neighbour(rng: random.Random, number: int, after: bool) -> Question:
+    templates, answer = (AFTER, number + 1) if after else (BEFORE, number - 1)
+    return Question(str(number), phrase(rng, templates, n=str(number)), str(answer))
 
 
 def _number(rng: random.Random) -> int:

@@ -104,15 +104,24 @@ def length(rng: random.Random) -> Question:
 
 
 def count(rng: random.Random) -> Question:
-    """Of one letter, which is in the word as often as not more than once."""
-    word = _word(rng)
-    letter = rng.choice(word) if rng.random() < 0.8 else rng.choice(string.ascii_lowercase)
-    if rng.random() < 0.4:
-        letters = list(word)[: LONGEST - 1]
-        for _ in range(rng.randrange(1, 3)):
-            letters.insert(rng.randrange(len(letters) + 1), letter)
-        word = "".join(letters)
-    return Question(_letters(word), phrase(rng, COUNT, c=letter, w=_quoted(rng, word)), str(word.count(letter)))
+    """Of one letter, which is in the word as often as not more than once; answered aloud, letter by letter."""
+    question, word, letter = _count(rng)
+    return Question(_letters(word), question, count_aloud(letter, word))
+
+
+def count_at_once(rng: random.Random) -> Question:
+    """The same, and the answer is the number alone: beyond three, the bundled model guesses it."""
+    question, word, letter = _count(rng)
+    return Question(_letters(word), question, str(word.count(letter)))
+
+
+def count_aloud(letter: str, word: str) -> str:
+    """As in "b a1 n a2 n a3: 3", so that each token follows from the few before it."""
+    spelled, seen = [], 0
+    for each in word:
+        seen += each == letter
+        spelled.append(f"{each}{seen}" if each == letter else each)
+    return f"{' '.join(spelled)}: {seen}"
 
 
 def copy(rng: random.Random) -> Question:
@@ -139,6 +148,18 @@ def case(rng: random.Random) -> Question:
     if rng.random() < 0.7:
         return Question(_letters(word), phrase(rng, UPPER, w=_quoted(rng, word)), word.upper())
     return Question(_letters(word), phrase(rng, LOWER, w=_quoted(rng, word.upper())), word)
+
+
+def _count(rng: random.Random) -> tuple[str, str, str]:
+    """A question, its word and its letter."""
+    word = _word(rng)
+    letter = rng.choice(word) if rng.random() < 0.8 else rng.choice(string.ascii_lowercase)
+    if rng.random() < 0.4:
+        letters = list(word)[: LONGEST - 1]
+        for _ in range(rng.randrange(1, 3)):
+            letters.insert(rng.randrange(len(letters) + 1), letter)
+        word = "".join(letters)
+    return phrase(rng, COUNT, c=letter, w=_quoted(rng, word)), word, letter
 
 
 def _word(rng: random.Random, longest: int = LONGEST) -> str:

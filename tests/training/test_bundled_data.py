@@ -4,17 +4,18 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
-from examples.bundled import generate, lesson, talk
+from examples.bundled import generate, lesson, talk, words
 from examples.bundled.conversations import (
     FAMILIES,
     LAST_WEIGHTS,
     LONGEST,
     WEIGHTS,
+    Conversation,
     examination,
     last_lessons,
     training,
@@ -44,18 +45,24 @@ def turns(path: Path) -> list[list[Turn]]:
     return found
 
 
-def by_family(count: int) -> dict[str, list[Turn]]:
-    """Questions of either side."""
+def by_family(conversations: Iterable[Conversation]) -> dict[str, list[Turn]]:
+    """Their last questions."""
     found: dict[str, list[Turn]] = {family: [] for family in FAMILIES}
-    for conversation in [*training(1, count), *examination(1, count // 50)]:
+    for conversation in conversations:
         last = conversation.questions[-1]
         found[conversation.family].append((last.text, last.answer))
     return found
 
 
 @pytest.fixture(scope="module")
+def first_lessons() -> dict[str, list[Turn]]:
+    return by_family(training(1, 4000))
+
+
+@pytest.fixture(scope="module")
 def questions() -> dict[str, list[Turn]]:
-    return by_family(4000)
+    """Of the last lessons and of the examination."""
+    return by_family([*last_lessons(1, 6000), *examination(1, 80)])
 
 
 def ints(text: str) -> list[int]:
@@ -95,8 +102,18 @@ def reads_neighbour(text: str) -> int:
 
 
 def reads_count(text: str) -> int:
-    letters = re.findall(r"\b([a-z])(?:s|'s)? (?:are |is )?in ", text)
-    return word_of(text).count(letters[-1])
+    return word_of(text).count(counted_letter(text))
+
+
+def reads_count_aloud(text: str) -> str:
+    word, letter = word_of(text), counted_letter(text)
+    marks = [str(word[:end].count(letter)) if word[end - 1] == letter else "" for end in range(1, len(word) + 1)]
+    return " ".join(map("".join, zip(word, marks, strict=True))) + f": {reads_count(text)}"
+
+
+def counted_letter(text: str) -> str:
+    letters: list[str] = re.findall(r"\b([a-z])(?:s|'s)? (?:are |is )?in ", text)
+    return letters[-1]
 
 
 def reads_place(text: str) -> str:
@@ -114,7 +131,7 @@ ORACLES: dict[str, Callable[[str], object]] = {
     "reverse": lambda text: "".join(reversed(word_of(text))),
     "sort-letters": lambda text: "".join(sorted(word_of(text))),
     "length": lambda text: sum(letter in string.ascii_letters for letter in word_of(text)),
-    "count": reads_count,
+    "count": reads_count_aloud,
     "copy": lambda text: re.sub(
         r"^(.*?\b(copy this|copy|repeat after me|repeat|say|write)\b:?) ", "", text, flags=re.I
     ),
@@ -123,11 +140,31 @@ ORACLES: dict[str, Callable[[str], object]] = {
 }
 
 
+FIRST_ORACLES = ORACLES | {"count": reads_count}
+
+
 @pytest.mark.parametrize("family", ORACLES)
 def test_answers_are_right(family: str, questions: dict[str, list[Turn]]) -> None:
-    assert len(questions[family]) > 40
+    assert len(questions[family]) > 100
     for text, answer in questions[family]:
         assert answer == str(ORACLES[family](text)), text
+
+
+@pytest.mark.parametrize("family", ORACLES)
+def test_answers_of_the_first_lessons_are_right(family: str, first_lessons: dict[str, list[Turn]]) -> None:
+    assert len(first_lessons[family]) > 40
+    for text, answer in first_lessons[family]:
+        assert answer == str(FIRST_ORACLES[family](text)), text
+
+
+def test_counting_aloud_numbers_each_of_the_letter() -> None:
+    assert words.count_aloud("a", "banana") == "b a1 n a2 n a3: 3"
+    assert words.count_aloud("x", "tie") == "t i e: 0"
+
+
+def test_the_last_lessons_reach_beyond_the_examined_neighbours(questions: dict[str, list[Turn]]) -> None:
+    numbers = [ints(text)[0] for text, _ in questions["neighbour"]]
+    assert sum(number > 99 for number in numbers) > 20 < sum(number < 100 for number in numbers)
 
 
 def test_the_rest_is_admitted_or_a_fixed_sentence(questions: dict[str, list[Turn]]) -> None:
@@ -145,12 +182,12 @@ def test_no_held_out_content_is_trained_on(data: Path) -> None:
     assert len(pairs[1]) > 100
     assert not pairs[0] & pairs[1]
     asks_of_a_word = re.compile(r"backwards|letter|reverse|alphabetical|capital|case", re.I)
-    words = [
+    spelled = [
         {"".join(sorted(word_of(text).lower())) for text, _ in side if asks_of_a_word.search(text) and not ints(text)}
         for side in (trained, [turn for turn in held_out if turn[1] != talk.ADMITS])
     ]
-    assert len(words[1]) > 100
-    assert not words[0] & words[1]
+    assert len(spelled[1]) > 100
+    assert not spelled[0] & spelled[1]
 
 
 def test_numbers_whose_neighbour_has_another_length_are_trained_on() -> None:
