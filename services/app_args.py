@@ -9,7 +9,8 @@ from cluster.spec import ServiceSpec
 from experts.tls import TlsFiles
 from experts.transport_kinds import TransportKind
 from model.adapters.overlay import open_with_adapters
-from services.guards import SHORTEST_KEY
+
+SHORTEST_KEY = 8  # characters
 
 
 class ExpertArgs(BaseModel):

@@ -17,7 +17,6 @@ from services.openai.errors import ApiError, error_response
 MAX_BODY_BYTES = 16 * 1024 * 1024
 OPEN_PATHS = ("/health",)
 ADMIN_PREFIX = "/admin/"
-SHORTEST_KEY = 8
 
 
 class KeyGuard:

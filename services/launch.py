@@ -9,10 +9,11 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -25,7 +26,11 @@ from model.tokenizer import Tokenizer
 from services.app_args import AppArgs, service_spec
 from services.state import ServiceRecord, remove_record, write_record
 
+if TYPE_CHECKING:
+    from ray import serve
+
 START_TIMEOUT_S = 900.0
+POLL_S = 0.1  # whether Serve's controller is there
 
 
 class LaunchError(Exception):
@@ -167,18 +172,29 @@ def _run(options: LaunchOptions, admin_token: str, console: Console, stop: threa
     arguments = application_args(options, admin_token)
     get_or_start_controller(service_spec(arguments))  # hosts load while Serve starts
 
-    from ray import serve
-    from ray.serve.config import HTTPOptions
-
     from services.app import build
     from services.progress import show_progress
 
-    application = build(arguments)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(http_options=HTTPOptions(host=options.host, port=options.port), logging_config=_quiet())
-    target = serve.RunTarget(application, name=f"p{options.port}", route_prefix="/", logging_config=_quiet())
-    serve.run_many([target], wait_for_applications_running=False)
+    _deploy(build(arguments), options)
     show_progress(f"p{options.port}", f"shoal-p{options.port}", console, stop, time.monotonic() + START_TIMEOUT_S)
+
+
+def _deploy(application: "serve.Application", options: LaunchOptions) -> None:
+    """Start Serve and give it the application, as soon as its controller takes one: replicas need no proxy to start."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    target = serve.RunTarget(application, name=f"p{options.port}", route_prefix="/", logging_config=_quiet())
+    http = HTTPOptions(host=options.host, port=options.port)
+    with ThreadPoolExecutor(1, "serve-start") as pool:
+        started = pool.submit(serve.start, http_options=http, logging_config=_quiet())
+        while not started.done() and not serve.status().proxies:
+            time.sleep(POLL_S)
+        if started.done():
+            started.result()  # raises what went wrong
+        serve.run_many([target], wait_for_applications_running=False)
+        started.result()
 
 
 def _quiet() -> dict[str, Any]:

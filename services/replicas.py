@@ -14,8 +14,8 @@ from model.adapters.overlay import open_with_adapters
 from model.generation import read_generation_defaults
 from model.tokenizer import Tokenizer
 from services.api import create_app
+from services.app_args import SHORTEST_KEY
 from services.backend import ServedModel
-from services.guards import SHORTEST_KEY
 from services.pool import WorkerPool
 
 
