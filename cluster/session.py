@@ -6,6 +6,8 @@ import functools
 import logging
 import os
 import shutil
+import signal
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +32,7 @@ UNWATCHED = {
     # not for a dashboard, but Serve's look at its few replicas, 0.1 by default
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
 }
+ANSWER_S = 2.0
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Ray carries control messages only
 
 
@@ -88,7 +91,25 @@ class LocalCluster:
             _temp_dir=str(self._temp_dir),
         )
         self.address: str = context.address_info["gcs_address"]
+        self._raylet: str = context.address_info["raylet_socket_name"]
         self.logs = Path(context.address_info["session_dir"]) / "logs"
+
+    def answers(self) -> bool:
+        """Whether its raylet takes connections: without it, whatever asks Ray may wait for a minute."""
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+            probe.settimeout(ANSWER_S)
+            probe.connect(self._raylet)
+            return True
+        return False
+
+    def abandon(self) -> None:
+        """End what is left of a Ray that does not answer, and remove its directory."""
+        for listed in Path("/proc/self/task").glob("*/children"):
+            for pid in listed.read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+        atexit.unregister(self._remove)
+        self._remove()
 
     def stop(self) -> None:
         """End every process of this Ray and remove its directory."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 START_TIMEOUT_S = 900.0
 POLL_S = 0.1  # whether Serve's controller is there
+WATCH_S = 1.0  # whether Ray still is
 
 
 class LaunchError(Exception):
@@ -133,7 +134,7 @@ def check_port(host: str, port: int) -> None:
 def serve_foreground(options: LaunchOptions, console: Console) -> int:
     """Serve until SIGINT or SIGTERM; the process's exit status."""
     check(options)
-    stop = threading.Event()
+    stop, over = threading.Event(), threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         stop.set()
@@ -150,6 +151,8 @@ def serve_foreground(options: LaunchOptions, console: Console) -> int:
         write_record(replace(record, ray_address=cluster.address))
         for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
             signal.signal(number, on_signal)
+        watch = (cluster, options.port, stop, over)
+        threading.Thread(target=_end_without_ray, args=watch, name="is-ray-there", daemon=True).start()
         _run(options, admin_token, console, stop)
         if not stop.is_set():
             _greet(options, directory, url, console)
@@ -163,7 +166,7 @@ def serve_foreground(options: LaunchOptions, console: Console) -> int:
             signal.signal(number, signal.SIG_IGN)
         remove_record(options.port)  # whoever uses this Ray, such as a training run, sees that it has not long
         if cluster is not None:
-            _shut_down(cluster, f"p{options.port}")
+            _shut_down(cluster, f"p{options.port}", over)
 
 
 def _run(options: LaunchOptions, admin_token: str, console: Console, stop: threading.Event) -> None:
@@ -220,7 +223,7 @@ def _greet(options: LaunchOptions, directory: Path, url: str, console: Console) 
     console.print("\nCtrl-C stops it.")
 
 
-def _shut_down(cluster: LocalCluster, name: str) -> None:
+def _shut_down(cluster: LocalCluster, name: str, over: threading.Event) -> None:
     import ray
     from ray import serve
     from ray.exceptions import RayError
@@ -230,4 +233,20 @@ def _shut_down(cluster: LocalCluster, name: str) -> None:
     with contextlib.suppress(RayError, ValueError, ConnectionError, TimeoutError, RuntimeError):
         serve.delete(name)
         ray.get(find_controller(f"shoal-{name}").shutdown.remote(), timeout=10)
+    over.set()
     cluster.stop()
+
+
+def _end_without_ray(cluster: LocalCluster, port: int, stop: threading.Event, over: threading.Event) -> None:
+    """Until `over`. Whoever ends a service with all of its processes at once, as systemd does, ends Ray as well; the
+    process would then wait for it, and at last be ended by it.
+    """
+    while not over.wait(WATCH_S):
+        if not cluster.answers() and not over.is_set():
+            asked = stop.wait(WATCH_S)
+            remove_record(port)
+            cluster.abandon()
+            sys.stdout.flush()
+            if not asked:
+                print("shoal serve: Ray has ended, and this service with it", file=sys.stderr, flush=True)
+            os._exit(0 if asked else 1)

@@ -1,5 +1,6 @@
 """`shoal serve` from start to stop, two at once, and nothing left afterwards."""
 
+import contextlib
 import json
 import os
 import signal
@@ -141,3 +142,38 @@ def test_a_signal_while_starting_ends_it(
     assert process.returncode == 0, output
     wait_until(lambda: set(Path("/tmp").glob("shoal-ray-*")) == sessions, 20)
     assert not list((tmp_path / "shoal").glob("*.json"))
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_ended_with_all_of_its_processes_it_leaves_nothing(
+    checkpoint: Callable[[str], Path], environment: dict[str, str], tmp_path: Path, ready: bool
+) -> None:
+    """As systemd ends a service: Ray cannot be asked any more."""
+    sessions, port = set(Path("/tmp").glob("shoal-ray-*")), free_port()
+    command = [sys.executable, "-m", "services.cli", "serve", str(checkpoint("tiny")), "--port", str(port)]
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    if ready:
+        assert any("Ctrl-C stops it" in line for line in process.stdout)
+    else:
+        wait_until(lambda: not can_bind(port))  # Serve's proxy is there, and its replicas are not
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 0, output
+    assert set(Path("/tmp").glob("shoal-ray-*")) == sessions
+    assert not list((tmp_path / "shoal").glob("*.json"))
+    wait_until(lambda: not session_processes(process.pid), 20)
+
+
+def session_processes(leader: int) -> list[str]:
+    """What is left of those that a process started, in the session that it leads."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, fields = status.read_text().rsplit(")", 1)
+            state, _, _, session = fields.split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(name)
+    return found
