@@ -5,9 +5,9 @@ import contextlib
 import functools
 import logging
 import os
+import select
 import shutil
 import signal
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -32,7 +32,6 @@ UNWATCHED = {
     # not for a dashboard, but Serve's look at its few replicas, 0.1 by default
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
 }
-ANSWER_S = 2.0
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Ray carries control messages only
 
 
@@ -69,6 +68,18 @@ def remove_for_good(directory: Path) -> None:
         time.sleep(LOOK_S)
 
 
+def children() -> list[int]:
+    """Processes that this one started and that are there, dead or alive, until it is told of their end."""
+    return [int(pid) for listed in Path("/proc/self/task").glob("*/children") for pid in listed.read_text().split()]
+
+
+def command(pid: int) -> str | None:
+    """What a process runs, in 15 characters; None when it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return None
+
+
 class LocalCluster:
     """Owns one Ray: own temporary directory, own ports, no dashboard. A context manager."""
 
@@ -91,23 +102,20 @@ class LocalCluster:
             _temp_dir=str(self._temp_dir),
         )
         self.address: str = context.address_info["gcs_address"]
-        self._raylet: str = context.address_info["raylet_socket_name"]
+        raylets = (pid for pid in children() if command(pid) == "raylet")
+        self._raylet = next(map(os.pidfd_open, raylets), None)  # readable once it has ended, open until this one has
         self.logs = Path(context.address_info["session_dir"]) / "logs"
 
-    def answers(self) -> bool:
-        """Whether its raylet takes connections: without it, whatever asks Ray may wait for a minute."""
-        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
-            probe.settimeout(ANSWER_S)
-            probe.connect(self._raylet)
-            return True
-        return False
+    @property
+    def runs(self) -> bool:
+        """Whether its raylet is there: without it, whatever asks Ray may wait for a minute."""
+        return self._raylet is None or not select.select([self._raylet], [], [], 0)[0]
 
     def abandon(self) -> None:
-        """End what is left of a Ray that does not answer, and remove its directory."""
-        for listed in Path("/proc/self/task").glob("*/children"):
-            for pid in listed.read_text().split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+        """End what is left of a Ray that does not run, and remove its directory."""
+        for pid in children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         atexit.unregister(self._remove)
         self._remove()
 

@@ -242,7 +242,7 @@ def _end_without_ray(cluster: LocalCluster, port: int, stop: threading.Event, ov
     process would then wait for it, and at last be ended by it.
     """
     while not over.wait(WATCH_S):
-        if not cluster.answers() and not over.is_set():
+        if not cluster.runs and not over.is_set():
             asked = stop.wait(WATCH_S)
             remove_record(port)
             cluster.abandon()
