@@ -116,13 +116,15 @@ class LocalCluster:
         for pid in children():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        atexit.unregister(self._remove)
-        self._remove()
+        self._leave_nothing()
 
     def stop(self) -> None:
         """End every process of this Ray and remove its directory."""
         with contextlib.suppress(ConnectionError):
             ray.shutdown()
+        self._leave_nothing()
+
+    def _leave_nothing(self) -> None:
         atexit.unregister(self._remove)
         self._remove()
 

@@ -178,11 +178,11 @@ def _run(options: LaunchOptions, admin_token: str, console: Console, stop: threa
     from services.app import build
     from services.progress import show_progress
 
-    _deploy(build(arguments), options)
+    _deploy(build(arguments), options, stop)
     show_progress(f"p{options.port}", f"shoal-p{options.port}", console, stop, time.monotonic() + START_TIMEOUT_S)
 
 
-def _deploy(application: "serve.Application", options: LaunchOptions) -> None:
+def _deploy(application: "serve.Application", options: LaunchOptions, stop: threading.Event) -> None:
     """Start Serve and give it the application, as soon as its controller takes one: replicas need no proxy to start."""
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -192,11 +192,12 @@ def _deploy(application: "serve.Application", options: LaunchOptions) -> None:
     http = HTTPOptions(host=options.host, port=options.port)
     with ThreadPoolExecutor(1, "serve-start") as pool:
         started = pool.submit(serve.start, http_options=http, logging_config=_quiet())
-        while not started.done() and not serve.status().proxies:
-            time.sleep(POLL_S)
+        while not (started.done() or serve.status().proxies or stop.wait(POLL_S)):
+            pass
         if started.done():
             started.result()  # raises what went wrong
-        serve.run_many([target], wait_for_applications_running=False)
+        if not stop.is_set():
+            serve.run_many([target], wait_for_applications_running=False)
         started.result()
 
 

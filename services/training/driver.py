@@ -21,7 +21,7 @@ from services.training.checks import check_recipe
 from services.training.data.training_data import TrainingData
 from services.training.identity import identify, other_result
 from services.training.initial import initial_checkpoint
-from services.training.inputs import count_steps, load_data
+from services.training.inputs import count_steps, load_data, share_data
 from services.training.outcome import SNAPSHOTS, STOP, begin_outcome, read_outcome, told
 from services.training.progress import follow
 from services.training.recipe import Recipe
@@ -74,7 +74,9 @@ def train(recipe: Recipe, console: Console) -> int:
     ServiceUnusable, and TrainingFailed.
     """
     recipe = absolute(recipe)
+    console.print(f"reading {', '.join(file.name for file in recipe.data.files)}", markup=False, highlight=False)
     checkpoint, data, steps = prepare(recipe)
+    console.print(f"{len(data):,} samples of {data.samples.tokens:,} tokens, {steps:,} steps", highlight=False)
     before = read_outcome(recipe.output_dir)
     if before is not None and before.result is not None and before.steps >= steps and Path(before.result).exists():
         if changed := other_result(before.identity or {}, identify(recipe, data, checkpoint)):
@@ -82,6 +84,8 @@ def train(recipe: Recipe, console: Console) -> int:
         console.print(f"all {before.steps} steps were made before; {before.result} has the result", soft_wrap=True)
         return before.steps
     begin_outcome(recipe.output_dir)
+    shared = share_data(recipe.output_dir, data)
+    del data  # a run is long
     _, known = told(recipe.output_dir)
     stop_file, service = recipe.output_dir / STOP, recipe.experts.service
 
@@ -99,6 +103,7 @@ def train(recipe: Recipe, console: Console) -> int:
                 check_service(service, recipe.experts.hosts)
             return _train(recipe, checkpoint, steps, console)
     finally:
+        shared.unlink(missing_ok=True)
         for line in told(recipe.output_dir, known)[0]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -1,9 +1,14 @@
 """What a recipe trains on, and for how long: the same for the command and for every worker."""
 
+from pathlib import Path
+
+from services.training.data.samples import SampleSet
 from services.training.data.training_data import TrainingData
 from services.training.data.training_tokenizer import TrainingTokenizer
 from services.training.recipe import Recipe
 from services.training.schedule import batch_tokens, check_schedule
+
+SHARED = "samples.safetensors"  # in the output directory while the run lasts
 
 
 def load_data(recipe: Recipe) -> TrainingData:
@@ -20,6 +25,19 @@ def load_data(recipe: Recipe) -> TrainingData:
         recipe.seed,
         recipe.epochs,
     )
+
+
+def share_data(output_dir: Path, data: TrainingData) -> Path:
+    """Write the encoded samples for `shared_data`, so that no worker reads and encodes the files again."""
+    path = output_dir / SHARED
+    data.samples.save(path)
+    return path
+
+
+def shared_data(recipe: Recipe) -> TrainingData:
+    """What `load_data` gave the run's command; raises OSError where the command has ended and taken it along."""
+    samples = SampleSet.open(recipe.output_dir / SHARED)
+    return TrainingData(samples, recipe.data.sequence_length, recipe.data.packing, recipe.seed, recipe.epochs)
 
 
 def count_steps(recipe: Recipe, data: TrainingData) -> int:

@@ -31,7 +31,7 @@ from router.holding import Pair
 from router.losses import BalanceCoefficients
 from services.training.choice import choose_once, chosen_pairs, relevance
 from services.training.identity import identify
-from services.training.inputs import load_data
+from services.training.inputs import shared_data
 from services.training.keeper import Keeper
 from services.training.method import Method, make_method
 from services.training.outcome import SNAPSHOTS, STOP, Outcome, read_outcome, tell, write_outcome
@@ -74,7 +74,7 @@ class _WorkerRun:
         self._device = "cuda" if recipe.workers.gpus > 0 else "cpu"
         self._checkpoint = Checkpoint.open(service.model)
         self._config = with_yarn(self._checkpoint.config, recipe.yarn)
-        self._data = load_data(recipe)
+        self._data = shared_data(recipe)
         self._hosts = TrainingHosts(service, self._config, ranks.rank, recipe.micro_batch_tokens)
         self._run_id = recipe.output_dir.name
         self._identity = identify(recipe, self._data, self._checkpoint)

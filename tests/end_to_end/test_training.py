@@ -80,6 +80,7 @@ def stop(process: "subprocess.Popen[str]", number: signal.Signals, out: Path) ->
     made = len(records(out))
     assert f"{made} of {STEPS} steps made; the same command goes on from there" in output
     assert (out / "snapshots" / f"step-{made:08}").is_dir()
+    assert not [*out.glob("samples*")]  # nobody needs them any more
     return made
 
 

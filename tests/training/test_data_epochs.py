@@ -21,7 +21,7 @@ BUDGETS = st.lists(BUDGET, min_size=1, max_size=3)
 
 def ending(lengths: list[int], epochs: float, seed: int = 0) -> TrainingData:
     samples = data_of(lengths, seed=seed).samples
-    return TrainingData(samples, [], LENGTH, True, seed, epochs)
+    return TrainingData(samples, LENGTH, True, seed, epochs)
 
 
 def recipe_of(epochs: float, budgets: list[int], **given: Any) -> Recipe:

@@ -22,7 +22,7 @@ def data_of(lengths: list[int], packing: bool = True, seed: int = 0) -> Training
     for index, length in enumerate(lengths):
         ids_T = np.full(length, index, dtype=np.int32)
         builder.add(Tokens(ids_T, np.ones(length, dtype=np.bool_)), index + 1, 0)
-    return TrainingData(builder.build(), [], LENGTH, packing, seed)
+    return TrainingData(builder.build(), LENGTH, packing, seed)
 
 
 def alike(one: PackedRow, other: PackedRow) -> bool:

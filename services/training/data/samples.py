@@ -1,16 +1,21 @@
 """All samples of a data set, back to back in memory: five bytes a token."""
 
 import hashlib
+import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from services.training.data.rendering import Tokens
 
 RENDERING = b"shoal samples 1\n"  # renamed when the same files shall count as other data
+ARRAYS = ("ids", "mask", "ends", "lines", "sources")  # as a file has them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,15 +36,39 @@ class Sample:
 class SampleSet:
     """Immutable; `length_S` are the samples' lengths, int64."""
 
-    def __init__(self, builder: "SampleSetBuilder") -> None:
-        self._ids = np.frombuffer(builder.ids, dtype=np.int32)
-        self._mask = np.frombuffer(builder.mask, dtype=np.bool_)
-        self._ends = np.array(builder.ends, dtype=np.int64)
-        self._lines = np.array(builder.lines, dtype=np.int64)
-        self._sources = np.array(builder.sources, dtype=np.int64)
+    def __init__(
+        self,
+        ids_T: NDArray[np.int32],
+        mask_T: NDArray[np.bool_],
+        end_S: NDArray[np.int64],
+        line_S: NDArray[np.int64],
+        source_S: NDArray[np.int64],
+    ) -> None:
+        """All tokens back to back, whether each is learned, and for each sample where it ends and came from."""
+        self._ids, self._mask, self._ends, self._lines, self._sources = ids_T, mask_T, end_S, line_S, source_S
         self.length_S: NDArray[np.int64] = np.diff(self._ends, prepend=np.int64(0))
         for values in (self._ids, self._mask, self._ends, self.length_S):
             values.flags.writeable = False
+
+    @classmethod
+    def open(cls, path: Path) -> "SampleSet":
+        """What `save` wrote, mapped: a node's processes share the memory. Raises OSError where it cannot be read."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                return cls(*(file.get_tensor(name).numpy() for name in ARRAYS))
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be read: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all; raises OSError where it cannot be written."""
+        arrays = (self._ids, self._mask, self._ends, self._lines, self._sources)
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            save_file(dict(zip(ARRAYS, arrays, strict=True)), partial)
+        except SafetensorError as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(f"{path} cannot be written: {error}") from error
+        os.replace(partial, path)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -86,4 +115,10 @@ class SampleSetBuilder:
 
     def build(self) -> SampleSet:
         """The set, in the builder's own memory: nothing can be added afterwards."""
-        return SampleSet(self)
+        return SampleSet(
+            np.frombuffer(self.ids, dtype=np.int32),
+            np.frombuffer(self.mask, dtype=np.bool_),
+            np.array(self.ends, dtype=np.int64),
+            np.array(self.lines, dtype=np.int64),
+            np.array(self.sources, dtype=np.int64),
+        )

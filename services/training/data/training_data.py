@@ -15,7 +15,7 @@ from pathlib import Path
 from services.training.data.order import SampleOrder
 from services.training.data.packing import PackedRow, first_fit, lay
 from services.training.data.problems import DataError
-from services.training.data.reading import Reading, Source, read_samples
+from services.training.data.reading import Reading, read_samples
 from services.training.data.samples import SampleSet
 from services.training.data.training_tokenizer import TrainingTokenizer
 
@@ -53,14 +53,12 @@ class TrainingData:
     def __init__(
         self,
         samples: SampleSet,
-        sources: Sequence[Source],
         sequence_length: int,
         packing: bool,
         seed: int,
         epochs: float | None = None,
     ) -> None:
         self.samples = samples
-        self.sources = tuple(sources)
         self.sequence_length = sequence_length
         self.packing = packing
         self.order = SampleOrder(seed, len(samples))
@@ -88,7 +86,7 @@ class TrainingData:
         read = read_samples(files, tokenizer, Reading(sequence_length, format, overlong))
         if read.problems.count:
             raise DataError(read.problems.first[0], read.problems.count)
-        return cls(read.samples, read.sources, sequence_length, packing, seed, epochs)
+        return cls(read.samples, sequence_length, packing, seed, epochs)
 
     def __len__(self) -> int:
         return len(self.samples)
