@@ -35,8 +35,10 @@ def penalised(logits_V: Tensor, prompt: Tokens[int], answer: Tokens[int], params
         ids = torch.tensor(answer, dtype=torch.int64, device=logits.device)
         counts = torch.bincount(ids, minlength=len(logits)).double()
         logits -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
-    for token, bias in params.logit_bias:
-        logits[token] += bias
+    if params.logit_bias:
+        tokens, biases = zip(*params.logit_bias, strict=True)
+        ids = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
+        logits.index_add_(0, ids, torch.tensor(biases, dtype=torch.float64, device=logits.device))
     return logits
 
 

@@ -1,5 +1,6 @@
 """The HTTP application: every route, and what guards them. Knows nothing of Ray."""
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -30,14 +31,14 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        plan = plan_chat(body, backend)
+        plan = await asyncio.to_thread(plan_chat, body, backend)  # a long text takes a tokenizer seconds
         if body.stream:
             return await stream(stream_chat(plan, backend))
         return JSONResponse(await unless_gone(request, complete_chat(plan, backend)))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        plan = plan_completion(body, backend)
+        plan = await asyncio.to_thread(plan_completion, body, backend)
         if body.stream:
             return await stream(stream_completion(plan, body, backend))
         return JSONResponse(await unless_gone(request, complete(plan, body, backend)))
@@ -73,7 +74,7 @@ def _add_small_routes(app: FastAPI, backend: Backend) -> None:
         return card()
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         check_model(body.model, backend.model)
         tokenizer = backend.model.tokenizer
         if body.messages is not None:
@@ -90,7 +91,7 @@ def _add_small_routes(app: FastAPI, backend: Backend) -> None:
         return answer
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         check_model(body.model, backend.model)
         check_token_ids(body.tokens, backend.model, "tokens")
         return {"prompt": backend.model.tokenizer.decode(body.tokens, skip_special_tokens=False)}

@@ -51,6 +51,10 @@ class Backend(Protocol):
     def model(self) -> ServedModel:
         """What is served."""
 
+    @property
+    def most_in_flight(self) -> int:
+        """Answers that there is room for when nothing else runs."""
+
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Update, None]:
         """Updates until one has a finish_reason; closing the iterator cancels the request.
 

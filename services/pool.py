@@ -53,6 +53,10 @@ class WorkerPool:
     def model(self) -> ServedModel:
         return self._model
 
+    @property
+    def most_in_flight(self) -> int:
+        return self._max_in_flight
+
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Update, None]:
         """The worker's updates; when it is lost, the tokens sent so far are replayed on another one."""
         if self._in_flight >= self._max_in_flight:

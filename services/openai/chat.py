@@ -12,6 +12,7 @@ from services.openai.choice import Plan, collect, run_choices, usage
 from services.openai.params import (
     chat_max_tokens,
     chat_prompt,
+    check_choices,
     check_model,
     check_prompt,
     request_seed,
@@ -25,6 +26,7 @@ def plan_chat(request: ChatRequest, backend: Backend) -> Plan:
     """Check everything that can be checked before a token is computed; raises ApiError."""
     model = backend.model
     check_model(request.model, model)
+    check_choices(request.n or 1, backend.most_in_flight)
     prompt = chat_prompt(request.messages, model, request.add_generation_prompt)
     max_tokens = check_prompt(prompt, model, chat_max_tokens(request), None)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None

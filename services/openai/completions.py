@@ -12,6 +12,7 @@ from services.backend import Backend
 from services.openai.choice import ChoicePiece, Plan, collect, run_choices, usage
 from services.openai.params import (
     COMPLETION_MAX_TOKENS,
+    check_choices,
     check_model,
     check_prompt,
     completion_prompts,
@@ -27,6 +28,7 @@ def plan_completion(request: CompletionRequest, backend: Backend) -> Plan:
     model = backend.model
     check_model(request.model, model)
     prompts = completion_prompts(request, model)
+    check_choices(len(prompts) * (request.n or 1), backend.most_in_flight)
     budgets = [check_prompt(prompt, model, request.max_tokens, COMPLETION_MAX_TOKENS) for prompt in prompts]
     scored = request.logprobs if request.echo else None
     params = [sampling_params(request, model, budget, request.logprobs, scored) for budget in budgets]

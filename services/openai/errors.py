@@ -87,11 +87,21 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
         return ApiError(f"the body is not valid JSON: {reason}", code="invalid_json")
+    if isinstance(first.get("input"), bytes):  # that nothing said was JSON
+        return ApiError(
+            "send the body as JSON, with Content-Type: application/json", 415, code="unsupported_media_type"
+        )
     if first["type"] == "extra_forbidden":
+        param = ".".join([*_path(first["loc"][:-1]), str(first["loc"][-1])])  # its name may be anything
         return ApiError(f"unknown parameter {param!r}: remove it", param=param, code="unknown_parameter")
     message = first["msg"].removeprefix("Value error, ")
-    given = repr(first.get("input"))[:100]
+    given = _shown(first.get("input"))
     return ApiError(f"{param or 'body'}: {message}; given {given}", param=param, code="invalid_value")
+
+
+def _shown(value: object) -> str:
+    """The beginning of what was given, which may be millions of numbers long."""
+    return repr(value[:100] if isinstance(value, (str, list)) else value)[:100]
 
 
 def _plainest(found: Sequence[Any]) -> Any:

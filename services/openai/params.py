@@ -1,6 +1,7 @@
 """From a checked request body to what the engine is asked."""
 
 import hashlib
+import re
 import secrets
 
 from attention.requests import SamplingParams
@@ -9,6 +10,7 @@ from services.backend import ServedModel
 from services.openai.errors import ApiError
 from services.openai.schema import ChatRequest, CompletionRequest, Message, Sampling
 
+TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")  # of one spelling, so that no token is named twice
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
 
@@ -17,6 +19,16 @@ def check_model(given: str | None, model: ServedModel) -> None:
     if given is not None and given != model.id:
         raise ApiError(
             f"model {given!r} is not served here; ask for {model.id!r}", 404, param="model", code="model_not_found"
+        )
+
+
+def check_choices(choices: int, most: int) -> None:
+    """Raises ApiError for more answers than there is ever room for, which no retry would bring."""
+    if choices > most:
+        raise ApiError(
+            f"{choices} answers are asked for at once; this service computes {most}: send fewer prompts, or a lower n",
+            param="n",
+            code="invalid_value",
         )
 
 
@@ -77,7 +89,7 @@ def sampling_params(
     defaults = model.defaults
     bias: list[tuple[int, float]] = []
     for key, value in (request.logit_bias or {}).items():
-        if not (key.isascii() and key.isdigit() and int(key) < model.vocab_size):
+        if not (TOKEN_ID.fullmatch(key) and int(key) < model.vocab_size):
             raise ApiError(
                 f"logit_bias names token {key!r}; expected an id below {model.vocab_size}",
                 param="logit_bias",

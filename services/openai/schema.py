@@ -11,11 +11,12 @@ MAX_STOP_CHARS = 1024
 MAX_TEXT_CHARS = 4_000_000
 MAX_TOKENS = 1 << 20
 MAX_TOP_LOGPROBS = 20
+MAX_BIASED = 1024  # tokens of logit_bias
 MAX_SEED = (1 << 63) - 1
 
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=1 << 31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_TOKENS)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 
@@ -49,7 +50,9 @@ class Sampling(Strict):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASED)] | None = (
+        None
+    )
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     stop: Stop | Stops | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
@@ -84,10 +87,19 @@ class TextPart(Strict):
     text: Text
 
 
+NoneOf = Annotated[list[Any], Field(max_length=0)] | None
+
+
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(max_length=1024)]
     name: Annotated[str, Field(max_length=256)] | None = None
+    # An answer has these, and clients send it back as it came; empty, they say nothing.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: NoneOf = None
+    annotations: NoneOf = None
 
     @property
     def text(self) -> str:
@@ -102,7 +114,7 @@ class ChatRequest(Sampling):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: TextFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="not supported")
+    tools: NoneOf = Field(None, description="not supported")
     tool_choice: Literal["none"] | None = None
     parallel_tool_calls: Any = None
     add_generation_prompt: bool = True
@@ -124,8 +136,8 @@ class CompletionRequest(Sampling):
     prompt: (
         Text
         | TokenIds
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     )
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -163,4 +175,4 @@ class DetokenizeRequest(Strict):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_TOKENS)]

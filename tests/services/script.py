@@ -29,6 +29,7 @@ class Script:
         self.asked: list[GenerateRequest] = []
         self.cancelled: list[str] = []
         self.room: int | None = None  # requests before Overloaded
+        self.most_in_flight = 256
         self.fail_after: int | None = None  # tokens before GenerationFailed
         self.pause_s = 0.0
         self.sick: str | None = None

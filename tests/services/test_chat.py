@@ -148,3 +148,19 @@ def test_content_may_come_in_parts_and_roles_may_be_new(app: FastAPI, script: Sc
 def test_cached_tokens_are_told(app: FastAPI, script: Script) -> None:
     script.cached = 16
     assert ask(app).usage.prompt_tokens_details.cached_tokens == 16
+
+
+def test_an_answer_may_be_sent_back_as_it_came(app: FastAPI, script: Script) -> None:
+    """By OpenAI's client, which sends each field that the answer had; and with those that the client added."""
+
+    async def converse() -> None:
+        async with openai_client(app) as client:
+            first = await client.chat.completions.create(model=MODEL, messages=MESSAGES)
+            said: Any = first.choices[0].message
+            for message in (said, said.model_dump()):
+                following: Any = [*MESSAGES, message, {"role": "user", "content": "the whale"}]
+                await client.chat.completions.create(model=MODEL, messages=following)
+
+    asyncio.run(converse())
+    assert len({request.prompt_ids for request in script.asked[1:]}) == 1
+    assert len(script.asked[1].prompt_ids) > len(script.asked[0].prompt_ids)

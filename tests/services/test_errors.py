@@ -7,7 +7,9 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from pydantic import ValidationError
 
+from services.openai.schema import CompletionRequest
 from tests.services.conftest import SAID
 from tests.services.script import MAX_LENGTH, MODEL, Script, call, chat_body, make_app, post
 
@@ -48,6 +50,9 @@ def assert_error(answer: httpx.Response, status: int, said: str, param: str | No
         ({"logit_bias": {"-1": 1}}, "expected an id below", "logit_bias"),
         ({"logit_bias": {"99999999": 1}}, "expected an id below", "logit_bias"),
         ({"logit_bias": {"5": 101}}, "100", "logit_bias"),
+        ({"logit_bias": {"05": 1}}, "expected an id below", "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "expected an id below", "logit_bias"),
+        ({"logit_bias": {str(n): 1 for n in range(1025)}}, "1024", "logit_bias"),
         ({"messages": []}, "at least 1 item", "messages"),
         ({"messages": "hi"}, "valid list", "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "'assistant'", "messages.0.role"),
@@ -57,6 +62,9 @@ def assert_error(answer: httpx.Response, status: int, said: str, param: str | No
         ({"model": "gpt-9"}, f"'gpt-9' is not served here; ask for '{MODEL}'", "model"),
         ({"model": 5}, "valid string", "model"),
         ({"wibble": 1}, "unknown parameter 'wibble'", "wibble"),
+        ({"x-wibble": 1}, "unknown parameter 'x-wibble'", "x-wibble"),
+        ({"messages": [{"role": "user", "content": "x", "x-y": 1}]}, "unknown parameter 'messages.0.x-y'", "messages"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "0 items", "messages.0.tool_calls"),
         ({"stream_options": {"include_usage": True}}, "set stream to true", None),
         ({"tools": [{}]}, "0 items", "tools"),
         ({"response_format": {"type": "json_object"}}, "text", "response_format"),
@@ -121,6 +129,33 @@ def test_a_body_that_is_no_request(app: FastAPI, path: str, content: bytes, said
     assert_error(answer, 400, said)
 
 
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_that_does_not_say_it_is_json_is_told_how(app: FastAPI, kind: str | None) -> None:
+    content = json.dumps({"model": MODEL} | chat_body())
+    answer = call(app, "POST", CHAT, content=content, headers={"content-type": kind} if kind else {})
+    assert_error(answer, 415, "Content-Type: application/json")
+
+
+@pytest.mark.parametrize("prompt", [[1.5] * 5000, [[1.5] * 5000] * 64, [None] * 5000, [["a"]] * 64])
+def test_a_long_wrong_prompt_is_not_faulted_item_by_item(app: FastAPI, prompt: list[object]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        CompletionRequest.model_validate({"model": MODEL, "prompt": prompt})
+    assert refused.value.error_count() < 10
+    assert len(assert_error(post(app, TEXT, {"prompt": prompt}), 400, "prompt")["message"]) < 300
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_more_answers_than_there_is_ever_room_for_are_not_told_to_come_again(
+    app: FastAPI, script: Script, path: str
+) -> None:
+    script.most_in_flight = 5
+    body = chat_body() if path == CHAT else {"prompt": ["a"]}
+    assert_error(post(app, path, body | {"n": 6}), 400, "this service computes 5", "n")
+    if path == TEXT:
+        assert_error(post(app, path, {"prompt": ["a", "b"], "n": 3}), 400, "6 answers are asked for", "n")
+    assert post(app, path, body | {"n": 5}).status_code == 200
+
+
 def test_a_body_over_the_cap_is_not_read(app: FastAPI) -> None:
     answer = call(app, "POST", CHAT, content=b" " * (17 << 20), headers={"content-type": "application/json"})
     assert_error(answer, 413, "over 16777216 bytes")
@@ -158,7 +193,8 @@ def test_bad_requests_do_not_disturb_one_that_runs(app: FastAPI, script: Script)
         async with httpx.AsyncClient(transport=transport, base_url="http://shoal") as client:
             good = asyncio.create_task(client.post(CHAT, json={"model": MODEL} | chat_body()))
             await asyncio.sleep(0.03)
-            bad = [await client.post(CHAT, content=b"\xff{" * n) for n in range(1, 6)]
+            json_ = {"content-type": "application/json"}
+            bad = [await client.post(CHAT, content=b"\xff{" * n, headers=json_) for n in range(1, 6)]
             return await good, bad
 
     good, bad = asyncio.run(both())
