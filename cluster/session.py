@@ -8,8 +8,11 @@ import os
 import select
 import shutil
 import signal
+import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -32,6 +35,7 @@ UNWATCHED = {
     # not for a dashboard, but Serve's look at its few replicas, 0.1 by default
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
 }
+WATCH_S = 1.0  # whether Ray still is
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Ray carries control messages only
 
 
@@ -110,6 +114,27 @@ class LocalCluster:
     def runs(self) -> bool:
         """Whether its raylet is there: without it, whatever asks Ray may wait for a minute."""
         return self._raylet is None or not select.select([self._raylet], [], [], 0)[0]
+
+    def end_process_with_it(self, over: threading.Event, last: Callable[[], int]) -> None:
+        """Until `over`, see whether this Ray has ended by itself, and then end the process with the status of `last`.
+
+        Whoever ends a service with all of its processes at once, as systemd does, ends Ray as well; what asks it would
+        then wait for a minute, and at last be ended by it.
+        """
+
+        def watch() -> None:
+            while not over.wait(WATCH_S):
+                if not self.runs and not over.is_set():
+                    status = 1
+                    try:
+                        status = last()
+                    finally:  # also where nobody reads any more what it prints
+                        self.abandon()
+                        with contextlib.suppress(OSError, ValueError):
+                            sys.stdout.flush()
+                        os._exit(status)
+
+        threading.Thread(target=watch, name="is-ray-there", daemon=True).start()
 
     def abandon(self) -> None:
         """End what is left of a Ray that does not run, and remove its directory."""

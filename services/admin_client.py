@@ -19,9 +19,11 @@ class NotAnswered(CommandError):
 
 
 class AdminClient:
-    """Asks one service, with its own token."""
+    """Asks one service, with its own token; raises CommandError where none is known."""
 
     def __init__(self, record: ServiceRecord) -> None:
+        if not record.admin_token:
+            raise CommandError(f"set SHOAL_ADMIN_TOKEN to the admin token of {record.url}")
         self.record = record
         headers = {"Authorization": f"Bearer {record.admin_token}"}
         self._http = httpx.Client(base_url=record.url, headers=headers, trust_env=False)
@@ -48,6 +50,8 @@ class AdminClient:
             raise NotAnswered(f"{url} answered {answer.status_code} to {method} {path}; it may be restarting")
         if answer.status_code >= 500:
             raise NotAnswered(message)
+        if answer.status_code in (401, 403):
+            raise CommandError(f"{url} does not take the admin token: set SHOAL_ADMIN_TOKEN to its own ({message})")
         raise NotFound(message) if answer.status_code == 404 else CommandError(message)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 
 
 def converse(options: argparse.Namespace, url: str, console: Console) -> int:
-    """Stream answers; 1 when the service refused."""
+    """Stream answers; 1 when the service refused the one question. A conversation goes on without what was refused."""
     messages: list[dict[str, str]] = []
     if options.system:
         messages.append({"role": "system", "content": options.system})
@@ -18,18 +19,20 @@ def converse(options: argparse.Namespace, url: str, console: Console) -> int:
     with httpx.Client(base_url=url, headers=headers, timeout=None, trust_env=False) as client:
         models = client.get("/v1/models")
         if models.status_code != 200:
-            console.print(f"shoal: {models.json()['error']['message']}", markup=False)
-            return 1
-        settings: dict[str, Any] = {"model": models.json()["data"][0]["id"], "max_tokens": options.max_tokens}
-        for name in ("temperature", "seed"):
+            return _refused(models)
+        settings: dict[str, Any] = {"model": models.json()["data"][0]["id"]}
+        for name in ("max_tokens", "temperature", "seed"):
             if getattr(options, name) is not None:
                 settings[name] = getattr(options, name)
         for question in [options.message] if options.message else _questions(console):
             messages.append({"role": "user", "content": question})
             answer = _ask(client, settings | {"messages": messages, "stream": True}, console)
-            if answer is None:
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+            elif options.message:
                 return 1
-            messages.append({"role": "assistant", "content": answer})
+            else:
+                messages.pop()
     return 0
 
 
@@ -48,17 +51,30 @@ def _ask(client: httpx.Client, body: dict[str, Any], console: Console) -> str | 
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             response.read()
-            console.print(f"shoal: {response.json()['error']['message']}", markup=False)
+            _refused(response)
             return None
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
             chunk = json.loads(line.removeprefix("data: "))
             if "error" in chunk:
-                console.print(f"\nshoal: {chunk['error']['message']}", markup=False)
+                console.print()
+                print(f"shoal: {chunk['error']['message']}", file=sys.stderr)
                 return None
             text = chunk["choices"][0]["delta"].get("content", "")
+            if not answer:
+                text = text.lstrip()  # DeepSeek's template writes a space of its own before what is sent back
             answer += text
             console.print(text, end="", markup=False)
     console.print()
     return answer
+
+
+def _refused(response: httpx.Response) -> int:
+    """Say why; the exit status."""
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):  # not the application: a proxy that does not find it yet
+        message = f"{response.url} answered {response.status_code}; it may still be starting"
+    print(f"shoal: {message}", file=sys.stderr)
+    return 1

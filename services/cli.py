@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from services import (
     bench_command,
@@ -51,9 +52,16 @@ REMOTE = (
 )  # what can be asked of a service on another machine
 
 
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviation, which a later option of the same beginning would break; nor do its subcommands."""
+
+    def __init__(self, *names: Any, **options: Any) -> None:
+        super().__init__(*names, **options | {"allow_abbrev": False})
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line; every subcommand explains itself with --help."""
-    root = argparse.ArgumentParser(
+    root: argparse.ArgumentParser = Parser(
         "shoal", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands_ = root.add_subparsers(required=True, metavar="COMMAND")
@@ -62,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     chat = _add(commands_, "chat", commands.chat, "Talk to a running service, or ask one question.")
     chat.add_argument("message", nargs="?", help="ask this, print the answer and leave")
     chat.add_argument("--system", help="text that comes before the conversation")
-    chat.add_argument("--max-tokens", type=int, default=512, metavar="N")
+    chat.add_argument("--max-tokens", type=count, metavar="N", help="of an answer (default: what the context leaves)")
     chat.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
     chat.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same answer")
     _add_key(chat)
@@ -94,14 +102,16 @@ def _add(
     help_text: str,
 ) -> argparse.ArgumentParser:
     command = commands_.add_parser(name, help=help_text, description=help_text)
-    command.add_argument("--port", type=int, default=8000, metavar="P", help="which service (default 8000)")
     if run in REMOTE:
-        command.add_argument(
+        where = command.add_mutually_exclusive_group()
+        where.add_argument("--port", type=int, metavar="P", help="which service of this machine (8000)")
+        where.add_argument(
             "--address",
-            default=os.environ.get("SHOAL_URL"),
             metavar="URL",
-            help="a service that another machine runs, with its $SHOAL_ADMIN_TOKEN (default: $SHOAL_URL)",
+            help="a service elsewhere, with its $SHOAL_ADMIN_TOKEN ($SHOAL_URL, unless --port is given)",
         )
+    else:
+        command.add_argument("--port", type=int, default=8000, metavar="P", help="which service (8000)")
     command.set_defaults(run=run)
     return command
 

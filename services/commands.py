@@ -16,6 +16,7 @@ from rich.table import Table
 from services.state import ServiceRecord, is_running, read_record, running_services, state_dir
 
 START_TIMEOUT_S = 900.0
+DEFAULT_PORT = 8000
 
 
 class CommandError(Exception):
@@ -126,14 +127,13 @@ def status(options: argparse.Namespace) -> int:
 
 
 def fetch_status(record: ServiceRecord) -> dict[str, Any]:
-    """The status document; raises CommandError while the service does not answer."""
-    headers = {"Authorization": f"Bearer {record.admin_token}"}
+    """The status document; raises CommandError with what the service said, or that it does not answer."""
+    from services.admin_client import AdminClient, NotAnswered
+
     try:
-        answer = httpx.get(f"{record.url}/admin/status", headers=headers, timeout=15, trust_env=False)
-        answer.raise_for_status()
-    except httpx.HTTPError as error:
-        raise CommandError(f"{record.url} does not answer ({error}); it may still be starting") from error
-    report: dict[str, Any] = answer.json()
+        report = AdminClient(record).get("/admin/status")
+    except NotAnswered as error:
+        raise CommandError(f"{error}; it may still be starting") from error
     return {"url": record.url, "pid": record.pid, "log": record.log} | report
 
 
@@ -165,13 +165,21 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def find_service(options: argparse.Namespace) -> ServiceRecord:
-    """The service at --address, or the one that runs here on --port; raises NoService when there is none."""
-    if not options.address:
-        return find_here(options.port)
-    if not options.address.startswith(("http://", "https://")):
-        raise CommandError(f"--address {options.address}: expected a URL, such as http://10.0.0.7:8000")
+    """The service at --address, the one that runs here on --port, that at $SHOAL_URL, or the one here on 8000.
+
+    Raises NoService when there is none here.
+    """
+    address = options.address or (os.environ.get("SHOAL_URL") if options.port is None else None)
+    if not address:
+        return find_here(options.port if options.port is not None else DEFAULT_PORT)
+    try:
+        sound = httpx.URL(address).scheme in ("http", "https")
+    except httpx.InvalidURL:
+        sound = False
+    if not sound:
+        raise CommandError(f"--address {address}: expected a URL, such as http://10.0.0.7:8000")
     token = os.environ.get("SHOAL_ADMIN_TOKEN", "")
-    return ServiceRecord(options.port, options.address.rstrip("/"), None, "", token)
+    return ServiceRecord(DEFAULT_PORT, address.rstrip("/"), None, "", token)
 
 
 def find_here(port: int) -> ServiceRecord:

@@ -1,6 +1,7 @@
 """`shoal serve` in the foreground: a private Ray, the Serve application on it, and an orderly end."""
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 START_TIMEOUT_S = 900.0
 POLL_S = 0.1  # whether Serve's controller is there
-WATCH_S = 1.0  # whether Ray still is
+ASKED_S = 1.0  # between the end of Ray and that of the service, where both are asked at once
 
 
 class LaunchError(Exception):
@@ -140,7 +141,7 @@ def serve_foreground(options: LaunchOptions, console: Console) -> int:
         stop.set()
 
     directory = Path(options.model).resolve()
-    url = f"http://{options.host}:{options.port}"
+    url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{options.port}"
     admin_token = secrets.token_urlsafe(24)
     console.print(f"Shoal: {directory.name}, {options.expert_hosts} expert hosts, {url}")
     record = ServiceRecord(options.port, url, os.getpid(), str(directory), admin_token, options.log)
@@ -151,8 +152,7 @@ def serve_foreground(options: LaunchOptions, console: Console) -> int:
         write_record(replace(record, ray_address=cluster.address))
         for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
             signal.signal(number, on_signal)
-        watch = (cluster, options.port, stop, over)
-        threading.Thread(target=_end_without_ray, args=watch, name="is-ray-there", daemon=True).start()
+        cluster.end_process_with_it(over, functools.partial(_without_ray, options.port, stop))
         _run(options, admin_token, console, stop)
         if not stop.is_set():
             _greet(options, directory, url, console)
@@ -238,16 +238,10 @@ def _shut_down(cluster: LocalCluster, name: str, over: threading.Event) -> None:
     cluster.stop()
 
 
-def _end_without_ray(cluster: LocalCluster, port: int, stop: threading.Event, over: threading.Event) -> None:
-    """Until `over`. Whoever ends a service with all of its processes at once, as systemd does, ends Ray as well; the
-    process would then wait for it, and at last be ended by it.
-    """
-    while not over.wait(WATCH_S):
-        if not cluster.runs and not over.is_set():
-            asked = stop.wait(WATCH_S)
-            remove_record(port)
-            cluster.abandon()
-            sys.stdout.flush()
-            if not asked:
-                print("shoal serve: Ray has ended, and this service with it", file=sys.stderr, flush=True)
-            os._exit(0 if asked else 1)
+def _without_ray(port: int, stop: threading.Event) -> int:
+    """The exit status when Ray is gone, which may be known before the signal that ended it with this process."""
+    asked = stop.wait(ASKED_S)
+    remove_record(port)
+    if not asked:
+        print("shoal serve: Ray has ended, and this service with it", file=sys.stderr, flush=True)
+    return 0 if asked else 1

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 
@@ -18,11 +18,12 @@ class ServiceRecord:
     admin_token: str
     log: str | None = None
     ray_address: str | None = None  # of its Ray; None: not started yet, or it runs elsewhere
+    process: str | None = None  # `identity` of pid, set by `write_record`: the number alone may be another's by now
 
     @property
     def ended(self) -> bool:
         """Whether it is known to be gone."""
-        return self.pid is not None and not is_running(self.pid)
+        return self.pid is not None and not (is_running(self.pid) and self.process in (None, identity(self.pid)))
 
     @property
     def options(self) -> str:
@@ -40,6 +41,8 @@ def state_dir() -> Path:
 
 def write_record(record: ServiceRecord) -> None:
     """Save a record readable by its owner alone: it holds the admin token."""
+    if record.pid is not None:
+        record = replace(record, process=identity(record.pid))
     directory = state_dir()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = directory / f"{record.port}.json"
@@ -72,6 +75,15 @@ def running_services() -> list[ServiceRecord]:
     directory = state_dir()
     ports = sorted(int(path.stem) for path in directory.glob("*.json") if path.stem.isdigit())
     return [record for port in ports if (record := read_record(port)) is not None]
+
+
+def identity(pid: int) -> str | None:
+    """Boot and start of a process, which no other of the same number shares; None when there is none."""
+    try:
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {started}"
+    except OSError:
+        return None
 
 
 def is_running(pid: int) -> bool:

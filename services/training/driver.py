@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -97,8 +98,15 @@ def train(recipe: Recipe, console: Console) -> int:
             soft_wrap=True,
         )
 
+    def on_gone() -> None:
+        shared.unlink(missing_ok=True)
+        stop_file.unlink(missing_ok=True)
+        console.show_cursor()  # which a bar hides
+        gone = "Ray has ended, and this run with it; the same command goes on from the newest snapshot"
+        print(f"shoal: {gone}", file=sys.stderr, flush=True)
+
     try:
-        with ray_of_run(service, on_end), _signals(stop_file, console):
+        with ray_of_run(service, on_end, on_gone), _signals(stop_file, console):
             if service is not None:
                 check_service(service, recipe.experts.hosts)
             return _train(recipe, checkpoint, steps, console)

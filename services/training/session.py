@@ -21,10 +21,11 @@ class ServiceUnusable(ValueError):
 
 
 @contextlib.contextmanager
-def ray_of_run(service: str | None, on_end: Callable[[], None]) -> Iterator[None]:
+def ray_of_run(service: str | None, on_end: Callable[[], None], on_gone: Callable[[], None]) -> Iterator[None]:
     """The Ray of a job, or of a service that runs here, or a private one for as long as this lasts.
 
     Where the Ray is a service's, and ends with it within seconds, `on_end` is called in a thread when that begins to.
+    Where a private one is gone by itself, `on_gone` is, and the process ends with status 1.
     Raises ServiceUnusable where there is no Ray that `service` may be on.
     """
     import ray
@@ -43,7 +44,15 @@ def ray_of_run(service: str | None, on_end: Callable[[], None]) -> Iterator[None
             threading.Thread(target=_follow, args=(record, left, on_end), name="service", daemon=True).start()
         else:
             keep_private()
-            stack.enter_context(LocalCluster("shoal-train"))
+            cluster = stack.enter_context(LocalCluster("shoal-train"))
+            over = threading.Event()
+            stack.callback(over.set)
+
+            def last() -> int:
+                on_gone()
+                return 1
+
+            cluster.end_process_with_it(over, last)
         yield
 
 

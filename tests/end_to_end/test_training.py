@@ -84,6 +84,16 @@ def stop(process: "subprocess.Popen[str]", number: signal.Signals, out: Path) ->
     return made
 
 
+def end_all(process: "subprocess.Popen[str]", out: Path) -> None:
+    """All processes at once, as systemd ends a service: Ray cannot be asked any more, nor any worker for a snapshot."""
+    for pid in [*(pid for pid, _ in descendants(process.pid)), process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 1, output
+    assert "Ray has ended" in output
+    assert not [*out.glob("samples*"), *out.glob("stop")]
+
+
 def records(out: Path) -> list[dict[str, float]]:
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -176,7 +186,7 @@ def test_the_result_is_transformers_and_is_served(undisturbed: Path, checkpoint:
 def test_whatever_dies_and_however_it_is_stopped_the_curve_is_the_same(
     place: Path, undisturbed: Path, checkpoint: Callable[[str], Path]
 ) -> None:
-    out = place / "disturbed"
+    out, sessions = place / "disturbed", set(Path("/tmp").glob("shoal-ray-*"))
     recipe = write_recipe(place, checkpoint("mini"), experts={"hosts": 2, "replicas": 2, "threads": 1})
     with training(recipe, out) as process:
         wait_for_step(out, 3, process)
@@ -191,7 +201,11 @@ def test_whatever_dies_and_however_it_is_stopped_the_curve_is_the_same(
         made = stop(process, signal.SIGTERM, out)
     with training(recipe, out, "experts.replicas=1", "experts.hosts=1") as process:
         wait_for_step(out, made + 2, process)
-        assert made + 2 <= stop(process, signal.SIGINT, out) < STEPS
+        made = stop(process, signal.SIGINT, out)
+    with training(recipe, out, "experts.replicas=1", "experts.hosts=1") as process:
+        wait_for_step(out, made + 6, process)  # a snapshot lies between
+        end_all(process, out)
+    assert set(Path("/tmp").glob("shoal-ray-*")) == sessions
     with training(recipe, out, "experts.replicas=1", "experts.hosts=3") as process:
         output = finish(process)
     assert f"wrote {out}/model" in output

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.cli import main
+from services.state import ServiceRecord, identity, read_record, remove_record, running_services, write_record
 
 
 @pytest.fixture(autouse=True)
@@ -133,9 +134,7 @@ def _free() -> int:
 
 
 def test_records_are_private(tmp_path: Path) -> None:
-    from services.state import ServiceRecord, read_record, remove_record, running_services, write_record
-
-    record = ServiceRecord(8123, "http://127.0.0.1:8123", os.getpid(), "m", "secret")
+    record = ServiceRecord(8123, "http://127.0.0.1:8123", os.getpid(), "m", "secret", process=identity(os.getpid()))
     write_record(record)
     path = tmp_path / "state" / "shoal" / "8123.json"
     assert path.stat().st_mode & 0o777 == 0o600
@@ -143,3 +142,27 @@ def test_records_are_private(tmp_path: Path) -> None:
     assert (read_record(8123), running_services()) == (record, [record])
     remove_record(8123)
     assert read_record(8123) is None
+
+
+def test_a_process_that_has_only_the_number_of_a_service_is_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As after a crash, when the number is another's; in a container, that of its only service is always 1."""
+    write_record(ServiceRecord(8000, "http://127.0.0.1:8000", os.getpid(), "m", "secret"))
+    assert read_record(8000) is not None
+    path = tmp_path / "state" / "shoal" / "8000.json"
+    boot, started = str(identity(os.getpid())).split()
+    for other in (f"{boot} {int(started) - 1}", f"another {started}"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"process": other}))
+        assert "no service runs on port 8000" in fails(capsys, "stop")
+        assert not path.exists()
+        write_record(ServiceRecord(8000, "http://127.0.0.1:8000", os.getpid(), "m", "secret"))
+    assert identity(2**22 + 1) is None
+
+
+@pytest.mark.parametrize("option", ["--det", "--expert-host=2"])
+def test_abbreviations_are_refused(capsys: pytest.CaptureFixture[str], bundled: Path, option: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", str(bundled), option])
+    assert ended.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err

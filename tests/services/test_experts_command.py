@@ -33,10 +33,11 @@ AWAY = GenerationFailed("the controller is being restarted; ask again")
 
 @dataclass
 class Door:
-    """The application behind a real socket; `hiccups` requests find none behind it."""
+    """The application behind a real socket; `hiccups` requests find none behind it, and all while it is absent."""
 
     script: Script
     port: int
+    absent: bool = False
     hiccups: int = 0
     hiccup_status: int = 500
 
@@ -56,14 +57,11 @@ def door(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     door = Door(script, listener.getsockname()[1])
 
     async def hesitant(scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] == "http"
-            and scope["path"].startswith("/admin/")
-            and scope["method"] == "GET"
-            and door.hiccups
-        ):
-            door.hiccups -= 1
-            await send({"type": "http.response.start", "status": door.hiccup_status, "headers": []})
+        looks = scope["type"] == "http" and scope["path"].startswith("/admin/") and scope["method"] == "GET"
+        if door.absent or (looks and door.hiccups):
+            door.hiccups -= not door.absent
+            status = 404 if door.absent else door.hiccup_status
+            await send({"type": "http.response.start", "status": status, "headers": []})
             await send({"type": "http.response.body", "body": b"Path not found"})
             return
         await app(scope, receive, send)

@@ -87,13 +87,15 @@ def test_where_nothing_runs_there_is_nothing_to_drain(
     which: list[str], closed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    command = ["experts", "drain", *which, "--wait", "--port", str(closed)]
+    port = ["--port", str(closed)]
+    command = ["experts", "drain", *which, "--wait", *port]
     assert main(command) == 1
     assert "no service runs" in capsys.readouterr().err
     assert main([*command, "--if-running"]) == 0
     assert "nothing to drain: no service runs" in capsys.readouterr().err
     monkeypatch.setenv("SHOAL_URL", f"http://127.0.0.1:{closed}")
-    assert main([*command, "--if-running"]) == 0
+    monkeypatch.setenv("SHOAL_ADMIN_TOKEN", "the-admin-token")
+    assert main([*command[: -len(port)], "--if-running"]) == 0
     assert f"nothing to drain: http://127.0.0.1:{closed} does not answer" in capsys.readouterr().err
     write_record(ServiceRecord(closed, f"http://127.0.0.1:{closed}", os.getpid(), "m", "the-admin-token"))
     monkeypatch.delenv("SHOAL_URL")
@@ -129,8 +131,24 @@ def test_a_service_elsewhere_is_found_by_its_address(
     monkeypatch.setenv("SHOAL_ADMIN_TOKEN", "another")
     assert main(["experts", "status"]) == 1
     assert "with this service's key" in capsys.readouterr().err
-    assert main(["experts", "status", "--address", "10.0.0.7:8000"]) == 1
-    assert "expected a URL, such as http://" in capsys.readouterr().err
+    for wrong in ("10.0.0.7:8000", "http://::1:8000"):
+        assert main(["experts", "status", "--address", wrong]) == 1
+        assert "expected a URL, such as http://" in capsys.readouterr().err
+    monkeypatch.delenv("SHOAL_ADMIN_TOKEN")
+    for without in (["status"], ["experts", "drain", "--to", "1", "--wait"]):
+        assert main(without) == 1
+        assert f"set SHOAL_ADMIN_TOKEN to the admin token of {url}" in capsys.readouterr().err
+
+
+def test_a_port_that_is_given_is_this_machines(
+    door: Door, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_URL", "http://127.0.0.1:9")
+    door.script.report = service_report()
+    assert run(door, "status") == 0
+    with pytest.raises(SystemExit):
+        main(["status", "--port", str(door.port), "--address", "http://127.0.0.1:9"])
+    assert "not allowed with argument" in capsys.readouterr().err
 
 
 def test_status_shows_what_is_wanted_of_the_nodes(door: Door, capsys: pytest.CaptureFixture[str]) -> None:

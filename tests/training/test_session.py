@@ -10,14 +10,15 @@ import pytest
 import ray
 
 from cluster.spec import CONTROLLER_NAME
-from services.state import ServiceRecord, read_record, remove_record, state_dir, write_record
+from services.state import ServiceRecord, identity, read_record, remove_record, state_dir, write_record
 from services.training import session
 from services.training.session import ServiceUnusable, check_service, check_status, find_record
 
 
 def record(port: int, ray_address: str | None = "127.0.0.1:7") -> ServiceRecord:
     url = f"http://127.0.0.1:{port}"
-    return ServiceRecord(port, url, os.getpid(), "m", "secret-of-the-test", ray_address=ray_address)
+    process = identity(os.getpid())
+    return ServiceRecord(port, url, os.getpid(), "m", "secret-of-the-test", ray_address=ray_address, process=process)
 
 
 def status(*states: str, state: str = "ready", reason: str | None = None) -> dict[str, Any]:
@@ -91,12 +92,12 @@ def test_a_run_with_a_service_joins_its_ray_and_one_without_has_its_own(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     write_record(record(8000))
     told = threading.Event()
-    with session.ray_of_run("p8000", told.set):
+    with session.ray_of_run("p8000", told.set, told.set):
         assert joined == ["127.0.0.1:7"]
         assert not told.wait(2 * session.FOLLOW_S)
         remove_record(8000)  # the first thing that a service does when it stops
         assert told.wait(20 * session.FOLLOW_S)
     assert joined == ["127.0.0.1:7", "left"]
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with session.ray_of_run("shoal", told.set):
+    with session.ray_of_run("shoal", told.set, told.set):
         assert joined[2:] == ["auto"]
