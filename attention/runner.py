@@ -51,13 +51,14 @@ class EngineThread:
         return self._engine.stats()
 
     def submit(self, request: GenerateRequest, on_update: OnUpdate) -> None:
-        """Queue a request; `on_update` is called in the engine's thread and must not block."""
+        """Queue a request; `on_update` is called in the engine's thread, or here once that ends. It must not block."""
         with self._wake:
-            if self._closing or self.failure is not None:
-                on_update(Update(id=request.id, finish_reason="lost", error="this worker is shutting down"))
+            if not self._closing and self.failure is None:
+                self._submitted.append((request, on_update))
+                self._wake.notify()
                 return
-            self._submitted.append((request, on_update))
-            self._wake.notify()
+        on_update(Update(id=request.id, finish_reason="lost", error="this worker is shutting down"))
+        self._end_step()
 
     def cancel(self, request_id: str) -> None:
         """Stop a request and free its blocks; it gets no further update."""

@@ -102,6 +102,8 @@ class Scheduler:
             self._running.append(sequence)
             grown = self._grow(sequence, sequence.computed + count)
             assert grown
+            if sequence.cached_tokens is None:
+                sequence.cached_tokens = min(sequence.computed, sequence.prompt_length)
             chunks.append(Chunk(sequence, sequence.computed, count))
             budget -= count
         return chunks
@@ -127,8 +129,6 @@ class Scheduler:
             sequence.blocks = list(prefix.blocks)
             sequence.contents = list(prefix.contents)
             sequence.computed = len(prefix.blocks) * self._pool.block_size
-        if sequence.cached_tokens is None:
-            sequence.cached_tokens = min(sequence.computed, sequence.prompt_length)
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give the sequence blocks for `tokens` tokens, preempting later arrivals; False if it was preempted."""

@@ -104,6 +104,7 @@ class NixlLease:
                 self.pairing.write(slot, length, correlation)
             except NixlFailed as error:  # how much was written is not known, so the slot stays taken
                 self.ready = False
+                self._outbox.put(None)  # the host ends the stream, and the next lease may do better
                 log.debug("%s cannot be written to: %s", self._host.id, error)
                 return None
         return NixlCall(self, slot, correlation)

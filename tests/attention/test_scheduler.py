@@ -56,6 +56,26 @@ def test_an_equal_prefix_is_not_computed_again() -> None:
     assert step(scheduler)[1:] == [("r2", 8, 1), ("r3", 4, 4)]
 
 
+def test_what_was_cached_is_told_of_the_prefix_that_was_used() -> None:
+    """Not of one that was there while the sequence waited for room, and went meanwhile."""
+    pool = BlockPool(6, SIZE)
+    scheduler = Scheduler(pool, SchedulerLimits(step_tokens=64, running=4))
+    before = sequence(1, 0, list(range(8)))
+    scheduler.add(before)
+    step(scheduler)
+    scheduler.remove(before)  # its two blocks stay cached
+    takes_all, waits = sequence(2, 16), sequence(3, 0, [*range(8), *range(50, 62)])
+    scheduler.add(takes_all)
+    step(scheduler)
+    scheduler.add(waits)
+    for _ in range(6):
+        step(scheduler)  # one needs block after block, which the cached ones give way to
+    assert waits.cached_tokens is None
+    scheduler.remove(takes_all)
+    step(scheduler)
+    assert waits.cached_tokens == 0
+
+
 def test_the_latest_gives_way_and_comes_back() -> None:
     pool = BlockPool(6, SIZE)
     scheduler = Scheduler(pool, SchedulerLimits(step_tokens=64, running=4))

@@ -219,7 +219,16 @@ def test_requests_of_an_engine_that_fails_are_lost_and_not_wrong(
             await collect(client, greedy("later", [5], 1))
         assert not lost.value.failed
 
-    talk(server.address, use)
+    async def both(client: AttentionClient) -> None:
+        """Another's stream, which had nothing under way when the engine failed."""
+        other = AttentionClient(server.address, TOKEN)
+        assert (await collect(other, greedy("before", [5], 1)))[1] == "length"
+        await use(client)
+        with pytest.raises(WorkerLost, match=r"shutting down|has ended"):
+            await collect(other, greedy("after", [5], 1))
+        await other.close()
+
+    talk(server.address, both)
     talk(server.address, ask)
     server.stop(0)
 

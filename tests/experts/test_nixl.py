@@ -19,6 +19,7 @@ from experts.host import ExpertHost
 from experts.lease import NOTE
 from experts.messages import ForwardReply, ForwardRequest
 from experts.nixl import find_nixl, prepare_environment
+from experts.nixl_agent import NixlFailed
 from experts.nixl_call import NixlCall
 from experts.nixl_door import NixlDoor
 from experts.nixl_pairing import Pairing
@@ -295,6 +296,30 @@ def test_what_fits_no_slot_goes_by_grpc(host: Counting, server: ExpertServer, ma
     call = transport.submit(at(server), request(rows))
     assert not isinstance(call, NixlCall)
     assert torch.equal(call.result(10).y_PD, host.forward(request(rows)).y_PD)
+
+
+def test_after_a_write_that_fails_a_host_is_paired_with_anew(
+    host: Counting, server: ExpertServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experts.nixl_transport.RETRY_S", 0.1)
+    transport = make()
+    assert transport.wait_ready(at(server), 10)
+
+    def fail(*given: object) -> None:
+        raise NixlFailed("the connection is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Pairing, "write", fail)
+        call = transport.submit(at(server), request())
+    assert not isinstance(call, NixlCall)
+    assert torch.equal(call.result(10).y_PD, host.forward(request()).y_PD)
+    deadline_s = time.monotonic() + 20
+    while not isinstance(call, NixlCall):
+        assert time.monotonic() < deadline_s, "it went on by gRPC"
+        time.sleep(0.05)
+        call = transport.submit(at(server), request())
+        assert torch.equal(call.result(10).y_PD, host.forward(request()).y_PD)
+        call.release()
 
 
 def test_a_reply_larger_than_its_slot_is_not_asked_for_by_nixl(
