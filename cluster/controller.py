@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import os
 import secrets
 import time
@@ -16,7 +17,7 @@ from cluster.actions import GiveUp, Publish, Save
 from cluster.application import wait_until_over
 from cluster.balance import Balance
 from cluster.change import ChangeRefused, Wish
-from cluster.conductor import Conductor
+from cluster.conductor import WORKERS_HEARD_S, Conductor
 from cluster.describe import describe_events, describe_hosts, describe_service, residents, state_name
 from cluster.events import Event, EventLog
 from cluster.fleet import Fleet
@@ -57,7 +58,7 @@ class Controller:
         self._notice = Notice()  # of a table, the workers, or a change
         self._changed = asyncio.Event()  # something that the conductor should act on
         self._events = EventLog(_log_event)
-        self._workers = Workers(self._events)
+        self._workers = Workers(self._events, time.monotonic() + WORKERS_HEARD_S if saved is not None else -math.inf)
         self._reason: str | None = None  # why the service cannot start
         self._waiting: str | None = None  # for what, before it can
         self._stopping = False
@@ -99,8 +100,11 @@ class Controller:
         await self._notice.give()
 
     async def watch_workers(self, version: int, timeout_s: float) -> tuple[int, dict[str, str]]:
-        """Attention workers, id to address, once they differ from `version`, or after `timeout_s` seconds."""
-        await self._notice.until(lambda: self._workers.version != version, timeout_s)
+        """Attention workers, id to address, once they differ from `version`, or after `timeout_s` seconds.
+
+        After a controller's death only when all had time to be heard of: its callers hang up on those not named.
+        """
+        await self._notice.until(lambda: self._workers.differ(version, time.monotonic()), timeout_s)
         return self._workers.version, self._workers.addresses()
 
     def report(self, host_id: str, generation: int, reason: str) -> None:

@@ -1,5 +1,6 @@
 """The attention workers as the controller knows them: by their heartbeats."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,15 @@ PRIVATE = ("address", "load", "since_s", "seen_s")  # of a heartbeat, not for pe
 
 
 class Workers:
-    """Newest heartbeat by worker id. Times are of a monotonic clock."""
+    """Newest heartbeat by worker id. Times are of a monotonic clock.
 
-    def __init__(self, events: EventLog) -> None:
+    An earlier controller's workers are heard of one by one, and all of them only by `heard_s`.
+    """
+
+    def __init__(self, events: EventLog, heard_s: float = -math.inf) -> None:
         self._known: dict[str, dict[str, Any]] = {}
         self._events = events
+        self._heard_s = heard_s
         self.version = 0  # rises when workers or their addresses differ
 
     def beat(self, worker: Mapping[str, Any], now_s: float) -> None:
@@ -38,6 +43,10 @@ class Workers:
     def silent(self, now_s: float) -> list[str]:
         """Ids of workers that were not heard of for too long."""
         return [worker_id for worker_id, worker in self._known.items() if worker["seen_s"] < now_s - SILENT_S]
+
+    def differ(self, version: int, now_s: float) -> bool:
+        """Whether whoever knows `version` should know better: who is not heard of yet may be living all the same."""
+        return self.version != version and now_s >= self._heard_s
 
     @property
     def any(self) -> bool:

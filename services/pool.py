@@ -24,6 +24,7 @@ MAX_FAILURES = 3  # engines that may fail with a request, before it is thought t
 REPLAY_S = 60.0  # for a worker to be there again, before a request fails
 FRESH_S = 5.0  # a token generated so recently shows that the service works
 PROBE_S = 5.0
+STEPS_S = 1.0  # for the controller to say how many
 METRICS_S = 5.0  # for the controller to answer, before a scrape goes without it
 PREFIX_TOKENS = 32  # prompts that agree on so many tokens prefer one worker, whose cache may hold them
 PREFERENCE = 4  # requests that a preferred worker may have more than the least busy
@@ -70,12 +71,16 @@ class WorkerPool:
             self._in_flight -= 1
 
     async def unhealthy(self) -> str | None:
-        """None when a token was generated within FRESH_S, or one can be now; else what is wrong."""
+        """None when a token was generated within FRESH_S, or steps are made, or a token can be now; else what is wrong.
+
+        A prompt may take all of several steps, and what is asked beside it waits.
+        """
         if not any(client.alive for client in self._clients.values()):
             return "no attention worker is ready"
         async with self._probing:
             if time.monotonic() - self._token_s < FRESH_S:
                 return None
+            before = await self._steps()
             probe = GenerateRequest(f"health-{uuid.uuid4().hex}", (0,), SamplingParams(max_tokens=1, temperature=0.0))
             try:
                 async with asyncio.timeout(PROBE_S), aclosing(self._replayed(probe)) as updates:
@@ -83,8 +88,18 @@ class WorkerPool:
                         if update.finish_reason == "error":
                             return f"no token can be generated: {update.error}"
             except (TimeoutError, GenerationFailed):
-                return f"no token was generated within {PROBE_S:.0f} s"
+                if before is None or await self._steps() in (None, before):
+                    return f"no token was generated within {PROBE_S:.0f} s"
             return None
+
+    async def _steps(self) -> dict[str, int] | None:
+        """Steps by worker, as the controller knows them; None while it is away."""
+        try:
+            async with asyncio.timeout(STEPS_S):
+                status = await self.status()
+        except (TimeoutError, GenerationFailed):
+            return None
+        return {worker["id"]: worker["steps"] for worker in status["attention_workers"]}
 
     async def _replayed(self, request: GenerateRequest) -> AsyncGenerator[Update, None]:
         replay, failures = Replay(request), 0

@@ -43,6 +43,17 @@ def test_a_service_is_settled_once_a_worker_has_been_there_for_a_while() -> None
     assert not workers.settled(2.0 + SETTLED_S - 0.1)
 
 
+def test_after_a_controllers_death_nobody_is_told_of_some_of_the_workers() -> None:
+    workers = Workers(EventLog(), heard_s=3.0)
+    assert not workers.differ(-1, 0.0)
+    workers.beat(beat("a"), 1.0)
+    assert not workers.differ(-1, 2.9)
+    workers.beat(beat("b"), 2.9)
+    assert workers.differ(-1, 3.0)
+    assert not workers.differ(workers.version, 3.0)
+    assert Workers(EventLog()).differ(-1, 0.0)  # a first controller's are not waited for
+
+
 def test_what_happened_is_told_once() -> None:
     events = EventLog()
     workers = Workers(events)

@@ -64,3 +64,42 @@ def test_engines_that_fail_are_not_tried_without_end(monkeypatch: pytest.MonkeyP
 def test_an_engine_that_fails_once_is_replaced_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
     workers = Workers(((), WorkerLost("no memory", failed=True)), ((END,), None))
     assert [update.finish_reason for update in answer(workers, monkeypatch)[0]] == ["length"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "sick"),
+    [([3, 9], False), ([3, 3], True), ([3, None], True), ([None, 9], True)],
+    ids=["busy", "stuck", "unknown later", "unknown before"],
+)
+def test_a_worker_that_makes_steps_is_not_sick_though_nobody_gets_a_token(
+    monkeypatch: pytest.MonkeyPatch, steps: list[int | None], sick: bool
+) -> None:
+    monkeypatch.setattr("services.pool.PROBE_S", 0.02)
+    counts = iter(steps)
+
+    class Silent:
+        alive = True
+
+        async def generate(self, request: GenerateRequest) -> AsyncGenerator[Update, None]:
+            await asyncio.sleep(60)
+            yield END
+
+    async def choose(request: GenerateRequest) -> Silent:
+        return Silent()
+
+    async def status() -> dict[str, object]:
+        count = next(counts)
+        if count is None:
+            raise GenerationFailed("the controller is being restarted; ask again")
+        return {"attention_workers": [{"id": "a", "steps": count}]}
+
+    async def ask() -> str | None:
+        pool = object.__new__(WorkerPool)
+        pool.replays, pool._token_s, pool._probing = 0, -1e9, asyncio.Lock()
+        pool._clients = {"a": Silent()}  # type: ignore[dict-item]
+        monkeypatch.setattr(pool, "_choose", choose)
+        monkeypatch.setattr(pool, "status", status)
+        return await pool.unhealthy()
+
+    said = asyncio.run(ask())
+    assert (said is not None) == sick
