@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # loading them takes longer than any other subcommand needs
 
 FORMATS = ("auto", "messages", "alpaca", "sharegpt", "text")
 OVERLONG = ("error", "drop", "truncate", "split")
+SEQUENCE_LENGTH = 1024  # a recipe's default
 LEARNED_STYLE = "bold green"
 BEGIN, END = "{+", "+}"  # around what is learned, where there are no colours
 
@@ -42,7 +43,13 @@ def add_parser(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("file", nargs="+", metavar="FILE", help=".jsonl, .json or .txt")
     command.add_argument("--model", required=True, metavar="DIR", help="checkpoint with tokenizer and chat template")
     command.add_argument("--format", choices=FORMATS, default="auto", help="default: by the first record")
-    command.add_argument("--sequence-length", type=int, default=4096, metavar="N", help="tokens of the context (4096)")
+    command.add_argument(
+        "--sequence-length",
+        type=int,
+        default=SEQUENCE_LENGTH,
+        metavar="N",
+        help=f"tokens of the context ({SEQUENCE_LENGTH})",
+    )
     command.add_argument("--overlong", choices=OVERLONG, default="error", help="samples beyond the context (error)")
     command.add_argument(
         "--show", type=int, default=0, metavar="N", help="print N samples, with what is learned marked"

@@ -55,7 +55,8 @@ def train_here(recipe: "Recipe") -> int:
     if recipe.experts.service is not None and not on_cluster():
         # `shoal serve` has Ray ask for a token, which joining by address does not imply; Ray looks when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    from services.training.driver import TrainingFailed, train
+    from services.training.driver import train
+    from services.training.trainer import TrainingFailed
 
     try:
         train(recipe, Console())

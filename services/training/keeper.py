@@ -20,6 +20,7 @@ from model.snapshots.history import open_newest, prune, set_aside
 from model.snapshots.manifest import Json, Manifest, Shard
 from model.snapshots.shard_file import write_shard
 from model.snapshots.snapshot import Snapshot
+from services.training.agree import together
 from services.training.identity import Identity, other_training
 
 
@@ -135,7 +136,9 @@ class Keeper:
         answer = json.loads(self._ranks.gather(json.dumps(message))[0])
         if "failed" in answer:
             raise SnapshotError(answer["failed"])
-        return Snapshot.open(Path(answer["snapshot"])) if "snapshot" in answer else None
+        if "snapshot" not in answer:
+            return None
+        return together(self._ranks, lambda: Snapshot.open(Path(answer["snapshot"])))
 
     def _newest_whole(self) -> Snapshot | None:
         abandon_all(self._root)  # whoever wrote them is gone, or went back from there
@@ -169,7 +172,10 @@ class Keeper:
             )
 
     def restore_dense(self, snapshot: Snapshot) -> None:
-        """Take this worker's parameters and its share of the optimizer's state."""
+        """Take this worker's parameters and its share of the optimizer's state; all of them raise SnapshotError."""
+        together(self._ranks, lambda: self._restore_mine(snapshot))
+
+    def _restore_mine(self, snapshot: Snapshot) -> None:
         names = list(self._dense.trained)
         values = dict(zip(names, snapshot.tensors(names), strict=True))
         self._dense.restore(values.__getitem__)

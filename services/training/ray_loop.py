@@ -29,6 +29,7 @@ from model.config import read_raw_config
 from model.snapshots.errors import SnapshotError
 from router.holding import Pair
 from router.losses import BalanceCoefficients
+from services.training.agree import together
 from services.training.choice import choose_once, chosen_pairs, relevance
 from services.training.identity import identify
 from services.training.inputs import shared_data
@@ -55,7 +56,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     set_threads(recipe.workers.threads or node_threads())
     torch.set_num_threads(recipe.workers.threads or node_threads())
     try:
-        _WorkerRun(recipe, service, config["steps"], ranks).run()
+        together(ranks, lambda: _WorkerRun(recipe, service, config["steps"], ranks)).run()
     except (NotFinite, SnapshotError, AdapterError, CheckpointError, TooManySetbacks) as error:
         # Every worker is here, and would be again: an end, which Ray Train must not take for a worker's death.
         if ranks.rank == 0:
@@ -82,7 +83,7 @@ class _WorkerRun:
     def run(self) -> None:
         recipe, ranks = self._recipe, self._ranks
         method = self._choose()
-        dense = self._dense(method)
+        dense = together(ranks, lambda: self._dense(method))
         decoder = self._decoder(dense)
         optimizer = DenseOptimizer(dense.trained, method.experts.adamw, ranks)
         coordinator = Coordinator(self._hosts.peers, method.experts) if ranks.rank == 0 else None

@@ -11,6 +11,7 @@ from experts.errors import ExpertError
 from experts.training.client import TrainingClient
 from experts.training.coordinator import Coordinator
 from experts.training.step_hosts import StepLost
+from model.snapshots.errors import SnapshotError
 from model.snapshots.snapshot import Snapshot
 from services.training.data.training_data import GlobalBatch, TrainingData
 from services.training.keeper import Keeper
@@ -154,9 +155,29 @@ class Run:
         else:
             self._keeper.restore_dense(snapshot)
             step, cursor = snapshot.manifest.step, _cursor(snapshot)
+            self._check_place(snapshot, step, cursor)
         if self._records is not None:
             self._records.resumed(step)
         return step, cursor
+
+    def _check_place(self, snapshot: Snapshot, step: int, cursor: int) -> None:
+        """A run by epochs ends where its batches say, so it can only go on from where they lead."""
+        if step > self._steps:
+            raise SnapshotError(
+                f"{snapshot.directory} is of step {step} and the recipe has {self._steps} steps: raise them, or give "
+                "another output_dir"
+            )
+        if self._recipe.epochs is None:
+            return
+        leads = 0
+        for made in range(step):
+            leads = self._data.after(leads, batch_tokens(self._recipe.stages, made))
+        if leads != cursor:
+            raise SnapshotError(
+                f"{snapshot.directory} has seen {cursor} samples in {step} steps, where this recipe has seen {leads}: "
+                "with epochs, the batches and a fraction of an epoch stay as they were; give steps instead, or another "
+                "output_dir"
+            )
 
     def _restore_hosts(self, coordinator: Coordinator, snapshot: Snapshot | None) -> None:
         placement = self._placements.newest(wait=False)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 from cluster.session import LOOPBACK, LocalCluster, keep_private  # before anything that imports ray
 from cluster.spec import CONTROLLER_NAME, namespace_of
 from services.on_cluster import on_cluster
-from services.state import ServiceRecord, read_record, running_services
+from services.state import ServiceRecord, is_running, read_record, running_services
+from services.training.recipe import Recipe
 
 ANSWER_S = 20.0
 FOLLOW_S = 0.25
+GONE_S = 2.0  # after a service, in which a run that uses its Ray may have noticed by itself
 RUN_PREFIX = "train-"  # of the names under which runs keep their hosts
 
 
@@ -25,7 +28,8 @@ def ray_of_run(service: str | None, on_end: Callable[[], None], on_gone: Callabl
     """The Ray of a job, or of a service that runs here, or a private one for as long as this lasts.
 
     Where the Ray is a service's, and ends with it within seconds, `on_end` is called in a thread when that begins to.
-    Where a private one is gone by itself, `on_gone` is, and the process ends with status 1.
+    Where it is gone before the run has ended, as a private one may be by itself, `on_gone` is, and the process ends
+    with status 1.
     Raises ServiceUnusable where there is no Ray that `service` may be on.
     """
     import ray
@@ -41,7 +45,7 @@ def ray_of_run(service: str | None, on_end: Callable[[], None], on_gone: Callabl
             stack.callback(ray.shutdown)
             left = threading.Event()
             stack.callback(left.set)
-            threading.Thread(target=_follow, args=(record, left, on_end), name="service", daemon=True).start()
+            threading.Thread(target=_follow, args=(record, left, on_end, on_gone), name="service", daemon=True).start()
         else:
             keep_private()
             cluster = stack.enter_context(LocalCluster("shoal-train"))
@@ -93,6 +97,28 @@ def check_service(service: str, hosts: int) -> None:
     check_status(service, hosts, status)
 
 
+def check_room(recipe: Recipe) -> None:
+    """Whether this machine's Ray ever has what the run reserves; raises ValueError, where Ray would wait for ever."""
+    import ray
+
+    there = ray.cluster_resources()
+    workers, experts = recipe.workers, recipe.experts
+    wanted = {
+        "CPU": ("cpus", workers.least * workers.cpus + experts.hosts * experts.cpus),
+        "GPU": ("gpus", workers.least * workers.gpus + experts.hosts * experts.gpus),
+    }
+    for kind, (name, amount) in wanted.items():
+        if amount > there.get(kind, 0.0):
+            raise ValueError(
+                f"{workers.least} workers with workers.{name} {getattr(workers, name):g} and {experts.hosts} hosts "
+                f"with experts.{name} {getattr(experts, name):g} reserve {amount:g} {kind}s; this machine has "
+                f"{there.get(kind, 0.0):g}: lower one of them"
+            )
+    for name, amount in experts.resources.items():
+        if amount * experts.hosts > there.get(name, 0.0):
+            raise ValueError(f"experts.resources asks for {name}, which a private Ray does not have; leave it out")
+
+
 def check_status(service: str, hosts: int, status: dict[str, Any]) -> None:
     """Whether a service with this status can take `hosts` hosts in; raises ServiceUnusable."""
     if status["state"] != "ready":
@@ -106,11 +132,21 @@ def check_status(service: str, hosts: int, status: dict[str, Any]) -> None:
         )
 
 
-def _follow(record: ServiceRecord, left: threading.Event, on_end: Callable[[], None]) -> None:
-    while not left.wait(FOLLOW_S):
-        if read_record(record.port) is None:
-            on_end()
+def _follow(
+    record: ServiceRecord, left: threading.Event, on_end: Callable[[], None], on_gone: Callable[[], None]
+) -> None:
+    while read_record(record.port) is not None:
+        if left.wait(FOLLOW_S):
             return
+    on_end()
+    while record.pid is None or is_running(record.pid):
+        if left.wait(FOLLOW_S):
+            return
+    if not left.wait(GONE_S):  # what asks its Ray now waits for a minute
+        try:
+            on_gone()
+        finally:
+            os._exit(1)
 
 
 def _there(names: Any) -> str:

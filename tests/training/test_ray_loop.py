@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from services.training import ray_loop
-from services.training.driver import _plain, prepare, service_spec
+from services.training.driver import prepare, service_spec
 from services.training.outcome import Outcome, begin_outcome, read_outcome, write_outcome
 from services.training.recipe import parse_recipe
 from services.training.report import RunLogError
+from services.training.trainer import plain
 from tests.training.small_run import small_run
 
 
@@ -20,6 +21,9 @@ class Crowd:
 
     rank, world = 0, 2
 
+    def gather(self, message: str) -> list[str]:
+        return [message, ""]
+
 
 @pytest.fixture
 def config(checkpoint: Callable[[str], Path], tmp_path: Path) -> dict[str, Any]:
@@ -27,7 +31,7 @@ def config(checkpoint: Callable[[str], Path], tmp_path: Path) -> dict[str, Any]:
     model, _, steps = prepare(recipe)
     return {
         "recipe": recipe.model_dump(mode="json"),
-        "service": _plain(service_spec(recipe, model)),
+        "service": plain(service_spec(recipe, model)),
         "steps": steps,
     }
 

@@ -10,11 +10,12 @@ import yaml
 from model.adapters.errors import AdapterError
 from model.checkpoint import Checkpoint
 from model.config import parse_config
+from services.data_command import SEQUENCE_LENGTH
 from services.training.driver import absolute, service_spec
 from services.training.forecast import forecast
 from services.training.inputs import count_steps, load_data
 from services.training.method import make_method
-from services.training.recipe import RecipeError, parse_recipe
+from services.training.recipe import Data, RecipeError, parse_recipe
 from services.training.recipe_file import load_recipe
 from services.training.result import raw_with_yarn, with_yarn
 from services.training.schedule import LearningRate, batch_tokens
@@ -273,3 +274,9 @@ def test_runs_that_write_elsewhere_share_no_hosts(tmp_path: Path, checkpoint: Ca
     first, other, again = (service_spec(recipe, model).namespace for recipe in recipes)
     assert first != other
     assert first == again  # the same run, begun again, finds its hosts
+    wants_more = absolute(load_recipe(write(tmp_path, output_dir=str(tmp_path / "a" / "out")), ["experts.hosts=3"]))
+    assert service_spec(wants_more, model).namespace != first  # and not those of another number, or of another model
+
+
+def test_data_are_checked_against_a_recipes_default_context() -> None:
+    assert Data.model_fields["sequence_length"].default == SEQUENCE_LENGTH

@@ -405,3 +405,18 @@ def test_a_damaged_snapshot_is_passed_over_or_named(
     assert again.kept.resumes == [4]
     assert any("broken snapshot" in line for line in again.told)
     assert again.kept.losses == {5: undisturbed.kept.losses[5], 6: undisturbed.kept.losses[6]}
+
+
+def test_a_run_by_epochs_goes_on_from_where_its_batches_lead_and_no_other(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path
+) -> None:
+    by_epochs: dict[str, object] = {"steps": None, "epochs": 50}
+    begin(checkpoint("mini"), tmp_path, data_file, **by_epochs).run.train()
+    assert begin(checkpoint("mini"), tmp_path, data_file, **by_epochs).run.train() == STEPS
+    other = begin(checkpoint("mini"), tmp_path, data_file, **by_epochs, batch_tokens=256)
+    with pytest.raises(SnapshotError, match="with epochs, the batches and a fraction of an epoch stay as they were"):
+        other.run.train()
+    shorter = begin(checkpoint("mini"), tmp_path, data_file)
+    shorter.run._steps = STEPS - 1
+    with pytest.raises(SnapshotError, match=f"is of step {STEPS} and the recipe has {STEPS - 1} steps"):
+        shorter.run.train()

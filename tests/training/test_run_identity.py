@@ -12,6 +12,7 @@ from rich.console import Console
 
 from model.checkpoint import Checkpoint
 from model.snapshots.attempt import begin
+from services.training.directory import alone_in
 from services.training.driver import prepare, train
 from services.training.identity import identify
 from services.training.initial import initial_checkpoint
@@ -51,6 +52,15 @@ def said(recipe: Recipe) -> str:
 def test_a_finished_run_is_not_made_again(make: Make, finished: Path) -> None:
     for recipe in (make(), make(steps=3), make(experts={"hosts": 3}, workers={"least": 2}, micro_batch_tokens=128)):
         assert f"all 4 steps were made before; {finished}/model has the result" in said(recipe)
+
+
+def test_a_directory_in_which_another_run_writes_is_left_alone(make: Make, finished: Path) -> None:
+    with (
+        alone_in(finished),
+        pytest.raises(ValueError, match=f"another run writes to {finished} now: wait until it has ended, or give"),
+    ):
+        train(make(), Console(file=io.StringIO()))
+    assert "all 4 steps were made before" in said(make())
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import json
 import os
+import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import ray
 from cluster.spec import CONTROLLER_NAME
 from services.state import ServiceRecord, identity, read_record, remove_record, state_dir, write_record
 from services.training import session
+from services.training.recipe import parse_recipe
 from services.training.session import ServiceUnusable, check_service, check_status, find_record
+from tests.training.small_run import small_run
 
 
 def record(port: int, ray_address: str | None = "127.0.0.1:7") -> ServiceRecord:
@@ -101,3 +105,52 @@ def test_a_run_with_a_service_joins_its_ray_and_one_without_has_its_own(
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with session.ray_of_run("shoal", told.set, told.set):
         assert joined[2:] == ["auto"]
+
+
+def test_a_run_whose_service_is_gone_with_its_ray_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(session, "GONE_S", 0.05)
+    monkeypatch.setattr(session, "FOLLOW_S", 0.01)
+    ended: list[int] = []
+    monkeypatch.setattr(session.os, "_exit", ended.append)
+    told: list[str] = []
+    with subprocess.Popen(["sleep", "60"]) as service:
+        found = replace(record(8000), pid=service.pid)
+        write_record(found)
+        follow = (found, threading.Event(), lambda: told.append("ends"), lambda: told.append("gone"))
+        thread = threading.Thread(target=session._follow, args=follow)
+        thread.start()
+        thread.join(0.1)
+        assert (thread.is_alive(), told) == (True, [])
+        remove_record(8000)
+        thread.join(0.1)
+        assert (thread.is_alive(), told) == (True, ["ends"])  # its processes are there, and a snapshot can be written
+        service.kill()
+        service.wait()
+        thread.join(10)
+    assert (thread.is_alive(), told, ended) == (False, ["ends", "gone"], [1])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"workers": {"least": 3}},
+            "3 workers with workers.cpus 1 and 2 hosts .* reserve 3 CPUs; this machine has 2:",
+        ),
+        (
+            {"experts": {"cpus": 0.75}},
+            "and 2 hosts with experts.cpus 0.75 reserve 2.5 CPUs",
+        ),
+        ({"workers": {"gpus": 1}}, "reserve 1 GPUs; this machine has 0: lower one of them"),
+        ({"experts": {"resources": {"big": 1}}}, "experts.resources asks for big"),
+    ],
+)
+def test_what_a_private_ray_never_has_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, object], said: str
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    raw = small_run(tmp_path, tmp_path)
+    session.check_room(parse_recipe(raw | {"workers": {"least": 2}}))
+    with pytest.raises(ValueError, match=said):
+        session.check_room(parse_recipe(raw | given))

@@ -37,15 +37,17 @@ class ProblemLog:
 class DataError(ValueError):
     """The data cannot be trained on; says the first problem and how many there are."""
 
-    def __init__(self, first: Problem, count: int) -> None:
-        super().__init__(first, count)
+    def __init__(self, first: Problem, count: int, sequence_length: int) -> None:
+        super().__init__(first, count, sequence_length)
         self.first = first
         self.count = count
+        self.sequence_length = sequence_length
 
     def __str__(self) -> str:
         if self.count == 1:
             return str(self.first)
-        return f"{self.first} (the first of {self.count} problems: `shoal data check` lists them)"
+        look = f"`shoal data check --sequence-length {self.sequence_length}` lists them"
+        return f"{self.first} (the first of {self.count} problems: {look})"
 
 
 def shown(value: object) -> str:

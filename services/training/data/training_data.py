@@ -85,7 +85,7 @@ class TrainingData:
         files = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
         read = read_samples(files, tokenizer, Reading(sequence_length, format, overlong))
         if read.problems.count:
-            raise DataError(read.problems.first[0], read.problems.count)
+            raise DataError(read.problems.first[0], read.problems.count, sequence_length)
         return cls(read.samples, sequence_length, packing, seed, epochs)
 
     def __len__(self) -> int:

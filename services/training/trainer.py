@@ -1,0 +1,112 @@
+"""The Ray Train job of a run, and what it came to."""
+
+import contextlib
+import threading
+from concurrent.futures import Future
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from cluster.spec import ServiceSpec
+from model.snapshots.history import snapshots
+from model.snapshots.layout import step_of
+from services.training.outcome import SNAPSHOTS, read_outcome
+from services.training.progress import follow
+from services.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
+COLLECTIVE_S = 3600.0  # that workers wait for one of them, longer than that one waits for its hosts
+
+
+class TrainingFailed(RuntimeError):
+    """The run ended before its last step; the message says why, and what is kept."""
+
+
+def fit(recipe: Recipe, service: ServiceSpec, steps: int, console: Console) -> int:
+    """Run it on the Ray that is there, show it, and say how it ended; steps made. Raises TrainingFailed."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from cluster.discovery import get_or_start_controller
+    from cluster.threads import node_threads, thread_environment
+    from services.training.ray_loop import train_worker
+
+    controller = get_or_start_controller(service)
+    workers = recipe.workers
+    most = workers.most or workers.least
+    resources = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "service": plain(service), "steps": steps},
+        scaling_config=ScalingConfig(
+            num_workers=workers.least if most == workers.least else (workers.least, most),
+            use_gpu=workers.gpus > 0,
+            resources_per_worker=resources,
+        ),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if workers.gpus > 0 else "gloo", timeout_s=int(COLLECTIVE_S)
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(recipe.output_dir),
+            failure_config=FailureConfig(max_failures=workers.restarts),
+            worker_runtime_env={"env_vars": thread_environment(workers.threads or node_threads())},
+        ),
+    )
+    stop = threading.Event()
+    watcher = threading.Thread(target=follow, args=(recipe.output_dir, steps, stop, console), name="progress")
+    watcher.start()
+    try:
+        _fit(trainer)
+    except TrainingFailedError as error:
+        raise TrainingFailed(_reason(error)) from error
+    finally:
+        stop.set()
+        watcher.join()
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(controller.shutdown.remote(), timeout=30)
+    outcome = read_outcome(recipe.output_dir)
+    if outcome is None:
+        raise TrainingFailed("the workers ended without a word; Ray's logs say why")
+    if outcome.failed is not None:
+        raise TrainingFailed(f"{outcome.failed}; the snapshots in {recipe.output_dir / SNAPSHOTS} are kept")
+    wrote = f"; wrote {outcome.result}" if outcome.result is not None else ""
+    if outcome.steps < steps:
+        kept = next((step_of(path) for path in snapshots(recipe.output_dir / SNAPSHOTS)), None)
+        onward = "there" if kept == outcome.steps else "the beginning" if kept is None else f"step {kept}"
+        console.print(f"{outcome.steps} of {steps} steps made; the same command goes on from {onward}")
+    else:
+        console.print(f"{outcome.steps} steps made{wrote}", soft_wrap=True)
+    return outcome.steps
+
+
+def _fit(trainer: "TorchTrainer") -> None:
+    """Fit in a thread of its own: in the main one Ray Train takes SIGINT for itself, and ends without a snapshot."""
+    ended: Future[None] = Future()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001  who waits raises it
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
+
+    threading.Thread(target=fit, name="fit", daemon=True).start()  # none that a second signal would have to wait for
+    ended.result()
+
+
+def plain(service: ServiceSpec) -> dict[str, Any]:
+    """As JSON has it."""
+    return {**asdict(service), "resources": dict(service.resources)}
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of the innermost cause."""
+    text = str(error).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
