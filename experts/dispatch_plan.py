@@ -1,5 +1,6 @@
 """Which host computes which expert of a layer, as the split of a dispatch reads it: one host index an expert."""
 
+import math
 from collections.abc import Container, Sequence
 
 import torch
@@ -20,7 +21,8 @@ class OwnerTables:
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
         self._owner_E: dict[tuple[int, int], Tensor] = {}
-        self._turns = {layer: max(map(len, owners), default=1) for layer, owners in placement.owners.items()}
+        # after so many turns each expert's have come round, however many holders it has
+        self._turns = {layer: math.lcm(*map(len, filter(None, owners))) for layer, owners in placement.owners.items()}
 
     def owners(self, layer: int, turn: int = 0, failed: Container[Host] = (), avoided: Container[Host] = ()) -> Tensor:
         """Index of the host for each expert, among holders that have not failed; NOBODY where all have.
