@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from pydantic import TypeAdapter
 
@@ -21,6 +20,7 @@ from bench.service import Service, running_service
 from bench.streams import measure_door
 from bench.timing import Sample, Workload
 from bench.transformers_worker import Tuned
+from bench.waiting import WAITING, Waiting, waiting_environment
 from bench.worker import WorkerProcess
 from cluster.threads import thread_environment
 
@@ -143,12 +143,14 @@ def _tuned_transformers(
         draw_workload(f"tune-{batch}", batch, options.prompt_tokens, vocabulary, TUNING_DECODE_TOKENS)
         for batch in options.batches
     ]
-    tried: dict[Literal["active", "passive"], list[Tuned]] = {}
-    for waiting in ("active", "passive"):
-        with _process("bench.transformers_worker", options, _waiting(waiting, options.threads)) as worker:
+    tried: dict[Waiting, list[Tuned]] = {}
+    for waiting in WAITING:
+        with _process("bench.transformers_worker", options, waiting_environment(waiting, options.threads)) as worker:
             tried[waiting] = worker.ask("tune", workloads, _TUNED)
     best = min(tried, key=lambda waiting: _cost_s(tried[waiting], options.decode_tokens))
-    worker = stack.enter_context(_process("bench.transformers_worker", options, _waiting(best, options.threads)))
+    worker = stack.enter_context(
+        _process("bench.transformers_worker", options, waiting_environment(best, options.threads))
+    )
     worker.ask("use", tried[best], _TUNED)
     implementations = tuple(
         Implementation(
@@ -161,13 +163,6 @@ def _tuned_transformers(
         for tuned in tried[best]
     )
     return Resident(BASELINE, worker), BaselineSettings(waiting=best, implementations=implementations)
-
-
-def _waiting(waiting: Literal["active", "passive"], threads: int) -> dict[str, str]:
-    """OpenMP variables; active waiting is what torch's OpenMP does when it is told to spin."""
-    if waiting == "passive":
-        return thread_environment(threads)
-    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "ACTIVE"}
 
 
 def _cost_s(tuned: list[Tuned], decode_tokens: int) -> float:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bench.errors import BenchError
 from bench.machine import Machine, Software
 from bench.spread import Spread
+from bench.waiting import Waiting
 
 BASELINE = "transformers"
 LOCAL = "shoal-local"
@@ -126,7 +127,7 @@ class Ceiling(Model):
 class BaselineSettings(Model):
     """How transformers ran: the fastest of everything that was tried."""
 
-    waiting: Literal["active", "passive"]  # of idle OpenMP threads
+    waiting: Waiting  # of idle OpenMP threads
     implementations: tuple[Implementation, ...]
 
 
