@@ -176,7 +176,10 @@ class Engine:
         if params.max_tokens == sequence.generated:  # nothing but the prompt's scores was asked for
             return self._finish(sequence, (), None, prompt_logprobs, "length")
         raw_V = logits_LV[-1]
-        prompt, answer = sequence.tokens[: sequence.prompt_length], sequence.tokens[sequence.prompt_length :]
+        prompt: list[int] = []
+        answer: list[int] = []
+        if params.penalises:
+            prompt, answer = sequence.tokens[: sequence.prompt_length], sequence.tokens[sequence.prompt_length :]
         logits_V = penalised(raw_V, prompt, answer, params)
         if sequence.generated < params.min_tokens:
             logits_V = forbid(logits_V, (*self._decoder.config.eos_token_ids, *params.stop_token_ids))

@@ -55,6 +55,11 @@ class SamplingParams:
             if not math.isfinite(bias):
                 raise ValueError(f"logit_bias of token {token} is {bias}; expected a finite number")
 
+    @property
+    def penalises(self) -> bool:
+        """Whether what a token is worth depends on those before it."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attention.requests import SamplingParams, TokenLogprob
 
+FIRST = 256  # tokens that hold top_p of the mass nearly always
 GREEDY_BELOW = 1e-5  # a temperature this small divides logits beyond any use
 
 
@@ -24,9 +25,12 @@ def uniform(seed: int, position: int) -> float:
 def penalised(logits_V: Tensor, prompt: Tokens[int], answer: Tokens[int], params: SamplingParams) -> Tensor:
     """Float64 logits after repetition, presence and frequency penalties and logit_bias, in that order.
 
-    The repetition penalty (arXiv 1909.05858) sees prompt and answer; the other two see the answer, as OpenAI's.
+    The repetition penalty (arXiv 1909.05858) sees prompt and answer; the other two see the answer, as OpenAI's. Without
+    any of them, the logits themselves.
     """
-    logits = logits_V.double().clone()
+    if not (params.penalises or params.logit_bias):
+        return logits_V
+    logits = logits_V.to(torch.float64, copy=True)
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*prompt, *answer}), dtype=torch.int64, device=logits.device)
         values = logits[seen]
@@ -59,18 +63,37 @@ def draw(logits_V: Tensor, params: SamplingParams, position: int) -> int:
     threshold = uniform(params.seed, position)
     if not params.top_k and params.top_p >= 1.0 and params.min_p <= 0.0:
         return _inverse(probabilities, threshold)
-    ordered, tokens = probabilities.sort(descending=True, stable=True)
-    if params.top_k:
-        ordered, tokens = ordered[: params.top_k], tokens[: params.top_k]
+    ordered, tokens, mass = _likeliest(probabilities, params)
     keep = torch.ones_like(ordered, dtype=torch.bool)
     if params.top_p < 1.0:
         # A token stays while the mass before it, within what top_k left, is below top_p: the first always.
-        share = ordered / ordered.sum()
+        share = ordered / mass
         keep &= share.cumsum(0) - share < params.top_p
     if params.min_p > 0.0:
         keep &= ordered >= params.min_p * ordered[0]
     keep[0] = True
     return int(tokens[keep][_inverse(ordered[keep], threshold)])
+
+
+def _likeliest(probabilities_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities and ids of at least those tokens that may be kept, likeliest first, equal ones by id; and the mass
+    that top_k leaves.
+
+    To sort a large vocabulary takes longer than a layer, so as many are looked for as top_k names, or as hold top_p
+    nearly always; only where they do not is all of it sorted.
+    """
+    count = params.top_k or FIRST
+    if count >= len(probabilities_V):
+        ordered, tokens = probabilities_V.sort(descending=True, stable=True)
+        return ordered, tokens, probabilities_V.sum()
+    first = probabilities_V.topk(count).values
+    mass = first.sum() if params.top_k else probabilities_V.sum()
+    enough = params.top_k or (params.top_p < 1.0 and first.sum() >= params.top_p * mass)
+    least = first[-1] if enough else params.min_p * first[0]
+    candidates = (probabilities_V >= least).nonzero()[:, 0]  # topk's own choice among equals is not told
+    ordered, order = probabilities_V[candidates].sort(descending=True, stable=True)
+    tokens = candidates[order]
+    return (ordered[:count], tokens[:count], mass) if params.top_k else (ordered, tokens, mass)
 
 
 def _inverse(weights: Tensor, threshold: float) -> int:

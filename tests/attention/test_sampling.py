@@ -58,6 +58,41 @@ def test_tokens_come_as_often_as_they_should(changes: dict[str, float]) -> None:
         assert abs(counts[token] - draws * probability) <= 4.5 * spread + 1e-9
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"top_p": 0.9},
+        {"top_p": 0.9, "temperature": 2.0},
+        {"top_p": 0.999, "temperature": 2.0},
+        {"min_p": 0.3},
+        {"min_p": 1e-4, "temperature": 2.0},
+        {"top_k": 40},
+        {"top_k": 300, "top_p": 0.5, "min_p": 0.1},
+        {"top_k": 2999, "top_p": 0.7, "temperature": 2.0},
+        {"top_k": 5000, "top_p": 0.7},
+    ],
+)
+@pytest.mark.parametrize("step", [None, 0.25], ids=["all different", "many equal"])
+def test_of_a_large_vocabulary_the_same_tokens_are_drawn_as_by_the_formula(
+    changes: dict[str, float], step: float | None
+) -> None:
+    """Whether the likeliest few hold enough, or all of it has to be sorted."""
+    chosen = params(seed=11, **changes)
+    for seed in range(3):
+        values = logits(seed, 3000)
+        if step is not None:
+            values = (values / step).round() * step
+        weights = slow_distribution(values.tolist(), chosen)
+        order = sorted((token for token in range(3000) if weights[token]), key=lambda token: (-weights[token], token))
+        for position in range(60):
+            left = uniform(11, position)
+            for token in order:
+                left -= weights[token]
+                if left < 0:
+                    break
+            assert draw(values, chosen, position) == token
+
+
 def test_greedy_takes_the_likeliest_and_the_lowest_of_equals() -> None:
     values = torch.tensor([1.0, 3.0, 3.0, 2.0])
     assert draw(values, params(temperature=0.0), 9) == 1
@@ -77,6 +112,16 @@ def test_uniform_numbers_fill_the_interval() -> None:
     counts = Counter(int(10 * number) for number in numbers)
     assert set(counts) == set(range(10))
     assert all(abs(count - 200) < 4.5 * math.sqrt(200 * 0.9) for count in counts.values())
+
+
+def test_what_is_not_penalised_is_left_alone() -> None:
+    values = logits(3)
+    assert penalised(values, [1], [2], params()) is values
+    for one in ({"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"frequency_penalty": 0.1}):
+        assert params(**one).penalises
+    before = values.clone()
+    penalised(values, [1], [2], params(repetition_penalty=2.0, logit_bias=((3, 1.0),)))
+    assert torch.equal(values, before)
 
 
 def test_penalties_and_bias_match_their_formulas() -> None:
