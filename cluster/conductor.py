@@ -84,6 +84,8 @@ class Conductor:
             began_s = self.roster.views[report.host_id].started_s
             took = {"seconds": round(now_s - began_s, 3)} if began_s > -math.inf else {}
             self.events.record("host_ready", now_s, host=report.host_id, generation=report.generation, **took)
+            if len(self.roster.arithmetics()) > 1:
+                self.events.record("hosts_differ", now_s, host=report.host_id, arithmetic=report.arithmetic)
         elif (report.host_id, report.generation) not in self._leftovers:
             self._stops.append(StopHost(report.host_id, report.generation))
 

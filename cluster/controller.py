@@ -18,7 +18,14 @@ from cluster.application import wait_until_over
 from cluster.balance import Balance
 from cluster.change import ChangeRefused, Wish
 from cluster.conductor import WORKERS_HEARD_S, Conductor
-from cluster.describe import describe_events, describe_hosts, describe_service, residents, state_name
+from cluster.describe import (
+    describe_difference,
+    describe_events,
+    describe_hosts,
+    describe_service,
+    residents,
+    state_name,
+)
 from cluster.events import Event, EventLog
 from cluster.fleet import Fleet
 from cluster.following import Following
@@ -160,7 +167,7 @@ class Controller:
             "epoch": self._placement.epoch if self._placement else 0,
             "model": self._spec.model,
             "state": self._state_name(),
-            "reason": self._reason or self._waiting,
+            "reason": self._reason or self._waiting or describe_difference(self._conductor),
             "expert_hosts": describe_hosts(self._conductor, self._fleet, self._balance),
             "attention_workers": self._workers.describe(),
             "standby": [{"pid": pid} for pid in self._fleet.standby] if self._fleet is not None else [],

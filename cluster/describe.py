@@ -54,6 +54,17 @@ def describe_hosts(conductor: Conductor | None, fleet: Fleet | None, balance: Ba
     return described
 
 
+def describe_difference(conductor: Conductor | None) -> str | None:
+    """What is wrong where hosts do not all compute alike; None where they do."""
+    kinds = conductor.roster.arithmetics() if conductor is not None else {}
+    if len(kinds) < 2:
+        return None
+    told = " and ".join(f"{', '.join(hosts)} with {kind}" for kind, hosts in sorted(kinds.items()))
+    return (
+        f"hosts compute otherwise than others, {told}: a token may change with who answers; see `shoal doctor` on each"
+    )
+
+
 def residents(conductor: Conductor | None, fleet: Fleet | None) -> dict[str, tuple[str, int]]:
     """Id and generation of the members that serve, by the names of their actors, which may take guests."""
     if conductor is None or fleet is None:

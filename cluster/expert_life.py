@@ -19,7 +19,7 @@ from experts.training.grpc_peer import GrpcPeers
 from experts.training.host import TrainingHost
 from experts.training.store import TrainableExperts
 from experts.transports import open_door
-from kernels.native import native
+from kernels.native import arithmetic, native
 from kernels.swiglu import PackedExperts
 from kernels.threads import set_threads
 from model.adapters.overlay import open_with_adapters
@@ -108,8 +108,14 @@ class ExpertLife:
         host, server = self._host, self._server
         if host is None or server is None:
             raise RuntimeError(f"{self._name} is still loading")
-        held = frozenset(host.held)
-        return HostReport(host.host_id, host.generation, server.address, held, compute=float(len(self._cores)))
+        return HostReport(
+            host.host_id,
+            host.generation,
+            server.address,
+            frozenset(host.held),
+            compute=float(len(self._cores)),
+            arithmetic=arithmetic("cuda" if self._spec.gpus > 0 else "cpu"),
+        )
 
     @property
     def nbytes(self) -> int:

@@ -27,6 +27,7 @@ class HostReport:
     held: frozenset[Pair]
     compute: float = 1.0  # relative speed, such as its number of threads
     max_pairs: int | None = None  # that its memory holds; None: no limit is known
+    arithmetic: str = ""  # hosts of another may give other bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class HostView:
     dropping: frozenset[Pair] = frozenset()  # of these, what it was told to drop
     compute: float = 1.0
     max_pairs: int | None = None
+    arithmetic: str = ""
     started_s: float = -math.inf
     died_at_s: float = -math.inf
     quick_deaths: int = 0  # lives in a row that were too short
@@ -101,9 +103,18 @@ class Roster:
                 held=report.held,
                 compute=report.compute,
                 max_pairs=report.max_pairs,
+                arithmetic=report.arithmetic,
             )
         )
         return True
+
+    def arithmetics(self) -> dict[str, list[str]]:
+        """The hosts that serve, by how they compute."""
+        found: dict[str, list[str]] = {}
+        for view in self:
+            if view.state == "ready":
+                found.setdefault(view.arithmetic, []).append(view.id)
+        return found
 
     def died(self, host_id: str, generation: int, reason: str, now_s: float) -> bool:
         """A life ended; False when that is known, or it was another."""

@@ -46,6 +46,15 @@ def instruction_set() -> str:
     return asked
 
 
+def arithmetic(device: torch.device | str) -> str:
+    """Whose results have the same bits: `fused`, which AVX2 and AVX-512 are, `portable`, `torch`, or another device."""
+    kind = torch.device(device).type
+    if kind != "cpu":
+        return kind
+    name = instruction_set()
+    return "fused" if name in ("avx2", "avx512") else name
+
+
 def runs_here(name: str) -> bool:
     """Whether this machine has an instruction set."""
     level = {"portable": 0, "avx2": 1, "avx512": 2}[name]

@@ -115,6 +115,8 @@ def status(options: argparse.Namespace) -> int:
         return 0
     console = Console()
     console.print(f"{report['url']}  {report['state']}  epoch {report['epoch']}  {report['model']}", soft_wrap=True)
+    if report.get("reason"):
+        console.print(report["reason"], markup=False, highlight=False, soft_wrap=True)
     for title, rows in (("expert hosts", report["expert_hosts"]), ("attention workers", report["attention_workers"])):
         table = Table(title=title, title_justify="left")
         names = [name for name in ("id", "state", "generation", "experts", "pid", "node") if rows and name in rows[0]]

@@ -8,6 +8,7 @@ import pytest
 from cluster.actions import Abandon, Action, GiveUp, Load, Probe, Publish, Retire, Save, StartHost, StopHost
 from cluster.change import Change, ChangeRefused, Deadlines, Phase, Wish
 from cluster.conductor import WORKERS_HEARD_S, Conductor
+from cluster.describe import describe_difference
 from cluster.events import EventLog
 from cluster.plan import ModelShape
 from cluster.roster import MAX_BACKOFF_S, START_ATTEMPTS, HostReport, backoff_s
@@ -414,3 +415,20 @@ def test_a_stale_wish_of_the_nodes_is_refused_and_changes_nothing() -> None:
         service.begin(Wish("follow", hosts=2))
     assert service.conductor.change is None
     assert service.conductor.committed.members == ("host-0", "host-1", "host-2")
+
+
+def test_hosts_that_compute_otherwise_than_others_are_told_of() -> None:
+    service = Service(3)
+    kinds = iter(("fused", "torch", "fused"))
+    for start in of(StartHost, service.act()):
+        report = HostReport(start.host_id, start.generation, "a:1", start.pairs, arithmetic=next(kinds))
+        service.conductor.host_ready(report, service.now_s)
+    told = [event.fields for event in service.events.recent if event.kind == "hosts_differ"]
+    assert told == [{"host": "host-1", "arithmetic": "torch"}, {"host": "host-2", "arithmetic": "fused"}]
+    said = describe_difference(service.conductor)
+    assert said is not None
+    assert "host-0, host-2 with fused and host-1 with torch: a token may change with who answers" in said
+    service.died("host-1", 1)
+    assert describe_difference(service.conductor) is None
+    assert describe_difference(ready(2).conductor) is None
+    assert describe_difference(None) is None

@@ -6,7 +6,7 @@ import torch
 from kernels import build
 from kernels.attention import latent_attention
 from kernels.linear import PackedLinear
-from kernels.native import CHOICE, instruction_set, native
+from kernels.native import CHOICE, arithmetic, instruction_set, native
 from kernels.swiglu import PackedExperts, PackedSwiglu
 from kernels.threads import set_threads
 
@@ -14,6 +14,18 @@ from kernels.threads import set_threads
 def test_the_environment_chooses(kernels: str) -> None:
     assert instruction_set() == kernels
     assert (native() is None) == (kernels == "torch")
+
+
+def test_kernels_of_one_arithmetic_give_the_same_bits(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert arithmetic("cpu") == {"avx512": "fused", "avx2": "fused"}.get(kernels, kernels)
+    assert arithmetic("cuda") == "cuda"
+    if kernels != "avx512":
+        return  # what fuses here is one instruction set, or none
+    wide = compute(1)
+    monkeypatch.setenv(CHOICE, "avx2")
+    native.cache_clear()
+    for got, wanted in zip(compute(1), wide, strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
