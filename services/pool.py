@@ -88,17 +88,18 @@ class WorkerPool:
                         if update.finish_reason == "error":
                             return f"no token can be generated: {update.error}"
             except (TimeoutError, GenerationFailed):
-                if before is None or await self._steps() in (None, before):
+                after = await self._steps()
+                if not any(after.get(worker, 0) > steps for worker, steps in before.items()):
                     return f"no token was generated within {PROBE_S:.0f} s"
             return None
 
-    async def _steps(self) -> dict[str, int] | None:
-        """Steps by worker, as the controller knows them; None while it is away."""
+    async def _steps(self) -> dict[str, int]:
+        """Steps by worker, as the controller knows them; none while it is away."""
         try:
             async with asyncio.timeout(STEPS_S):
                 status = await self.status()
         except (TimeoutError, GenerationFailed):
-            return None
+            return {}
         return {worker["id"]: worker["steps"] for worker in status["attention_workers"]}
 
     async def _replayed(self, request: GenerateRequest) -> AsyncGenerator[Update, None]:

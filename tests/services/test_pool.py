@@ -68,8 +68,8 @@ def test_an_engine_that_fails_once_is_replaced_by_another(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("steps", "sick"),
-    [([3, 9], False), ([3, 3], True), ([3, None], True), ([None, 9], True)],
-    ids=["busy", "stuck", "unknown later", "unknown before"],
+    [([3, 9], False), ([3, 3], True), ([3, None], True), ([None, 9], True), ([3, 0], True)],
+    ids=["busy", "stuck", "unknown later", "unknown before", "gone"],
 )
 def test_a_worker_that_makes_steps_is_not_sick_though_nobody_gets_a_token(
     monkeypatch: pytest.MonkeyPatch, steps: list[int | None], sick: bool
@@ -91,7 +91,7 @@ def test_a_worker_that_makes_steps_is_not_sick_though_nobody_gets_a_token(
         count = next(counts)
         if count is None:
             raise GenerationFailed("the controller is being restarted; ask again")
-        return {"attention_workers": [{"id": "a", "steps": count}]}
+        return {"attention_workers": [{"id": "a", "steps": count}] if count else []}
 
     async def ask() -> str | None:
         pool = object.__new__(WorkerPool)
