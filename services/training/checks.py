@@ -1,5 +1,6 @@
 """What a recipe asks of a model that this model cannot do: known before anything is started, read or written."""
 
+from experts.frames import MAX_PAIRS, MAX_PAYLOAD_BYTES
 from model.config import ModelConfig
 from router.losses import BalanceCoefficients
 from services.training.method import make_method
@@ -31,4 +32,16 @@ def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
             "drop_tokens is true, but the model routes all its experts as one group (n_group is 1), whose load is the "
             "average: nothing would ever be dropped; leave drop_tokens out"
         )
+    _check_frames(recipe, config)
     make_method(recipe, config, "checked")
+
+
+def _check_frames(recipe: Recipe, config: ModelConfig) -> None:
+    """Some host answers for its share of the slots at least, a row of fp32 each."""
+    slots = recipe.micro_batch_tokens * config.num_experts_per_tok // recipe.experts.hosts
+    if 4 * slots * config.hidden_size > MAX_PAYLOAD_BYTES or slots > MAX_PAIRS:
+        raise ValueError(
+            f"micro_batch_tokens is {recipe.micro_batch_tokens}: of {recipe.experts.hosts} hosts one would answer with "
+            f"{slots} rows of {4 * config.hidden_size} bytes at once, where {MAX_PAYLOAD_BYTES} bytes and {MAX_PAIRS} "
+            "rows pass; use less, or more experts.hosts"
+        )

@@ -62,7 +62,10 @@ def train_worker(config: Mapping[str, Any]) -> None:
         if ranks.rank == 0:
             write_outcome(recipe.output_dir, Outcome(failed=str(error)))
     except RunLogError as error:  # worker 0 is alone with it
-        write_outcome(recipe.output_dir, Outcome(failed=str(error)))
+        try:
+            write_outcome(recipe.output_dir, Outcome(failed=str(error)))
+        except OSError:  # a full disk has no room for that either
+            raise error from None
         if ranks.world > 1:
             raise  # so that Ray Train ends the others, which wait for it
 

@@ -85,3 +85,15 @@ def test_a_run_that_had_ended_well_is_no_hindrance(
     world(monkeypatch, 1)
     ray_loop.train_worker(config)
     assert len(lives) == 1
+
+
+def test_a_disk_without_room_for_the_outcome_dies_of_what_was_wrong_first(
+    config: dict[str, Any], lives: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    world(monkeypatch, 1)
+    monkeypatch.setattr(ray_loop, "write_outcome", full)
+    with pytest.raises(RunLogError, match="the log in out cannot be written"):
+        ray_loop.train_worker(config)

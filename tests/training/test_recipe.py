@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experts.frames import MAX_PAYLOAD_BYTES
 from model.adapters.errors import AdapterError
 from model.checkpoint import Checkpoint
 from model.config import parse_config
 from services.data_command import SEQUENCE_LENGTH
+from services.training.checks import check_recipe
 from services.training.driver import absolute, service_spec
 from services.training.forecast import forecast
 from services.training.inputs import count_steps, load_data
@@ -280,3 +282,13 @@ def test_runs_that_write_elsewhere_share_no_hosts(tmp_path: Path, checkpoint: Ca
 
 def test_data_are_checked_against_a_recipes_default_context() -> None:
     assert Data.model_fields["sequence_length"].default == SEQUENCE_LENGTH
+
+
+def test_a_batch_that_no_frame_holds_is_refused_beforehand(tmp_path: Path) -> None:
+    most = MAX_PAYLOAD_BYTES // (4 * CONFIG.hidden_size * CONFIG.num_experts_per_tok)
+    for hosts in (1, 2):
+        fits = load_recipe(write(tmp_path), [f"micro_batch_tokens={hosts * most}", f"experts.hosts={hosts}"])
+        check_recipe(fits, CONFIG)
+        over = load_recipe(write(tmp_path), [f"micro_batch_tokens={hosts * (most + 1)}", f"experts.hosts={hosts}"])
+        with pytest.raises(ValueError, match=f"of {hosts} hosts one would answer with"):
+            check_recipe(over, CONFIG)
