@@ -7,7 +7,7 @@ Shapes: `T` tokens, `K` experts a token, `D` model, `P` slots of one host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from experts.errors import ExpertError, FrameError, HostRefused, HostSlow, HostUnavailable
 from experts.messages import ForwardReply
 from experts.transport import Pending
-from kernels.combine import NoOwner, combine_slots, split_slots
+from kernels.combine import SHARED_ROWS, NoOwner, combine_slots, split_shared, split_slots
 from router.gate import Routing
 from router.placement import Host
 
@@ -164,9 +164,8 @@ class Dispatch:
         """The part once more, to replicas alone; nothing where one of its experts has no other holder."""
         self._keep_up()
         failed = {**self._failed, part.host: "late"}
-        owner_E = self._tables.owners(self._layer, self._turn, failed, self._client.avoided)
         try:
-            parts = self._split(owner_E, part.slot_P)
+            parts = self._split(failed, part.slot_P)
         except NoOwner:
             return []
         self._client.hedged(part.rows)
@@ -181,9 +180,7 @@ class Dispatch:
             self._keep_up()
             placement = self._tables.placement
             try:
-                return self._split(
-                    self._tables.owners(self._layer, self._turn, self._failed, self._client.avoided), slots
-                )
+                return self._split(self._failed, slots)
             except NoOwner as unheld:
                 newer = self._client.newer(placement, self._started_s, self._layer, (unheld.expert,), self._last)
                 if newer.epoch == placement.epoch:
@@ -194,9 +191,16 @@ class Dispatch:
         """Ask nobody by an older table than another dispatch of this client has gone on to."""
         self._tables = self._client.tables(self._tables.placement)
 
-    def _split(self, owner_E: Tensor, slots: Tensor | None) -> list[Part]:
-        placement = self._tables.placement
-        parts = split_slots(self._experts_TK, owner_E, len(placement.hosts), slots)
+    def _split(self, failed: Mapping[Host, str], slots: Tensor | None) -> list[Part]:
+        placement, hosts, avoided = self._tables.placement, len(self._tables.placement.hosts), self._client.avoided
+        owner_E = self._tables.owners(self._layer, self._turn, failed, avoided)
+        enough = self._experts_TK.shape[0] >= SHARED_ROWS  # for one expert to have as many
+        sharers = self._tables.sharers(self._layer, failed, avoided) if enough else None
+        if sharers is None:
+            parts = split_slots(self._experts_TK, owner_E, hosts, slots)
+        else:
+            turn = self._layer + self._turn
+            parts = split_shared(self._experts_TK, owner_E, sharers.holder_EC, sharers.holders_E, turn, hosts, slots)
         sent = [
             self._client.send(placement.hosts[part.owner], part, self._layer, self._x_TD, placement.epoch)
             for part in parts

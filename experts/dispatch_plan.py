@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from router.placement import Host, Owners, Placement
+from router.placement import Host, Placement
 
 NOBODY = -1
 
@@ -21,6 +22,7 @@ class OwnerTables:
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
         self._owner_E: dict[tuple[int, int], Tensor] = {}
+        self._sharers: dict[int, Sharers | None] = {}
         # after so many turns each expert's have come round, however many holders it has
         self._turns = {layer: math.lcm(*map(len, filter(None, owners))) for layer, owners in placement.owners.items()}
 
@@ -36,15 +38,41 @@ class OwnerTables:
             self._owner_E[key] = self._make(*key, (), ())
         return self._owner_E[key]
 
+    def sharers(self, layer: int, failed: Container[Host] = (), avoided: Container[Host] = ()) -> "Sharers | None":
+        """All who may be asked for each expert, by the same rules; None where no expert has two."""
+        if failed or avoided:
+            return self._all(layer, failed, avoided)
+        if layer not in self._sharers:
+            self._sharers[layer] = self._all(layer, (), ())
+        return self._sharers[layer]
+
     def _make(self, layer: int, turn: int, failed: Container[Host], avoided: Container[Host]) -> Tensor:
-        hosts = self.placement.hosts
-        owners: Owners = self.placement.owners[layer]
-        chosen: list[int] = []
-        for holders in owners:
-            able = [index for index in holders if hosts[index] not in failed]
-            able = [index for index in able if hosts[index] not in avoided] or able
-            chosen.append(able[(layer + turn) % len(able)] if able else NOBODY)
+        chosen = [
+            able[(layer + turn) % len(able)] if able else NOBODY
+            for able in (self._able(holders, failed, avoided) for holders in self.placement.owners[layer])
+        ]
         return torch.tensor(chosen, dtype=torch.int32)
+
+    def _all(self, layer: int, failed: Container[Host], avoided: Container[Host]) -> "Sharers | None":
+        able = [self._able(holders, failed, avoided) for holders in self.placement.owners[layer]]
+        most = max(map(len, able), default=0)
+        if most < 2:
+            return None
+        filled = [[*indexes, *[NOBODY] * (most - len(indexes))] for indexes in able]
+        return Sharers(torch.tensor(filled, dtype=torch.int32), torch.tensor([len(indexes) for indexes in able]))
+
+    def _able(self, holders: Sequence[int], failed: Container[Host], avoided: Container[Host]) -> list[int]:
+        hosts = self.placement.hosts
+        able = [index for index in holders if hosts[index] not in failed]
+        return [index for index in able if hosts[index] not in avoided] or able
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sharers:
+    """Hosts that may be asked for each expert: the first so many of a row, int32; and how many, int64."""
+
+    holder_EC: Tensor
+    holders_E: Tensor
 
 
 def hosts_left(before: Sequence[Host], after: Sequence[Host]) -> tuple[Host, ...]:

@@ -6,12 +6,14 @@ Shapes: `T` tokens, `K` slots a token, `S` = T · K slots, `E` experts, `D` mode
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels.native import native, native_for
+
+SHARED_ROWS = 64  # halves of which a host still computes at nearly its full speed
 
 
 class NoOwner(Exception):
@@ -76,6 +78,35 @@ def split_slots(expert_TK: Tensor, owner_E: Tensor, owners: int, slots: Tensor |
         for owner in range(owners)
         if (first := ends[owners + 1 + owner]) < (last := ends[owners + 2 + owner])
     ]
+
+
+def split_shared(
+    expert_TK: Tensor,
+    owner_E: Tensor,
+    holder_EC: Tensor,
+    holders_E: Tensor,
+    turn: int,
+    owners: int,
+    slots: Tensor | None = None,
+    least: int = SHARED_ROWS,
+) -> list[OwnedSlots]:
+    """As `split_slots`, but an expert that `least` of all slots chose has them spread over its holders, row by row.
+
+    holder_EC, int32, has in its first holders_E[expert], int64, columns who may be asked. Experts with the same holders
+    keep a row at one of them. Fewer rows are not worth reading an expert's weights at several hosts.
+    """
+    experts_S = expert_TK.reshape(-1)
+    many_E = (torch.bincount(experts_S, minlength=len(holders_E)) >= least) & (holders_E > 1)
+    if not many_E.any():
+        return split_slots(expert_TK, owner_E, owners, slots)
+    slot_S = torch.arange(len(experts_S))
+    place_S = (slot_S // expert_TK.shape[1] + turn) % holders_E[experts_S].clamp(min=1)
+    owner_S = torch.where(many_E[experts_S], holder_EC[experts_S, place_S], owner_E[experts_S])
+    try:
+        parts = split_slots(slot_S.view_as(expert_TK), owner_S, owners, slots)
+    except NoOwner as slot:
+        raise NoOwner(int(experts_S[slot.expert])) from None
+    return [replace(part, slot_expert_P=experts_S[part.slot_P].int()) for part in parts]
 
 
 def _split_plainly(

@@ -14,6 +14,7 @@ from experts.local import LocalTransport
 from experts.messages import ForwardReply, ForwardRequest
 from experts.static import StaticPlacement
 from experts.transport import Pending
+from kernels.combine import SHARED_ROWS
 from model.checkpoint import Checkpoint
 from router.gate import Routing, route
 from router.placement import Host, Placement
@@ -103,6 +104,32 @@ def test_any_placement_gives_the_slow_sum_and_the_same_bits(
     hosts, placement = make_hosts(opened, count, replicas)
     total = compute(ExpertClient(LocalTransport(hosts), StaticPlacement(placement)), placement, rows, routing)
     assert torch.equal(total, reference)
+
+
+@pytest.mark.parametrize("victim", [None, "host-0", "host-1"])
+def test_rows_of_busy_experts_go_to_all_their_holders_and_no_bit_changes(
+    opened: Checkpoint, victim: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a batch in which experts have as many rows as a prompt gives them, also when a holder is lost."""
+    x_TD = torch.randn(300, 256, generator=torch.Generator().manual_seed(5))
+    routing = route(torch.randn(300, 16, generator=torch.Generator().manual_seed(6)), opened.config)
+    one, alone = make_hosts(opened, 1)
+    reference = compute(ExpertClient(LocalTransport(one), StaticPlacement(alone)), alone, x_TD, routing)
+    hosts, placement = make_hosts(opened, 3, replicas=2)
+    transport = Recorded(hosts)
+    transport.down = {victim} - {None}  # type: ignore[assignment]
+    client = ExpertClient(transport, StaticPlacement(placement), deadline_s=0.0)
+    assert torch.equal(compute(client, placement, x_TD, routing), reference)
+    asked: dict[int, Counter[str]] = {}
+    for host, request in transport.sent[:3]:
+        for expert in request.pair_expert_P.tolist():
+            asked.setdefault(expert, Counter())[host.id] += 1
+    rows_E = torch.bincount(routing.experts_TK.reshape(-1), minlength=16)
+    busy = [expert for expert in range(16) if rows_E[expert] >= SHARED_ROWS]
+    assert len(busy) > 8
+    for expert in busy:
+        assert len(asked[expert]) == 2
+        assert max(asked[expert].values()) < 0.7 * int(rows_E[expert])
 
 
 def test_a_row_travels_once_to_a_host(opened: Checkpoint, rows: torch.Tensor, routing: Routing) -> None:

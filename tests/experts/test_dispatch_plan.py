@@ -32,3 +32,16 @@ def test_who_failed_is_not_asked_and_who_is_avoided_only_alone() -> None:
     plan = tables((0, 1), (1,), (2,))
     for turn in range(4):
         assert plan.owners(0, turn, failed=[HOSTS[2]], avoided=[HOSTS[1]]).tolist() == [0, 1, NOBODY]
+
+
+def test_sharers_are_those_who_may_be_asked() -> None:
+    plan = tables((0, 1, 2), (3,), (1, 3))
+    whole = plan.sharers(0)
+    assert whole is not None
+    assert whole.holder_EC.tolist() == [[0, 1, 2], [3, NOBODY, NOBODY], [1, 3, NOBODY]]
+    assert whole.holders_E.tolist() == [3, 1, 2]
+    less = plan.sharers(0, failed=[HOSTS[3]], avoided=[HOSTS[0]])
+    assert less is not None
+    assert (less.holder_EC.tolist(), less.holders_E.tolist()) == ([[1, 2], [NOBODY, NOBODY], [1, NOBODY]], [2, 0, 1])
+    assert plan.sharers(0, failed=HOSTS[1:]) is None
+    assert tables((0,), (1,)).sharers(0) is None

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from kernels.combine import NoOwner, combine_slots, split_slots
+from kernels.combine import NoOwner, combine_slots, split_shared, split_slots
 
 
 def routed(tokens: int, top_k: int, experts: int, seed: int) -> torch.Tensor:
@@ -30,6 +30,35 @@ def test_every_slot_goes_once_to_its_owner_with_its_row(tokens: int, top_k: int,
         assert part.slot_P.tolist() == sorted(part.slot_P.tolist())
         assert set(part.slot_row_P.tolist()) == set(range(len(rows)))
     assert sorted(seen) == list(range(tokens * top_k))
+
+
+@pytest.mark.parametrize("turn", [0, 1, 5])
+def test_rows_of_a_busy_expert_are_spread_over_its_holders_and_no_others(turn: int) -> None:
+    expert_TK = torch.stack((torch.zeros(90, dtype=torch.int64), 1 + torch.arange(90) % 3), 1)
+    holder_EC = torch.tensor([[0, 2, 1], [1, 0, -1], [2, -1, -1], [0, -1, -1]]).int()
+    holders_E = torch.tensor([3, 2, 1, 1])
+    owner_E = torch.tensor([0, 1, 2, 0]).int()
+    parts = split_shared(expert_TK, owner_E, holder_EC, holders_E, turn, 3, least=60)
+    asked = {int(slot): part.owner for part in parts for slot in part.slot_P}
+    for slot, owner in asked.items():
+        expert, row = int(expert_TK.reshape(-1)[slot]), slot // 2
+        assert owner == (int(holder_EC[0, (row + turn) % 3]) if expert == 0 else int(owner_E[expert]))
+    assert sorted(asked) == list(range(180))
+    for part in parts:
+        assert part.slot_expert_P.tolist() == expert_TK.reshape(-1)[part.slot_P].tolist()
+        assert part.row_R[part.slot_row_P.long()].tolist() == (part.slot_P // 2).tolist()
+    wanted = torch.tensor([3, 4, 100, 102])
+    some = split_shared(expert_TK, owner_E, holder_EC, holders_E, turn, 3, wanted, least=60)
+    assert {int(slot): part.owner for part in some for slot in part.slot_P} == {
+        slot: asked[slot] for slot in wanted.tolist()
+    }
+    few = split_shared(expert_TK, owner_E, holder_EC, holders_E, turn, 3, least=91)
+    assert {int(slot): part.owner for part in few for slot in part.slot_P} == {
+        slot: int(owner_E[expert]) for slot, expert in enumerate(expert_TK.reshape(-1).tolist())
+    }
+    with pytest.raises(NoOwner) as caught:
+        split_shared(expert_TK, torch.tensor([0, 1, -1, 0]).int(), holder_EC, holders_E, turn, 3, least=60)
+    assert caught.value.expert == 2
 
 
 def test_only_the_wanted_slots_are_split() -> None:
