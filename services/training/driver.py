@@ -66,7 +66,7 @@ def train(recipe: Recipe, console: Console) -> int:
     """Run to the end, on the Ray that this process belongs to, the recipe's service's, or a private one; steps made.
 
     SIGINT and SIGTERM end it after a snapshot; a second one ends it at once. Raises what `prepare` raises,
-    ServiceUnusable, and TrainingFailed.
+    ServiceUnusable, and TrainingFailed, also where it was ended before its last step.
     """
     recipe = absolute(recipe)
     console.print(f"reading {', '.join(file.name for file in recipe.data.files)}", markup=False, highlight=False)

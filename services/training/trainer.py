@@ -74,13 +74,12 @@ def fit(recipe: Recipe, service: ServiceSpec, steps: int, console: Console) -> i
         raise TrainingFailed("the workers ended without a word; Ray's logs say why")
     if outcome.failed is not None:
         raise TrainingFailed(f"{outcome.failed}; the snapshots in {recipe.output_dir / SNAPSHOTS} are kept")
-    wrote = f"; wrote {outcome.result}" if outcome.result is not None else ""
     if outcome.steps < steps:
         kept = next((step_of(path) for path in snapshots(recipe.output_dir / SNAPSHOTS)), None)
         onward = "there" if kept == outcome.steps else "the beginning" if kept is None else f"step {kept}"
-        console.print(f"{outcome.steps} of {steps} steps made; the same command goes on from {onward}")
-    else:
-        console.print(f"{outcome.steps} steps made{wrote}", soft_wrap=True)
+        raise TrainingFailed(f"{outcome.steps} of {steps} steps made; the same command goes on from {onward}")
+    wrote = f"; wrote {outcome.result}" if outcome.result is not None else ""
+    console.print(f"{outcome.steps} steps made{wrote}", soft_wrap=True)
     return outcome.steps
 
 
