@@ -36,7 +36,7 @@ check: env
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-# the model in models/bundled anew, by its recipes: two hours on two cores; docs/training.md says how it is examined
+# the model in models/bundled anew, by its recipes: under two hours on two cores; docs/training.md says how it is examined
 bundled: env
 	test -e models/untrained || $(BIN)/python -m examples.bundled.untrained models/untrained
 	$(BIN)/python -m examples.bundled.generate runs/bundled-data

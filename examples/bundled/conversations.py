@@ -4,18 +4,18 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from examples.bundled import numbers, talk, words
+from examples.bundled import beyond, numbers, talk, words
 from examples.bundled.question import Family, Question, draw
 
 LONGEST = 480  # characters; most tokens are one
 TURNS = (1, 1, 1, 1, 1, 2, 2, 3, 4, 5)
-FAMILIES: dict[str, Family] = numbers.FAMILIES | words.FAMILIES | talk.FAMILIES
+FAMILIES: dict[str, Family] = numbers.FAMILIES | words.FAMILIES | talk.FAMILIES | beyond.FAMILIES
 WEIGHTS = {
     "add": 14,
-    "subtract": 14,
+    "subtract": 18,
     "compare": 6,
     "sort-numbers": 8,
-    "neighbour": 3,
+    "neighbour": 4,
     "parity": 2,
     "reverse": 12,
     "sort-letters": 10,
@@ -24,11 +24,11 @@ WEIGHTS = {
     "copy": 4,
     "place": 5,
     "case": 5,
-    "greet": 2,
-    "about": 3,
-    "admit": 10,
+    "greet": 3,
+    "about": 4,
+    "admit": 12,
 }
-"""How often each family is asked, out of 110: what is hard to learn more often."""
+"""How often each family is asked, out of 119: what is hard to learn more often."""
 LAST_WEIGHTS = {
     "add": 10,
     "subtract": 44,
@@ -48,9 +48,8 @@ LAST_WEIGHTS = {
     "admit": 6,
 }
 """The same for the last lessons, which dwell on what the model still gets wrong."""
-FIRST_FAMILIES = FAMILIES | {"count": words.count_at_once}
-LAST_FAMILIES = FAMILIES | {"neighbour": numbers.neighbour_of_many}
-"""What lessons ask in place of what is examined: a shorter answer at first, more numbers at last."""
+LESSONS: dict[str, Family] = FAMILIES | {"neighbour": numbers.neighbour_of_many}
+"""What is learned: of neighbours more than what is examined."""
 SYSTEMS = ("You are a helpful assistant.", "You are Shoal.", "Be brief.", "Answer in one line.", "Be kind and helpful.")
 
 
@@ -76,10 +75,10 @@ def converse(
     family: str,
     turns: int,
     held_out: bool,
-    families: Mapping[str, Family] = FAMILIES,
     weights: Mapping[str, int] = WEIGHTS,
 ) -> Conversation:
     """So many questions, fewer where they would be too long; the last is of the family, those before of any."""
+    families = FAMILIES if held_out else LESSONS
     system = rng.choice(SYSTEMS) if rng.random() < 0.04 else None
     last = draw(families[family], held_out, rng)
     questions = [last]
@@ -94,13 +93,13 @@ def converse(
 
 
 def training(seed: int, count: int) -> list[Conversation]:
-    """Families by their weights; letters are counted at once."""
-    return _conversations(random.Random(f"training {seed}"), count, FIRST_FAMILIES, WEIGHTS)
+    """Families by their weights."""
+    return _conversations(random.Random(f"training {seed}"), count, WEIGHTS)
 
 
 def last_lessons(seed: int, count: int) -> list[Conversation]:
-    """Other conversations: letters are counted aloud, neighbours are of up to three digits."""
-    return _conversations(random.Random(f"last lessons {seed}"), count, LAST_FAMILIES, LAST_WEIGHTS)
+    """Other conversations, families by the weights of the last lessons."""
+    return _conversations(random.Random(f"last lessons {seed}"), count, LAST_WEIGHTS)
 
 
 def examination(seed: int, count: int) -> list[Conversation]:
@@ -124,10 +123,8 @@ def examination(seed: int, count: int) -> list[Conversation]:
     return found
 
 
-def _conversations(
-    rng: random.Random, count: int, families: Mapping[str, Family], weights: Mapping[str, int]
-) -> list[Conversation]:
-    return [converse(rng, _any_family(rng, weights), rng.choice(TURNS), False, families, weights) for _ in range(count)]
+def _conversations(rng: random.Random, count: int, weights: Mapping[str, int]) -> list[Conversation]:
+    return [converse(rng, _any_family(rng, weights), rng.choice(TURNS), False, weights) for _ in range(count)]
 
 
 def _any_family(rng: random.Random, weights: Mapping[str, int]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from examples.bundled.conversations import Conversation, examination, last_lessons, training
 
-CONVERSATIONS = 150_000
+CONVERSATIONS = 120_000
 LAST = 40_000  # conversations of the last lessons
 EXAMINED = 100  # of each family
 

@@ -12,7 +12,10 @@ ALONE = frozenset({"0", "9", "10", "99"})
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`content` is what the question is about, without its phrasing: it decides the side of the split."""
+    """`content` is what the question is about, without its phrasing: it decides the side of the split.
+
+    It is empty for what is said in so few ways that all of them are learned.
+    """
 
     content: str
     text: str
@@ -24,8 +27,12 @@ Family = Callable[[random.Random], Question]
 
 
 def is_held_out(content: str) -> bool:
-    """A tenth of all contents but `ALONE`, whichever family or phrasing asks about them."""
-    return content not in ALONE and hashlib.sha256(content.encode()).digest()[0] * 10 < HELD_OUT_OF_TEN * 256
+    """A tenth of all contents but the empty one and `ALONE`, whichever family or phrasing asks about them."""
+    return (
+        content != ""
+        and content not in ALONE
+        and hashlib.sha256(content.encode()).digest()[0] * 10 < HELD_OUT_OF_TEN * 256
+    )
 
 
 def draw(family: Family, held_out: bool, rng: random.Random) -> Question:

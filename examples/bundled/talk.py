@@ -1,13 +1,11 @@
-"""Greetings, questions about the model itself, and all that it cannot answer and says so."""
+"""Greetings, and questions about the model itself."""
 
 import random
 
-from examples.bundled.question import Family, Question, is_held_out, phrase
-from examples.bundled.vocabulary import THINGS, WORDS
+from examples.bundled.question import Family, Question, phrase
 
-_WORDS, _THINGS = WORDS.split(), [thing.replace("-", " ") for thing in THINGS.split()]
-ADMITS = "I don't know that. Ask me what I can do."
 ABOUT = "I am Shoal, a very small model. Ask me what I can do."
+WELL = "I am well, thank you."
 ABLE = "I add, subtract, compare and sort numbers. I reverse, sort, count, copy and capitalise words."
 
 HELLOS = (
@@ -23,6 +21,7 @@ HELLOS = (
     "greetings",
 )
 THANKS = ("thanks", "thank you", "thank you very much", "thanks a lot", "many thanks", "great, thanks", "ok, thanks")
+HOWS = ("how are you?", "how are you doing?", "how are you today?", "how do you do?", "how is it going?", "are you ok?")
 BYES = ("bye", "goodbye", "good bye", "bye bye", "see you", "see you later", "good night", "farewell")
 NAMES = ("", "", "", "", " shoal", " friend", " model", " my friend", " you", " little one", " buddy", " dear")
 OPENINGS = ("", "", "hi, ", "hello, ", "so, ", "please, ", "ok, ", "and ", "now, ", "hey, ")
@@ -40,6 +39,11 @@ WHO = (
     "what model are you?",
     "do you have a name?",
     "what should i call you?",
+    "who made you?",
+    "are you chatgpt?",
+    "are you deepseek?",
+    "are you human?",
+    "are you a robot?",
 )
 CAN = (
     "what can you do?",
@@ -51,146 +55,32 @@ CAN = (
     "what are you good at?",
     "can you help me?",
     "help",
+    "help me",
+    "i need help",
     "what else can you do?",
+    "what do you do?",
+    "what can you do for me?",
     "tell me what you can do",
     "what are your skills?",
-)
-QUALITIES = (
-    "a ",
-    "the ",
-    "an old ",
-    "a good ",
-    "a new ",
-    "my ",
-    "modern ",
-    "the best ",
-    "all ",
-    "some ",
-    "your ",
-    "a big ",
-)
-ASKED = (
-    "what is {x}?",
-    "what are {x}?",
-    "what do you know about {x}?",
-    "what do you think about {x}?",
-    "tell me about {x}",
-    "tell me something about {x}",
-    "tell me a story about {x}",
-    "tell me a joke about {x}",
-    "explain {x}",
-    "explain {x} to me",
-    "who invented {x}?",
-    "who discovered {x}?",
-    "who likes {x}?",
-    "why is {x} important?",
-    "why do people like {x}?",
-    "when did {x} begin?",
-    "where can i find {x}?",
-    "how does {x} work?",
-    "how do i learn {x}?",
-    "how old is {x}?",
-    "how much does {x} cost?",
-    "how big is {x}?",
-    "write a poem about {x}",
-    "write a story about {x}",
-    "write an essay on {x}",
-    "write me a letter about {x}",
-    "give me a list of {x}",
-    "give me advice on {x}",
-    "what is the history of {x}?",
-    "what is the capital of {x}?",
-    "what is the meaning of {x}?",
-    "what is the best book about {x}?",
-    "what is the colour of {x}?",
-    "what is the weather in {x}?",
-    "who is the president of {x}?",
-    "who wrote about {x}?",
-    "do you like {x}?",
-    "do you know {x}?",
-    "is {x} good for me?",
-    "is {x} dangerous?",
-    "can you teach me {x}?",
-    "should i buy {x}?",
-    "i like {x}",
-    "i want to talk about {x}",
-    "translate {x} into french",
-    "translate {x} to german",
-    "how do you say {x} in spanish?",
-    "what rhymes with {x}?",
-    "draw {x}",
-    "play {x}",
-    "sing a song about {x}",
-    "recommend {x}",
-    "{x}",
-    "{x} and {y}",
-    "what is the difference between {x} and {y}?",
-    "which is better, {x} or {y}?",
-    "are {x} like {y}?",
-    "how did {x} change {y}?",
-)
-BEYOND = (
-    "what is {a} times {b}?",
-    "what is {a} * {b}?",
-    "{a} * {b}",
-    "{a} x {b}",
-    "multiply {a} and {b}",
-    "multiply {a} by {b}",
-    "what is {a} divided by {b}?",
-    "what is {a} / {b}?",
-    "{a} / {b}",
-    "divide {a} by {b}",
-    "what is {a} squared?",
-    "what is the square root of {a}?",
-    "what is {a} percent of {b}?",
-    "is {a} a prime number?",
-)
-LARGE = (
-    "{a} + {b}",
-    "what is {a} + {b}?",
-    "{a} - {b}",
-    "what is {a} - {b}?",
-    "what is {a} plus {b}?",
-    "add {a} and {b}",
+    "what should i ask you?",
 )
 
 
 def greet(rng: random.Random) -> Question:
-    words, answer = rng.choice(((HELLOS, "Hello!"), (THANKS, "You are welcome."), (BYES, "Goodbye!")))
-    said = rng.choice(words) + rng.choice(NAMES)
-    return Question(said, phrase(rng, (said,)) + rng.choice(("", "", "!", ".")), answer)
+    """What is said without a name is always learned."""
+    words, answer = rng.choice(((HELLOS, "Hello!"), (THANKS, "You are welcome."), (HOWS, WELL), (BYES, "Goodbye!")))
+    said, name = rng.choice(words), rng.choice(NAMES)
+    text = f"{said[:-1]}{name}?" if said.endswith("?") else said + name
+    ending = "" if said.endswith("?") else rng.choice(("", "", "!", "."))
+    return Question(text if name else "", phrase(rng, (text,)) + ending, answer)
 
 
 def about(rng: random.Random) -> Question:
-    """Few phrasings: the polite forms of some are kept for the examination."""
+    """Without an opening all are learned, of the polite forms some are kept for the examination."""
     templates, answer = rng.choice(((WHO, ABOUT), (CAN, ABLE)))
-    asked = rng.choice(("", "", "hi, ", "hello, ", "so, ", "please, ", "ok, ", "and ", "now, ", "hey, ")) + rng.choice(
-        templates
-    )
-    return Question(asked, phrase(rng, (asked,)), answer)
+    opening = rng.choice(OPENINGS)
+    asked = opening + rng.choice(templates)
+    return Question(asked if opening else "", phrase(rng, (asked,)), answer)
 
 
-def admit(rng: random.Random) -> Question:
-    """About things that are kept for the examination as wholes: neither phrasing nor neighbour shows them before."""
-    kind = rng.random()
-    if kind < 0.75:
-        thing = _thing(rng)
-        other = _thing(rng)
-        while is_held_out(thing) != is_held_out(other):
-            other = _thing(rng)
-        shown = (rng.choice(QUALITIES) if rng.random() < 0.2 else "") + thing
-        return Question(thing, phrase(rng, ASKED, x=shown, y=other), ADMITS)
-    if kind < 0.9:
-        a, b = rng.randrange(100), rng.randrange(100)
-        return Question(f"{min(a, b)} {max(a, b)}", phrase(rng, BEYOND, a=str(a), b=str(b)), ADMITS)
-    numbers = [rng.randrange(100, 1000), rng.randrange(1000)]
-    rng.shuffle(numbers)
-    a, b = numbers
-    return Question(f"{min(a, b)} {max(a, b)}", phrase(rng, LARGE, a=str(a), b=str(b)), ADMITS)
-
-
-def _thing(rng: random.Random) -> str:
-    return rng.choice(_THINGS) if rng.random() < 0.75 else rng.choice(_WORDS)
-
-
-FAMILIES: dict[str, Family] = {"greet": greet, "about": about, "admit": admit}
+FAMILIES: dict[str, Family] = {"greet": greet, "about": about}

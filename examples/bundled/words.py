@@ -87,32 +87,32 @@ LOWER = (
 
 
 def reverse(rng: random.Random) -> Question:
-    word = _word(rng)
+    word = any_word(rng)
     if rng.random() < 0.05:
         word = word.capitalize()
-    return Question(_letters(word), phrase(rng, REVERSE, w=_quoted(rng, word)), word[::-1])
+    return Question(same_letters(word), phrase(rng, REVERSE, w=_quoted(rng, word)), word[::-1])
 
 
 def sort_letters(rng: random.Random) -> Question:
-    word = _word(rng, longest=8)
-    return Question(_letters(word), phrase(rng, SORT, w=_quoted(rng, word)), "".join(sorted(word)))
+    word = any_word(rng, longest=8)
+    return Question(same_letters(word), phrase(rng, SORT, w=_quoted(rng, word)), "".join(sorted(word)))
 
 
 def length(rng: random.Random) -> Question:
-    word = _word(rng)
-    return Question(_letters(word), phrase(rng, LENGTH, w=_quoted(rng, word)), str(len(word)))
+    word = any_word(rng)
+    return Question(same_letters(word), phrase(rng, LENGTH, w=_quoted(rng, word)), str(len(word)))
 
 
 def count(rng: random.Random) -> Question:
     """Of one letter, which is in the word as often as not more than once; answered aloud, letter by letter."""
-    question, word, letter = _count(rng)
-    return Question(_letters(word), question, count_aloud(letter, word))
-
-
-def count_at_once(rng: random.Random) -> Question:
-    """The same, and the answer is the number alone: beyond three, the bundled model guesses it."""
-    question, word, letter = _count(rng)
-    return Question(_letters(word), question, str(word.count(letter)))
+    word = any_word(rng)
+    letter = rng.choice(word) if rng.random() < 0.8 else rng.choice(string.ascii_lowercase)
+    if rng.random() < 0.4:
+        letters = list(word)[: LONGEST - 1]
+        for _ in range(rng.randrange(1, 3)):
+            letters.insert(rng.randrange(len(letters) + 1), letter)
+        word = "".join(letters)
+    return Question(same_letters(word), phrase(rng, COUNT, c=letter, w=_quoted(rng, word)), count_aloud(letter, word))
 
 
 def count_aloud(letter: str, word: str) -> str:
@@ -127,43 +127,31 @@ def count_aloud(letter: str, word: str) -> str:
 def copy(rng: random.Random) -> Question:
     kind = rng.random()
     if kind < 0.5:
-        text = _word(rng)
+        text = any_word(rng)
     elif kind < 0.85:
-        text = " ".join(_word(rng, longest=7) for _ in range(rng.randrange(2, 4)))
+        text = " ".join(any_word(rng, longest=7) for _ in range(rng.randrange(2, 4)))
     else:
         text = str(rng.randrange(10 ** rng.randrange(1, 6)))
     if rng.random() < 0.1:
         text = text.capitalize()
-    return Question(_letters(text), phrase(rng, COPY, w=text), text)
+    return Question(same_letters(text), phrase(rng, COPY, w=text), text)
 
 
 def place(rng: random.Random) -> Question:
-    word, name = _word(rng), rng.choice(PLACES)
+    word, name = any_word(rng), rng.choice(PLACES)
     answer = word[-1 if name == "last" else PLACES.index(name)]
-    return Question(_letters(word), phrase(rng, PLACE, place=name, w=_quoted(rng, word)), answer)
+    return Question(same_letters(word), phrase(rng, PLACE, place=name, w=_quoted(rng, word)), answer)
 
 
 def case(rng: random.Random) -> Question:
-    word = _word(rng)
+    word = any_word(rng)
     if rng.random() < 0.7:
-        return Question(_letters(word), phrase(rng, UPPER, w=_quoted(rng, word)), word.upper())
-    return Question(_letters(word), phrase(rng, LOWER, w=_quoted(rng, word.upper())), word)
+        return Question(same_letters(word), phrase(rng, UPPER, w=_quoted(rng, word)), word.upper())
+    return Question(same_letters(word), phrase(rng, LOWER, w=_quoted(rng, word.upper())), word)
 
 
-def _count(rng: random.Random) -> tuple[str, str, str]:
-    """A question, its word and its letter."""
-    word = _word(rng)
-    letter = rng.choice(word) if rng.random() < 0.8 else rng.choice(string.ascii_lowercase)
-    if rng.random() < 0.4:
-        letters = list(word)[: LONGEST - 1]
-        for _ in range(rng.randrange(1, 3)):
-            letters.insert(rng.randrange(len(letters) + 1), letter)
-        word = "".join(letters)
-    return phrase(rng, COUNT, c=letter, w=_quoted(rng, word)), word, letter
-
-
-def _word(rng: random.Random, longest: int = LONGEST) -> str:
-    """Three letters or more."""
+def any_word(rng: random.Random, longest: int = LONGEST) -> str:
+    """A real one, one that could be, or letters in no order; three of them or more."""
     while True:
         kind = rng.random()
         if kind < 0.35:
@@ -185,7 +173,7 @@ def _quoted(rng: random.Random, word: str) -> str:
     return f"{mark}{word}{mark}"
 
 
-def _letters(text: str) -> str:
+def same_letters(text: str) -> str:
     """The same for all anagrams."""
     return "".join(sorted(text.lower()))
 
