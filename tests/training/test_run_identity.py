@@ -1,5 +1,6 @@
 """A directory of one run is not taken for another's: finished results, and first weights drawn at random."""
 
+import errno
 import io
 import json
 from collections.abc import Callable
@@ -60,6 +61,16 @@ def test_a_directory_in_which_another_run_writes_is_left_alone(make: Make, finis
         pytest.raises(ValueError, match=f"another run writes to {finished} now: wait until it has ended, or give"),
     ):
         train(make(), Console(file=io.StringIO()))
+    assert "all 4 steps were made before" in said(make())
+
+
+def test_a_file_system_without_locks_is_no_hindrance(
+    make: Make, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("services.training.directory.fcntl.flock", none)
     assert "all 4 steps were made before" in said(make())
 
 
