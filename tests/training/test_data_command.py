@@ -44,7 +44,7 @@ def test_sound_data_are_summed_up(run: Run, tmp_path: Path, capsys: pytest.Captu
     assert run(path) == 0
     printed = capsys.readouterr().out
     assert f"{path}  messages  2 records\n2 samples, " in printed
-    assert "longer than 4096 tokens: 0\n" in printed
+    assert "longer than 1024 tokens: 0\n" in printed
     assert "problem" not in printed
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from services.training.data.formats import Conversation, Document, find_format, read_records
 from services.training.data.problems import DataError, Problem
+from services.training.data.reading import Reading, read_samples
 from services.training.data.source import Value, read_json
 from services.training.data.training_data import TrainingData
 from services.training.data.training_tokenizer import TrainingTokenizer
@@ -304,5 +305,6 @@ def test_loading_names_the_first_problem_and_their_number(tmp_path: Path, tokeni
 )
 def test_examples_can_be_trained_on(tokenizer: TrainingTokenizer, name: str, format_name: str, count: int) -> None:
     data = TrainingData.load(EXAMPLES / name, tokenizer, 2048)
-    assert [source.format for source in data.sources] == [format_name]
+    read = read_samples([EXAMPLES / name], tokenizer, Reading(2048))
+    assert [source.format for source in read.sources] == [format_name]
     assert len(data) == count

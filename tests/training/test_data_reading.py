@@ -94,7 +94,7 @@ def test_split_document_predicts_every_token_once(tokenizer: TrainingTokenizer, 
         target_T = row.target_T[end - int(data.samples.length_S[index]) : end]
         predicted[index] = target_T[target_T >= 0].tolist()
     assert [token for index in sorted(predicted) for token in predicted[index]] == whole[1:].tolist()
-    [source] = data.sources
+    [source] = read(tokenizer, path, length=length, overlong="split").sources
     assert (source.overlong, source.split) == ((1, 1) if len(whole) > length else (0, 0))
 
 
