@@ -10,7 +10,7 @@ from typing import Any
 from cluster.session import LOOPBACK, LocalCluster, keep_private  # before anything that imports ray
 from cluster.spec import CONTROLLER_NAME, namespace_of
 from services.on_cluster import on_cluster
-from services.state import ServiceRecord, is_running, read_record, running_services
+from services.state import ServiceRecord, read_record, running_services
 from services.training.recipe import Recipe
 
 ANSWER_S = 20.0
@@ -139,7 +139,7 @@ def _follow(
         if left.wait(FOLLOW_S):
             return
     on_end()
-    while record.pid is None or is_running(record.pid):
+    while not record.ended:
         if left.wait(FOLLOW_S):
             return
     if not left.wait(GONE_S):  # what asks its Ray now waits for a minute

@@ -115,7 +115,7 @@ def test_a_run_whose_service_is_gone_with_its_ray_ends(tmp_path: Path, monkeypat
     monkeypatch.setattr(session.os, "_exit", ended.append)
     told: list[str] = []
     with subprocess.Popen(["sleep", "60"]) as service:
-        found = replace(record(8000), pid=service.pid)
+        found = replace(record(8000), pid=service.pid, process=identity(service.pid))
         write_record(found)
         follow = (found, threading.Event(), lambda: told.append("ends"), lambda: told.append("gone"))
         thread = threading.Thread(target=session._follow, args=follow)
