@@ -26,7 +26,7 @@ class AbsorbedAttention:
 
     def __init__(self, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, device: str) -> None:
         config = checkpoint.config
-        weights = load_mla_weights(checkpoint, layer, dtype)
+        weights = load_mla_weights(checkpoint, layer, None if device == "cpu" else dtype)  # kept narrow where they are
         self._config = config
         self._layer = layer
         if weights.q_proj is not None:
@@ -36,10 +36,10 @@ class AbsorbedAttention:
             assert weights.q_a_layernorm is not None
             assert weights.q_b_proj is not None
             self._q_a = PackedLinear(weights.q_a_proj.to(device))
-            self._q_a_norm = weights.q_a_layernorm.to(device)
+            self._q_a_norm = weights.q_a_layernorm.to(device, dtype)
             self._q = PackedLinear(weights.q_b_proj.to(device))
         self._kv_a = PackedLinear(weights.kv_a_proj_with_mqa.to(device))
-        self._kv_a_norm = weights.kv_a_layernorm.to(device)
+        self._kv_a_norm = weights.kv_a_layernorm.to(device, dtype)
         kv_b = weights.kv_b_proj.view(config.num_attention_heads, -1, config.kv_lora_rank).to(device)
         up_key, up_value = kv_b.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         self._up_key = PackedHeads(up_key.transpose(1, 2))  # nope -> C

@@ -34,9 +34,14 @@ def halving_rows(config: ModelConfig) -> int:
 def dense_mlp(checkpoint: Checkpoint, prefix: str, dtype: torch.dtype, device: str) -> PackedSwiglu:
     """The network of a dense layer, or the shared experts'."""
     gate, up, down = (
-        checkpoint.tensor(f"{prefix}.{name}_proj.weight").to(device, dtype) for name in ("gate", "up", "down")
+        read_weight(checkpoint, f"{prefix}.{name}_proj.weight", dtype, device) for name in ("gate", "up", "down")
     )
     return PackedSwiglu(gate, up, down)
+
+
+def read_weight(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: str) -> Tensor:
+    """A matrix on its device: on CPU in its own dtype, which the kernels keep where they can, else as `dtype`."""
+    return checkpoint.tensor(name).to(device, None if device == "cpu" else dtype)
 
 
 class DecoderLayer:
@@ -120,7 +125,7 @@ class Decoder:
         self._experts = experts
         self._placements = placements
         self._halve_from = halve_from
-        self._embedding_VD = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype)
+        self._embedding_VD = read_weight(checkpoint, "model.embed_tokens.weight", dtype, device)
         self._layers: list[DecoderLayer] = []
         for layer in range(config.num_hidden_layers):
             self._layers.append(DecoderLayer(checkpoint, layer, dtype, device))
@@ -128,7 +133,7 @@ class Decoder:
                 progress(layer + 1, config.num_hidden_layers)
         self._norm = checkpoint.tensor("model.norm.weight").to(device, dtype)
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        self._head = PackedLinear(checkpoint.tensor(head).to(device, dtype))
+        self._head = PackedLinear(read_weight(checkpoint, head, dtype, device))
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, cache: LatentCache) -> Tensor:
@@ -141,7 +146,7 @@ class Decoder:
         placement = self._placements.snapshot()
         halved = self._halve_from is not None and len(batch) >= max(2, self._halve_from)
         parts = batch.halves() if halved else (batch,)
-        underway = [Underway(self._embedding_VD[part.token_T]) for part in parts]
+        underway = [Underway(self._embedding_VD[part.token_T].to(self.dtype)) for part in parts]
         try:
             for layer in self._layers:
                 for index, part in enumerate(parts):  # the second may attend to what the first has written

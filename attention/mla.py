@@ -32,11 +32,11 @@ class MlaWeights:
     o_proj: Tensor  # [D, N·v]
 
 
-def load_mla_weights(checkpoint: Checkpoint, layer: int, dtype: torch.dtype = torch.float32) -> MlaWeights:
-    """Read one layer's attention tensors as `dtype`."""
+def load_mla_weights(checkpoint: Checkpoint, layer: int, dtype: torch.dtype | None = torch.float32) -> MlaWeights:
+    """Read one layer's attention tensors as `dtype`, or each in its own."""
 
     def read(name: str) -> Tensor:
-        return checkpoint.tensor(f"model.layers.{layer}.self_attn.{name}.weight").to(dtype)
+        return checkpoint.tensor(f"model.layers.{layer}.self_attn.{name}.weight").to(dtype=dtype)
 
     compressed = checkpoint.config.q_lora_rank is not None
     return MlaWeights(

@@ -1,11 +1,14 @@
 """`python -m bench.kernels`: the packed product beside torch's own (MKL's on x86), by number of rows.
 
-Both multiply [rows, 1024] with one of enough weights [704, 1024] that none is in a cache when its turn comes. The two
-take turns, and the median of each is told. `--report` writes the table into docs/performance.md.
+All multiply [rows, 1024] with one of enough weights [704, 1024] that none is in a cache when its turn comes: packed
+ones in fp32 and in bf16, and torch's in fp32. They take turns, and the median of each is told. `--report` writes the
+table into docs/performance.md.
 """
 
 import argparse
 import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,28 +30,37 @@ BEGIN, END = "<!-- kernels:start -->", "<!-- kernels:end -->"
 
 
 def measure() -> Table:
-    """GFLOP/s of both at every number of rows, and how much faster the packed one is."""
+    """GFLOP/s of each at every number of rows, and how much faster the packed ones are."""
     weights = [torch.randn(OUTPUTS, INNER) for _ in range(WEIGHTS)]
-    packed = [PackedLinear(weight) for weight in weights]
+    wide = [PackedLinear(weight) for weight in weights]
+    narrow = [PackedLinear(weight.bfloat16()) for weight in weights]
     rows: list[tuple[str, ...]] = []
     for count in ROWS:
         x = torch.randn(count, INNER)
-        ours_s: list[float] = []
-        theirs_s: list[float] = []
-        for _ in range(ROUNDS):
-            started_s = now_s()
-            for linear in packed:
-                linear(x)
-            between_s = now_s()
-            for weight in weights:
-                F.linear(x, weight)
-            ours_s.append(between_s - started_s)
-            theirs_s.append(now_s() - between_s)
         work = 2e-9 * OUTPUTS * INNER * count * WEIGHTS
-        ours, theirs = work / statistics.median(ours_s), work / statistics.median(theirs_s)
-        rows.append((str(count), f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}"))
+        ways = (
+            [partial(linear, x) for linear in wide],
+            [partial(linear, x) for linear in narrow],
+            [partial(F.linear, x, weight) for weight in weights],
+        )
+        ours, halved, theirs = (work / seconds for seconds in _in_turn(*ways))
+        figures = (f"{rate:.0f}" for rate in (ours, halved, theirs))
+        rows.append((str(count), *figures, f"{ours / theirs:.2f}", f"{halved / theirs:.2f}"))
     title = f"GFLOP/s of a product with [{OUTPUTS}, {INNER}], {instruction_set()}, {node_threads()} threads"
-    return Table(title, ("rows", "packed", "torch", "ratio"), tuple(rows))
+    heads = ("rows", "packed fp32", "packed bf16", "torch fp32", "fp32 ratio", "bf16 ratio")
+    return Table(title, heads, tuple(rows))
+
+
+def _in_turn(*ways: Sequence[Callable[[], object]]) -> list[float]:
+    """The median of each one's seconds, for all its products."""
+    seconds: list[list[float]] = [[] for _ in ways]
+    for _ in range(ROUNDS):
+        for products, taken_s in zip(ways, seconds, strict=True):
+            started_s = now_s()
+            for product in products:
+                product()
+            taken_s.append(now_s() - started_s)
+    return [statistics.median(taken_s) for taken_s in seconds]
 
 
 def main() -> None:

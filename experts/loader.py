@@ -16,6 +16,7 @@ from experts.fetch import fetch
 from experts.host import ExpertHost
 from experts.tls import TlsFiles
 from experts.transfer import DTYPES, ExpertForm
+from kernels.packed import kept_dtype
 from model.checkpoint import Checkpoint, ExpertWeights, Stamps
 from model.tensors import expert_names
 from router.holding import Pair
@@ -104,15 +105,18 @@ class Loader:
             return LoadReport(from_hosts, from_disk, time.monotonic() - started_s, tuple(reasons))
 
     def _from_host(self, source: Host, pairs: list[Pair], load: "_Load") -> None:
+        for form, group in itertools.groupby(pairs, key=self._form):
+            with closing(fetch(source, list(group), form, self._token, self._tls, self._stall_s)) as received:
+                for pair, weights in received:
+                    load.keep(pair, weights)
+                    load.go_on()
+
+    def _form(self, pair: Pair) -> ExpertForm:
+        """In which a host on a device like this one keeps an expert."""
         config = self._checkpoint.config
-        dtype = torch.float32  # what CPU hosts hold, whatever the checkpoint's dtype
-        if self._host.device != "cpu":
-            dtype = FROM_NAME[self._checkpoint.entries[expert_names(*pairs[0])[0]].dtype]
-        form = ExpertForm(config.hidden_size, config.moe_intermediate_size, dtype)
-        with closing(fetch(source, pairs, form, self._token, self._tls, self._stall_s)) as received:
-            for pair, weights in received:
-                load.keep(pair, weights)
-                load.go_on()
+        dtypes = [FROM_NAME[self._checkpoint.entries[name].dtype] for name in expert_names(*pair)]
+        dtype = kept_dtype(*dtypes) if self._host.device == "cpu" else dtypes[0]
+        return ExpertForm(config.hidden_size, config.moe_intermediate_size, dtype)
 
     def _from_disk(self, pairs: Iterable[Pair], load: "_Load") -> None:
         for layer, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
@@ -163,7 +167,7 @@ class _Load:
 
 
 def _same_bits(held: ExpertWeights, given: ExpertWeights) -> bool:
-    """Whether one is the other in the dtype that the host computes with."""
+    """Whether one is the other in the dtype in which the host keeps it."""
     return all(
         torch.equal(_bits(ours), _bits(theirs.to(ours.dtype)))
         for ours, theirs in (

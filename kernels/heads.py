@@ -6,7 +6,7 @@ from torch import Tensor
 from kernels.linear import tiled_linear
 from kernels.memory import weight_memory
 from kernels.native import native_for
-from kernels.packed import PackedMatrix, packed_floats
+from kernels.packed import PackedMatrix, kept_dtype, packed_numbers
 
 
 class PackedHeads:
@@ -17,14 +17,15 @@ class PackedHeads:
         self._native = native_for(weight_NOK.device)
         self._packed: Tensor | None = None
         self._weight_NOK: Tensor | None = None
+        if weight_NOK.device.type == "cpu":
+            weight_NOK = weight_NOK.to(kept_dtype(weight_NOK.dtype))
         if self._native is not None:
-            floats = packed_floats(self.out_features, self.in_features)
-            self._packed = weight_memory(self.heads * floats)
+            numbers = packed_numbers(self.out_features, self.in_features)
+            self._packed = weight_memory(self.heads * numbers, weight_NOK.dtype)
             for head, weight in enumerate(weight_NOK):
-                PackedMatrix(weight, memory=self._packed[head * floats :])
+                PackedMatrix(weight, memory=self._packed[head * numbers :])
         else:
-            wide = weight_NOK.float() if weight_NOK.device.type == "cpu" else weight_NOK
-            self._weight_NOK = wide.contiguous()
+            self._weight_NOK = weight_NOK.contiguous()
 
     @property
     def nbytes(self) -> int:
@@ -57,6 +58,7 @@ class PackedHeads:
             x_TNK.stride(1),
             x_TNK.shape[0],
             self._packed.data_ptr(),
+            self._packed.dtype == torch.bfloat16,
             self.heads,
             self.in_features,
             self.out_features,

@@ -5,7 +5,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from kernels.native import native_for
-from kernels.packed import PackedMatrix
+from kernels.packed import PackedMatrix, kept_dtype
 
 TILE_ROWS = 16
 """BLAS picks its accumulation order by the shape: multiplying in tiles of one size fixes it. The rows are the columns
@@ -13,8 +13,9 @@ of the product, which lie side by side in one vector register, so that a row's p
 
 
 def tiled_linear(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
-    """x · weightᵀ in zero-padded tiles of TILE_ROWS rows, [R, K] and [N, K] -> [R, N]."""
+    """x · weightᵀ in zero-padded tiles of TILE_ROWS rows and in x's dtype, [R, K] and [N, K] -> [R, N]."""
     rows = x_RK.shape[0]
+    weight_NK = weight_NK.to(x_RK.dtype)
     padded = F.pad(x_RK, (0, 0, 0, -rows % TILE_ROWS))
     out = torch.empty(padded.shape[0], weight_NK.shape[0], dtype=x_RK.dtype)
     for first in range(0, padded.shape[0], TILE_ROWS):
@@ -24,7 +25,7 @@ def tiled_linear(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
 
 
 class PackedLinear:
-    """A weight [N, K] held once. On CPU it computes in fp32; on CUDA in the weight's own dtype."""
+    """A weight [N, K] held once. On CPU it is kept in fp32 or bf16 and computed in fp32; on CUDA both in its own dtype."""
 
     def __init__(self, weight: Tensor) -> None:
         if weight.ndim != 2:
@@ -33,10 +34,12 @@ class PackedLinear:
         self._native = native_for(weight.device)
         self._packed: PackedMatrix | None = None
         self._weight: Tensor | None = None
+        if weight.device.type == "cpu":
+            weight = weight.to(kept_dtype(weight.dtype))
         if self._native is not None:
             self._packed = PackedMatrix(weight)
         else:
-            self._weight = (weight.float() if weight.device.type == "cpu" else weight).contiguous()
+            self._weight = weight.contiguous()
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +62,7 @@ class PackedLinear:
         return out if add is None else out + add
 
     def unpack(self) -> Tensor:
-        """The weight, [N, K]."""
+        """The weight, [N, K], in the dtype in which it is kept."""
         if self._packed is not None:
             return self._packed.unpack()
         assert self._weight is not None
@@ -79,6 +82,7 @@ class PackedLinear:
             0,
             x.numel() // self.in_features,
             self._packed.address,
+            self._packed.narrow,
             1,
             self.in_features,
             self.out_features,

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 HUGE_BYTES = 2 << 20
-FLOAT_BYTES = 4
 
 
-def weight_memory(floats: int) -> Tensor:
-    """[floats] fp32, undefined numbers; small ones come from torch."""
-    size = floats * FLOAT_BYTES
+def weight_memory(numbers: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[numbers] of `dtype`, undefined; small memory comes from torch."""
+    size = numbers * dtype.itemsize
     if size < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(floats)
+        return torch.empty(numbers, dtype=dtype)
     region = mmap.mmap(-1, size + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(region, dtype=torch.float32)
+    whole = torch.frombuffer(region, dtype=dtype)
     start = -whole.data_ptr() % HUGE_BYTES
     with contextlib.suppress(OSError):  # a kernel without them
         # only what fills huge pages: the rest must not take one more
         region.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_BYTES * HUGE_BYTES)
-    return whole[start // FLOAT_BYTES : start // FLOAT_BYTES + floats]
+    return whole[start // dtype.itemsize : start // dtype.itemsize + numbers]

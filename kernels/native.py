@@ -15,10 +15,10 @@ CHOICE = "SHOAL_KERNELS"  # environment: an instruction set's name, or "torch"
 _KINDS = {"p": c_void_p, "l": c_long, "i": c_int, "f": c_float, "-": None}
 _SIGNATURES = {
     "shoal_set_threads": ("-", "il"),
-    "shoal_pack": ("-", "plllpl"),
-    "shoal_unpack": ("-", "plllpl"),
-    "shoal_linear": ("-", "plllplllpllp"),
-    "shoal_experts": ("l", "plllpppplllplp"),
+    "shoal_pack": ("-", "plllpli"),
+    "shoal_unpack": ("-", "plllpli"),
+    "shoal_linear": ("-", "plllpilllpllp"),
+    "shoal_experts": ("l", "plllppppplllplp"),
     "shoal_rms_norm": ("-", "plpllfpl"),
     "shoal_rotate_heads": ("-", "pllllpppl"),
     "shoal_write_latents": ("-", "plpppplllfp"),

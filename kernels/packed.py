@@ -1,4 +1,7 @@
-"""Weights as the native kernels read them: panels of 32 outputs, whose numbers for one input lie side by side."""
+"""Weights as the native kernels read them: panels of 32 outputs, whose numbers for one input lie side by side.
+
+A panel's numbers are fp32, or bf16 that is widened in registers.
+"""
 
 import ctypes
 
@@ -17,7 +20,15 @@ def padded(inner: int) -> int:
     return -(-inner // LANES) * LANES
 
 
-def packed_floats(outputs: int, depth: int, count: int = 1) -> int:
+def kept_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """In which a CPU keeps weights of these dtypes: bfloat16 where all are, whose numbers widen exactly; else float32.
+
+    Either way they are multiplied in float32.
+    """
+    return torch.bfloat16 if all(dtype == torch.bfloat16 for dtype in dtypes) else torch.float32
+
+
+def packed_numbers(outputs: int, depth: int, count: int = 1) -> int:
     """Numbers that `count` matrices [outputs, depth] take when packed."""
     return -(-outputs // PANEL) * PANEL * padded(depth) * count
 
@@ -29,17 +40,21 @@ class PackedMatrix:
     """
 
     def __init__(self, *weights: Tensor, depth: int = 0, memory: Tensor | None = None) -> None:
-        """`memory` holds `packed_floats` of these weights at its beginning; without it, it is taken here."""
+        """Weights of one dtype among those of `kept_dtype`. `memory`, of that dtype, holds `packed_numbers` of them at
+        its beginning; without it, it is taken here.
+        """
         self.outputs, self.inner = weights[0].shape
         self.count = len(weights)
         self.depth = max(padded(self.inner), padded(depth))
-        floats = packed_floats(self.outputs, self.depth, self.count)
-        self.data = weight_memory(floats) if memory is None else memory[:floats]
+        numbers = packed_numbers(self.outputs, self.depth, self.count)
+        self.data = weight_memory(numbers, weights[0].dtype) if memory is None else memory[:numbers]
+        assert self.data.dtype in (torch.float32, torch.bfloat16)
         for index, weight in enumerate(weights):
             assert weight.shape == weights[0].shape
-            plain = weight.float().contiguous()
+            assert weight.dtype == self.data.dtype
+            plain = weight.contiguous()
             _library().shoal_pack(
-                plain.data_ptr(), self.outputs, self.inner, self.depth, self._address(index), self.count
+                plain.data_ptr(), self.outputs, self.inner, self.depth, self._address(index), self.count, self.narrow
             )
 
     @property
@@ -47,14 +62,19 @@ class PackedMatrix:
         return self.data.data_ptr()
 
     @property
+    def narrow(self) -> bool:
+        """Whether the numbers are bf16."""
+        return self.data.dtype == torch.bfloat16
+
+    @property
     def nbytes(self) -> int:
         return self.data.numel() * self.data.element_size()
 
     def unpack(self, index: int = 0) -> Tensor:
         """One of the matrices, [outputs, inner]."""
-        plain = torch.empty(self.outputs, self.inner)
+        plain = torch.empty(self.outputs, self.inner, dtype=self.data.dtype)
         _library().shoal_unpack(
-            self._address(index), self.outputs, self.inner, self.depth, plain.data_ptr(), self.count
+            self._address(index), self.outputs, self.inner, self.depth, plain.data_ptr(), self.count, self.narrow
         )
         return plain
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.linear import tiled_linear
 from kernels.memory import weight_memory
 from kernels.native import native_for
-from kernels.packed import PANEL, PackedMatrix, packed_floats
+from kernels.packed import PANEL, PackedMatrix, kept_dtype, packed_numbers
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -39,9 +39,8 @@ class _Plain:
     """One network as torch computes it."""
 
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
-        gate_up = torch.cat((gate, up))
-        self._gate_up = (gate_up.float() if gate_up.device.type == "cpu" else gate_up).contiguous()
-        self._down = (down.float() if down.device.type == "cpu" else down).contiguous()
+        self._gate_up = torch.cat((gate, up)).contiguous()
+        self._down = down.contiguous()
 
     @property
     def nbytes(self) -> int:
@@ -63,8 +62,8 @@ class _Packed:
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
         intermediate, hidden = gate.shape
         depth = -(-intermediate // PANEL) * PANEL  # down's left side is the hidden row, which fills whole panels
-        first = packed_floats(intermediate, hidden, 2)
-        memory = weight_memory(first + packed_floats(hidden, depth))
+        first = packed_numbers(intermediate, hidden, 2)
+        memory = weight_memory(first + packed_numbers(hidden, depth), gate.dtype)
         self.gate_up = PackedMatrix(gate, up, memory=memory)
         self.down = PackedMatrix(down, depth=depth, memory=memory[first:])
 
@@ -72,8 +71,21 @@ class _Packed:
     def nbytes(self) -> int:
         return self.gate_up.nbytes + self.down.nbytes
 
+    @property
+    def narrow(self) -> bool:
+        return self.gate_up.narrow
+
     def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.gate_up.unpack(0), self.gate_up.unpack(1), self.down.unpack()
+
+
+def _network(gate: Tensor, up: Tensor, down: Tensor) -> "_Plain | _Packed":
+    """On CPU, all three are kept in one dtype."""
+    if gate.device.type != "cpu":
+        return _Plain(gate, up, down)
+    kept = kept_dtype(gate.dtype, up.dtype, down.dtype)
+    kind = _Plain if native_for(gate.device) is None else _Packed
+    return kind(gate.to(kept), up.to(kept), down.to(kept))
 
 
 class PackedExperts:
@@ -87,7 +99,8 @@ class PackedExperts:
         self._device = device
         self._native = native_for(device)
         self._experts: dict[int, _Plain | _Packed] = {}
-        self._addresses_2E = torch.zeros(2, 0, dtype=torch.int64)  # of gate_up and down; 0 where none is loaded
+        # addresses of gate_up and down, 0 where none is loaded, and whether they are bf16
+        self._table_3E = torch.zeros(3, 0, dtype=torch.int64)
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -100,20 +113,18 @@ class PackedExperts:
     def load(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Take an expert's weights: gate and up [I, D], down [D, I]; raises ValueError on other shapes."""
         check_expert(expert, (gate, up, down), self._hidden, self._intermediate)
-        if self._native is None:
-            self._experts[expert] = _Plain(*(weight.to(self._device) for weight in (gate, up, down)))
-            return
-        packed = self._experts[expert] = _Packed(gate, up, down)
-        self._place(expert, packed.gate_up.address, packed.down.address)
+        network = self._experts[expert] = _network(*(weight.to(self._device) for weight in (gate, up, down)))
+        if isinstance(network, _Packed):
+            self._place(expert, network.gate_up.address, network.down.address, network.narrow)
 
     def unload(self, expert: int) -> None:
         """Drop an expert; raises KeyError when it is not loaded."""
         del self._experts[expert]
         if self._native is not None:
-            self._place(expert, 0, 0)
+            self._place(expert, 0, 0, False)
 
     def unpack(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """gate, up and down of a loaded expert."""
+        """gate, up and down of a loaded expert, in the dtype in which they are kept."""
         return self._experts[expert].unpack()
 
     def __call__(self, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor | None = None) -> Tensor:
@@ -138,7 +149,7 @@ class PackedExperts:
         self, native: ctypes.CDLL, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor
     ) -> None:
         x_RD, rows, experts = x_RD.float().contiguous(), pair_row_P.int().contiguous(), pair_expert_P.int().contiguous()
-        addresses_2E = self._addresses_2E
+        table_3E = self._table_3E
         assert out_PD.is_contiguous()
         bad = native.shoal_experts(
             x_RD.data_ptr(),
@@ -147,9 +158,10 @@ class PackedExperts:
             len(rows),
             rows.data_ptr(),
             experts.data_ptr(),
-            addresses_2E[0].data_ptr(),
-            addresses_2E[1].data_ptr(),
-            addresses_2E.shape[1],
+            table_3E[0].data_ptr(),
+            table_3E[1].data_ptr(),
+            table_3E[2].data_ptr(),
+            table_3E.shape[1],
             self._hidden,
             self._intermediate,
             out_PD.data_ptr(),
@@ -162,12 +174,12 @@ class PackedExperts:
                 raise KeyError(expert)
             raise IndexError(f"pair {bad - 1} names row {row} of {len(x_RD)}")
 
-    def _place(self, expert: int, gate_up: int, down: int) -> None:
+    def _place(self, expert: int, gate_up: int, down: int, narrow: bool) -> None:
         """A new table, so that a call that goes on reads the one it began with."""
-        table = torch.zeros(2, max(self._addresses_2E.shape[1], expert + 1), dtype=torch.int64)
-        table[:, : self._addresses_2E.shape[1]] = self._addresses_2E
-        table[0, expert], table[1, expert] = gate_up, down
-        self._addresses_2E = table
+        table_3E = torch.zeros(3, max(self._table_3E.shape[1], expert + 1), dtype=torch.int64)
+        table_3E[:, : self._table_3E.shape[1]] = self._table_3E
+        table_3E[:, expert] = torch.tensor((gate_up, down, narrow))
+        self._table_3E = table_3E
 
 
 class PackedSwiglu:
@@ -177,7 +189,7 @@ class PackedSwiglu:
         """Weights gate and up [I, D], down [D, I], on the device that computes."""
         self._native = native_for(gate.device)
         self._intermediate, self._hidden = gate.shape
-        self._network = _Plain(gate, up, down) if self._native is None else _Packed(gate, up, down)
+        self._network = _network(gate, up, down)
 
     @property
     def nbytes(self) -> int:
@@ -192,8 +204,9 @@ class PackedSwiglu:
         x_TD = x_TD.float().contiguous()
         add_TD = None if add_TD is None else add_TD.float().contiguous()
         out_TD = torch.empty_like(x_TD)
-        addresses = (ctypes.c_void_p * 2)(self._network.gate_up.address, self._network.down.address)
-        start = ctypes.addressof(addresses)
+        network = self._network
+        table = (ctypes.c_long * 3)(network.gate_up.address, network.down.address, network.narrow)
+        start, step = ctypes.addressof(table), ctypes.sizeof(ctypes.c_long)
         self._native.shoal_experts(
             x_TD.data_ptr(),
             self._hidden,
@@ -202,7 +215,8 @@ class PackedSwiglu:
             None,
             None,
             start,
-            start + ctypes.sizeof(ctypes.c_void_p),
+            start + step,
+            start + 2 * step,
             1,
             self._hidden,
             self._intermediate,

@@ -93,10 +93,10 @@ def _checkpoint(model: str) -> list[Finding]:
     except ValueError as error:
         return [Finding("checkpoint", False, str(error))]
     numbers = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
-    needed = 4 * numbers
+    needed = sum(math.prod(entry.shape) * (2 if entry.dtype == "BF16" else 4) for entry in checkpoint.entries.values())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = needed < memory
-    size = f"{needed / 2**30:.2f} GiB in fp32 on CPUs, {memory / 2**30:.1f} GiB here"
+    size = f"{needed / 2**30:.2f} GiB on CPUs, {memory / 2**30:.1f} GiB here"
     return [
         Finding("checkpoint", True, f"{model}: {numbers / 1e6:.1f} M parameters, {checkpoint.config.dtype}"),
         Finding("memory", fits, size if fits else f"{size}; spread the experts over several nodes"),

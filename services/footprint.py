@@ -19,7 +19,8 @@ class Layout:
     hosts: int = 2
     replicas: int = 1  # hosts that hold each expert
     cache_tokens: int = 32768  # of each attention worker
-    number_bytes: int = 4  # of a weight or cached number: 4 on CPUs, 2 on GPUs
+    weight_bytes: int = 4  # of a weight's number
+    cached_bytes: int = 4  # of a cached number
 
     def __post_init__(self) -> None:
         for name, value in (("hosts", self.hosts), ("cache tokens", self.cache_tokens)):
@@ -27,6 +28,16 @@ class Layout:
                 raise ValueError(f"{value} {name} given; expected at least 1")
         if not 1 <= self.replicas <= self.hosts:
             raise ValueError(f"{self.replicas} replicas on {self.hosts} hosts given; expected 1 to {self.hosts}")
+
+
+def number_bytes(dtype: str, gpu: bool) -> tuple[int, int]:
+    """Bytes of a weight's number and of a cached one, for a checkpoint of this dtype.
+
+    GPUs compute in it. CPUs compute and cache in float32, and keep what is bfloat16 as it is.
+    """
+    if gpu:
+        return (4, 4) if dtype == "float32" else (2, 2)
+    return (2, 4) if dtype == "bfloat16" else (4, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +81,11 @@ def footprint(config: ModelConfig, layout: Layout) -> Footprint:
         dense=parameters - routed,
         expert=expert,
         experts=routed,
-        dense_bytes=(parameters - routed) * layout.number_bytes,
-        cache_bytes=layout.cache_tokens * config.num_hidden_layers * config.latent_width * layout.number_bytes,
-        cached_token_bytes=config.num_hidden_layers * config.latent_width * layout.number_bytes,
+        dense_bytes=(parameters - routed) * layout.weight_bytes,
+        cache_bytes=layout.cache_tokens * config.num_hidden_layers * config.latent_width * layout.cached_bytes,
+        cached_token_bytes=config.num_hidden_layers * config.latent_width * layout.cached_bytes,
         host_pairs=pairs,
-        host_bytes=pairs * expert * layout.number_bytes,
+        host_bytes=pairs * expert * layout.weight_bytes,
         asked_hosts=asked,
         sent_bytes=asked * config.hidden_size * ROW_BYTES + chosen * 2 * INDEX_BYTES,
         received_bytes=chosen * config.hidden_size * ROW_BYTES,
@@ -84,7 +95,7 @@ def footprint(config: ModelConfig, layout: Layout) -> Footprint:
 def fewest_hosts(config: ModelConfig, layout: Layout, room_bytes: int) -> int:
     """Hosts among which the experts fit when each has so much room; raises ValueError when no number is enough."""
     one = footprint(config, layout)
-    fit = room_bytes // (one.expert * layout.number_bytes) if one.expert else 1
+    fit = room_bytes // (one.expert * layout.weight_bytes) if one.expert else 1
     copies = len(config.moe_layers) * config.n_routed_experts * layout.replicas
     if fit < 1 or -(-copies // fit) > config.n_routed_experts * layout.replicas:
         raise ValueError(f"{room_bytes} bytes a host given; the experts do not fit, however many hosts there are")

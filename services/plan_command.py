@@ -11,7 +11,7 @@ from rich.table import Table
 
 from model.config import ModelConfig, parse_config, read_raw_config
 from services.commands import CommandError
-from services.footprint import Footprint, Layout, by_kind, fewest_hosts, footprint
+from services.footprint import Footprint, Layout, by_kind, fewest_hosts, footprint, number_bytes
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 GIB = 2**30
@@ -27,7 +27,11 @@ def add_parser(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--expert-replicas", type=int, default=1, metavar="R", help="hosts that hold each expert (1)")
     command.add_argument("--attention-replicas", type=int, default=1, metavar="M", help="attention workers (1)")
     command.add_argument("--cache-tokens", type=int, default=32768, metavar="T", help="of each worker's cache (32768)")
-    command.add_argument("--gpu", action="store_true", help="16 bits a number; CPUs compute in 32")
+    command.add_argument(
+        "--gpu",
+        action="store_true",
+        help="on GPUs, which compute and cache in the checkpoint's dtype; CPUs do in float32",
+    )
     command.add_argument("--json", action="store_true", help="for scripts")
     command.set_defaults(run=run)
 
@@ -72,12 +76,12 @@ def _read(path: Path) -> ModelConfig:
 
 
 def _layout(options: argparse.Namespace, config: ModelConfig) -> Layout:
-    number = 2 if options.gpu else 4
+    numbers = number_bytes(config.dtype, options.gpu)
     hosts = options.expert_hosts
     if options.host_memory is not None:
-        least = Layout(options.expert_replicas, options.expert_replicas, options.cache_tokens, number)
+        least = Layout(options.expert_replicas, options.expert_replicas, options.cache_tokens, *numbers)
         hosts = fewest_hosts(config, least, options.host_memory)
-    return Layout(2 if hosts is None else hosts, options.expert_replicas, options.cache_tokens, number)
+    return Layout(2 if hosts is None else hosts, options.expert_replicas, options.cache_tokens, *numbers)
 
 
 def _show(config: ModelConfig, layout: Layout, needs: Footprint, workers: int, console: Console) -> None:
@@ -93,7 +97,7 @@ def _show(config: ModelConfig, layout: Layout, needs: Footprint, workers: int, c
     cached = f"cache of {layout.cache_tokens:,} tokens, {needs.cached_token_bytes:,} bytes each"
     table.add_row("", cached, _gib(needs.cache_bytes))
     table.add_row("", "both", _gib(needs.worker_bytes))
-    held = f"{needs.host_pairs:,} experts of {needs.expert * layout.number_bytes / 2**20:.1f} MiB"
+    held = f"{needs.host_pairs:,} experts of {needs.expert * layout.weight_bytes / 2**20:.1f} MiB"
     table.add_row(f"each of {layout.hosts} expert hosts", held, _gib(needs.host_bytes))
     total = workers * needs.worker_bytes + layout.hosts * needs.host_bytes
     table.add_row("all", "without what processes and activations take", _gib(total))
@@ -109,6 +113,7 @@ def _show(config: ModelConfig, layout: Layout, needs: Footprint, workers: int, c
         "moeIntermediateSize": config.moe_intermediate_size,
         "routedExperts": config.n_routed_experts,
         "moeLayers": layers,
+        "dtype": config.dtype,
     }
     values = ",".join(f"model.shape.{name}={value}" for name, value in shape.items())
     console.print(f"For the chart: --set {values}", soft_wrap=True)

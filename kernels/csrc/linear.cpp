@@ -8,6 +8,21 @@ using namespace shoal;
 
 namespace {
 
+// Panels of weights, one after another, as floats or as Bf16: the same products with half the memory.
+struct Panels {
+  const void* first;
+  bool narrow;
+};
+
+template <class Use>
+void with_type(const Panels& panels, const Use& use) {
+  if (panels.narrow) {
+    use(static_cast<const Bf16*>(panels.first));
+  } else {
+    use(static_cast<const float*>(panels.first));
+  }
+}
+
 constexpr long PACK_ALONE = 1 << 15;  // floats that the caller packs itself, sooner than the team would wake
 
 template <class Row>
@@ -21,20 +36,47 @@ void pack_rows(float* packed, const Layout& layout, long inner, long rows, const
   }
 }
 
-// Calls done(tile, panel, result[rows][PANEL]) for every tile of every chunk and every panel.
+// Calls done(tile, panel, result[rows][PANEL]) for every tile of every chunk and every panel of weights(group).
 template <class Weights, class Done>
 void multiply(const Layout& layout, float* packed, long inner, long panels, const Weights& weights, const Done& done) {
   long chunks = static_cast<long>(layout.chunks.size());
   pool().run(chunks * panels, [&](long task) {
     const Chunk& chunk = layout.chunks[task / panels];
     long panel = task % panels;
-    const float* w = weights(chunk.group, panel);
     alignas(64) float result[MAX_ROWS * PANEL];
-    for (int t = chunk.first_tile; t < chunk.first_tile + chunk.tiles; t++) {
-      const Tile& tile = layout.tiles[t];
-      tile_product(w, tile_at(packed, tile, inner), tile.rows, inner, result);
-      done(tile, panel, result);
+    with_type(weights(chunk.group), [&](const auto* first) {
+      const auto* w = first + panel * padded_inner(inner) * PANEL;
+      for (int t = chunk.first_tile; t < chunk.first_tile + chunk.tiles; t++) {
+        const Tile& tile = layout.tiles[t];
+        tile_product(w, tile_at(packed, tile, inner), tile.rows, inner, result);
+        done(tile, panel, result);
+      }
+    });
+  });
+}
+
+template <class Weight>
+void pack_panels(const Weight* weight, long outputs, long inner, long depth, Weight* packed, long stride) {
+  pool().run(panels_of(outputs), [&](long panel) {
+    Weight* to = packed + panel * stride * depth * PANEL;
+    long outs = std::min<long>(PANEL, outputs - panel * PANEL);
+    for (long k0 = 0; k0 < depth; k0 += LANES, to += LANES * PANEL) {  // a block stays in the first cache
+      long count = std::clamp<long>(inner - k0, 0, LANES);
+      if (count < LANES || outs < PANEL) std::fill(to, to + LANES * PANEL, Weight{});
+      for (long o = 0; o < outs; o++) {
+        const Weight* from = weight + (panel * PANEL + o) * inner + k0;
+        for (long k = 0; k < count; k++) to[k * PANEL + o] = from[k];
+      }
     }
+  });
+}
+
+template <class Weight>
+void unpack_panels(const Weight* packed, long outputs, long inner, long depth, Weight* weight, long stride) {
+  pool().run(panels_of(outputs), [&](long panel) {
+    const Weight* from = packed + panel * stride * depth * PANEL;
+    for (long o = 0; o < std::min<long>(PANEL, outputs - panel * PANEL); o++)
+      for (long k = 0; k < inner; k++) weight[(panel * PANEL + o) * inner + k] = from[k * PANEL + o];
   });
 }
 
@@ -55,35 +97,29 @@ Work& work() {
 
 extern "C" {
 
-// [outputs][inner] -> panels of PANEL outputs, [depth][PANEL] each; what is added is 0. `stride` is the distance of two
-// panels in panels: 2 interleaves two matrices, as gate and up are.
-void shoal_pack(const float* weight, long outputs, long inner, long depth, float* packed, long stride) {
-  pool().run(panels_of(outputs), [&](long panel) {
-    float* to = packed + panel * stride * depth * PANEL;
-    long outs = std::min<long>(PANEL, outputs - panel * PANEL);
-    for (long k0 = 0; k0 < depth; k0 += LANES, to += LANES * PANEL) {  // a block stays in the first cache
-      long count = std::clamp<long>(inner - k0, 0, LANES);
-      if (count < LANES || outs < PANEL) std::fill(to, to + LANES * PANEL, 0.0f);
-      for (long o = 0; o < outs; o++) {
-        const float* from = weight + (panel * PANEL + o) * inner + k0;
-        for (long k = 0; k < count; k++) to[k * PANEL + o] = from[k];
-      }
-    }
-  });
+// [outputs][inner] -> panels of PANEL outputs, [depth][PANEL] each; what is added is 0. Both sides are floats, or Bf16
+// if `narrow`. `stride` is the distance of two panels in panels: 2 interleaves two matrices, as gate and up are.
+void shoal_pack(const void* weight, long outputs, long inner, long depth, void* packed, long stride, int narrow) {
+  if (narrow) {
+    pack_panels(static_cast<const Bf16*>(weight), outputs, inner, depth, static_cast<Bf16*>(packed), stride);
+  } else {
+    pack_panels(static_cast<const float*>(weight), outputs, inner, depth, static_cast<float*>(packed), stride);
+  }
 }
 
-void shoal_unpack(const float* packed, long outputs, long inner, long depth, float* weight, long stride) {
-  pool().run(panels_of(outputs), [&](long panel) {
-    const float* from = packed + panel * stride * depth * PANEL;
-    for (long o = 0; o < std::min<long>(PANEL, outputs - panel * PANEL); o++)
-      for (long k = 0; k < inner; k++) weight[(panel * PANEL + o) * inner + k] = from[k * PANEL + o];
-  });
+void shoal_unpack(const void* packed, long outputs, long inner, long depth, void* weight, long stride, int narrow) {
+  if (narrow) {
+    unpack_panels(static_cast<const Bf16*>(packed), outputs, inner, depth, static_cast<Bf16*>(weight), stride);
+  } else {
+    unpack_panels(static_cast<const float*>(packed), outputs, inner, depth, static_cast<float*>(weight), stride);
+  }
 }
 
 // `heads` maps, head h from x + h * x_head to out + h * out_head: out[r] = x[r] · weight_hᵀ (+ add[r]).
-// Rows of x are x_stride apart, those of out and add out_stride; packed weights of the heads follow one another.
-void shoal_linear(const float* x, long x_stride, long x_head, long rows, const float* packed, long heads, long inner,
-                  long outputs, float* out, long out_stride, long out_head, const float* add) {
+// Rows of x are x_stride apart, those of out and add out_stride; packed weights of the heads, Bf16 if `narrow`, follow
+// one another.
+void shoal_linear(const float* x, long x_stride, long x_head, long rows, const void* packed, int narrow, long heads,
+                  long inner, long outputs, float* out, long out_stride, long out_head, const float* add) {
   if (rows == 0) return;
   Work& memory = work();
   Layout& layout = memory.layout;
@@ -93,10 +129,11 @@ void shoal_linear(const float* x, long x_stride, long x_head, long rows, const f
   pack_rows(input, layout, inner, heads * rows, [&](long row) {
     return x + (row / rows) * x_head + (row % rows) * x_stride;
   });
-  long panels = panels_of(outputs), panel_floats = padded_inner(inner) * PANEL;
+  long panels = panels_of(outputs);
+  long head_bytes = panels * padded_inner(inner) * PANEL * static_cast<long>(narrow ? sizeof(Bf16) : sizeof(float));
   multiply(
       layout, input, inner, panels,
-      [&](int head, long panel) { return packed + (head * panels + panel) * panel_floats; },
+      [&](int head) { return Panels{static_cast<const char*>(packed) + head * head_bytes, narrow != 0}; },
       [&](const Tile& tile, long panel, const float* result) {
         long at = tile.group * out_head + (tile.first - tile.group * rows) * out_stride + panel * PANEL;
         int count = static_cast<int>(std::min<long>(PANEL, outputs - panel * PANEL));
@@ -105,11 +142,12 @@ void shoal_linear(const float* x, long x_stride, long x_head, long rows, const f
 }
 
 // SwiGLU of many experts: out[p] = down_e(silu(gate_e(x)) * up_e(x)) with e = pair_expert[p], x = x[pair_row[p]].
-// gate_up[e] and down[e] are addresses of packed weights, gate's and up's panels in turn. Pairs without pair_row are
-// the rows themselves. Adds add[p] if given. Returns 0, or 1 + p for the first pair whose expert or row is not there.
+// gate_up[e] and down[e] are addresses of packed weights, gate's and up's panels in turn, Bf16 if narrow[e]. Pairs
+// without pair_row are the rows themselves. Adds add[p] if given. Returns 0, or 1 + p for the first pair whose expert or
+// row is not there.
 long shoal_experts(const float* x, long x_stride, long rows, long pairs, const int* pair_row, const int* pair_expert,
-                   const float* const* gate_up, const float* const* down, long experts, long width, long inner,
-                   float* out, long out_stride, const float* add) {
+                   const void* const* gate_up, const void* const* down, const long* narrow, long experts, long width,
+                   long inner, float* out, long out_stride, const float* add) {
   if (pairs == 0) return 0;
   Work& memory = work();
   Layout& layout = memory.layout;
@@ -134,28 +172,29 @@ long shoal_experts(const float* x, long x_stride, long rows, long pairs, const i
     int p = order[row];
     return x + (pair_row ? pair_row[p] : p) * x_stride;
   });
-  long panels = panels_of(inner), depth = panels * PANEL, panel_floats = padded_inner(width) * PANEL;
+  long panels = panels_of(inner), depth = panels * PANEL, panel_numbers = padded_inner(width) * PANEL;
   long chunks = static_cast<long>(layout.chunks.size());
   pool().run(chunks * panels, [&](long task) {
     const Chunk& chunk = layout.chunks[task / panels];
     long panel = task % panels;
-    const float* weights = gate_up[chunk.group] + 2 * panel * panel_floats;
     alignas(64) float gate[MAX_ROWS * PANEL], up[MAX_ROWS * PANEL];
-    for (int t = chunk.first_tile; t < chunk.first_tile + chunk.tiles; t++) {
-      const Tile& tile = layout.tiles[t];
-      const float* packed = tile_at(input, tile, width);
-      tile_product(weights, packed, tile.rows, width, gate);
-      tile_product(weights + panel_floats, packed, tile.rows, width, up);
-      float* to = tile_at(hidden, tile, depth) + panel * PANEL * tile.rows;  // packed, as the second product reads it
-      for (int part = 0; part < PANEL; part += LANES)
-        for (int r = 0; r < tile.rows; r++)
-          store(to + part * tile.rows + r * LANES,
-                silu(load(gate + r * PANEL + part)) * load(up + r * PANEL + part));
-    }
+    with_type({gate_up[chunk.group], narrow[chunk.group] != 0}, [&](const auto* first) {
+      const auto* weights = first + 2 * panel * panel_numbers;
+      for (int t = chunk.first_tile; t < chunk.first_tile + chunk.tiles; t++) {
+        const Tile& tile = layout.tiles[t];
+        const float* packed = tile_at(input, tile, width);
+        tile_product(weights, packed, tile.rows, width, gate);
+        tile_product(weights + panel_numbers, packed, tile.rows, width, up);
+        float* to = tile_at(hidden, tile, depth) + panel * PANEL * tile.rows;  // packed, as the second product reads it
+        for (int part = 0; part < PANEL; part += LANES)
+          for (int r = 0; r < tile.rows; r++)
+            store(to + part * tile.rows + r * LANES,
+                  silu(load(gate + r * PANEL + part)) * load(up + r * PANEL + part));
+      }
+    });
   });
-  long down_panels = panels_of(width), down_floats = depth * PANEL;
   multiply(
-      layout, hidden, depth, down_panels, [&](int expert, long panel) { return down[expert] + panel * down_floats; },
+      layout, hidden, depth, panels_of(width), [&](int expert) { return Panels{down[expert], narrow[expert] != 0}; },
       [&](const Tile& tile, long panel, const float* result) {
         int count = static_cast<int>(std::min<long>(PANEL, width - panel * PANEL));
         for (int r = 0; r < tile.rows; r++) {

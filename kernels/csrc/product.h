@@ -5,8 +5,8 @@
 
 namespace shoal {
 
-template <int ROWS, int VECTORS>
-static inline void accumulate(const float* panel, const float* packed, long steps, float* out) {
+template <int ROWS, int VECTORS, class Weight>
+static inline void accumulate(const Weight* panel, const float* packed, long steps, float* out) {
   V sums[ROWS][VECTORS];
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < VECTORS; v++) sums[r][v] = zero();
@@ -29,8 +29,9 @@ static inline void accumulate(const float* panel, const float* packed, long step
     for (int v = 0; v < VECTORS; v++) store(out + r * PANEL + v * LANES, sums[r][v]);
 }
 
-// out[rows][PANEL] = the tile's rows times one panel.
-static inline void tile_product(const float* panel, const float* packed, int rows, long inner, float* out) {
+// out[rows][PANEL] = the tile's rows times one panel, of floats or Bf16.
+template <class Weight>
+static inline void tile_product(const Weight* panel, const float* packed, int rows, long inner, float* out) {
   long steps = padded_inner(inner) / LANES;
   for (int pass = 0; pass < PANEL; pass += PASS_VECTORS * LANES) {
     switch (rows) {

@@ -13,12 +13,18 @@ namespace shoal {
 
 constexpr int LANES = 16;
 
+struct Bf16 { uint16_t bits; };  // the upper half of a float's bits, so that it widens exactly
+
 #if defined(__AVX512F__)
 
 constexpr int PASS_VECTORS = 2;  // vectors of outputs in one pass of the product: with MAX_ROWS they fill the registers
 constexpr int MAX_ROWS = 12;
 struct V { __m512 a; };
 static inline V load(const float* p) { return {_mm512_loadu_ps(p)}; }
+static inline V load(const Bf16* p) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
 static inline void store(float* p, V v) { _mm512_storeu_ps(p, v.a); }
 static inline V set1(float x) { return {_mm512_set1_ps(x)}; }
 static inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.a, b.a, c.a)}; }
@@ -40,6 +46,11 @@ constexpr int PASS_VECTORS = 1;
 constexpr int MAX_ROWS = 6;
 struct V { __m256 a, b; };
 static inline V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+static inline __m256 widen(const Bf16* p) {
+  __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+static inline V load(const Bf16* p) { return {widen(p), widen(p + 8)}; }
 static inline void store(float* p, V v) { _mm256_storeu_ps(p, v.a); _mm256_storeu_ps(p + 8, v.b); }
 static inline V set1(float x) { __m256 v = _mm256_set1_ps(x); return {v, v}; }
 static inline V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
@@ -67,6 +78,13 @@ constexpr int MAX_ROWS = 2;
 struct V { float a[LANES]; };
 #define SHOAL_LANES(expression) V r; for (int i = 0; i < LANES; i++) r.a[i] = (expression); return r
 static inline V load(const float* p) { V r; std::memcpy(r.a, p, sizeof r.a); return r; }
+static inline V load(const Bf16* p) {
+  uint32_t wide[LANES];
+  for (int i = 0; i < LANES; i++) wide[i] = static_cast<uint32_t>(p[i].bits) << 16;
+  V r;
+  std::memcpy(r.a, wide, sizeof r.a);
+  return r;
+}
 static inline void store(float* p, V v) { std::memcpy(p, v.a, sizeof v.a); }
 static inline V set1(float x) { SHOAL_LANES(x); }
 static inline V fma(V a, V b, V c) { SHOAL_LANES(a.a[i] * b.a[i] + c.a[i]); }

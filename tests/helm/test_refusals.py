@@ -42,6 +42,7 @@ SCALED: Values = {
         ({"networkPolicy": {"egressCIDRs": ["everywhere"]}}, "/networkPolicy/egressCIDRs/0", "does not match pattern"),
         ({"experts": {"tolerations": [{"key": "a", "effects": "NoSchedule"}]}}, "/experts/tolerations/0", "'effects'"),
         ({"security": {"user": 0}}, "/security/user", "got 0, want 1"),
+        ({"model": {"shape": {"dtype": "int8"}}}, "/model/shape/dtype", "'bfloat16'"),
         ({"experts": {"gpus": 2}}, "/experts/gpus", "got 2, want 1"),
         ({"attention": {"gpus": 8}}, "/attention/gpus", "got 8, want 1"),
         ({"jobs": [{"name": "sft", "file": "/a"}] * 2}, "/jobs", "items at 0 and 1 are equal"),
@@ -141,6 +142,23 @@ def test_memory_too_small_for_a_nodes_experts_is_refused_with_what_would_do(chan
     with pytest.raises(helm.HelmRenderError) as refused:
         render(merge(SHAPE, {"experts": change}))
     assert enough in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "experts", "each"),
+    [
+        ("bfloat16", {"memory": "15Gi", "replicas": 2}, "13.4 GiB"),
+        ("float16", {"memory": "28Gi", "replicas": 2}, "26.8 GiB"),
+        ("float32", {"memory": "28Gi", "replicas": 2}, "26.8 GiB"),
+        ("bfloat16", {"gpus": 1, "gpuMemory": "24Gi", "replicas": 1}, "26.8 GiB"),
+        ("float32", {"gpus": 1, "gpuMemory": "48Gi", "replicas": 1}, "53.6 GiB"),
+    ],
+)
+def test_the_weights_dtype_says_what_the_experts_take(dtype: str, experts: Values, each: str) -> None:
+    shape: Values = {"model": {"shape": V2_LITE | {"dtype": dtype}}}
+    with pytest.raises(helm.HelmRenderError, match=f"each holds {each}"):
+        render(merge(shape, {"experts": experts}))
+    render(merge(shape, {"experts": experts | {"memory": "29Gi", "gpuMemory": "60Gi" if "gpus" in experts else ""}}))
 
 
 @pytest.mark.parametrize(

@@ -77,11 +77,12 @@ def test_sizes_are_those_of_the_parts(checkpoint: Callable[[str], Path], shape: 
 
 def test_memory_is_divided_among_hosts_and_multiplied_by_replicas() -> None:
     config = parse_config(V2)
-    one, half, twice = (footprint(config, Layout(*each, number_bytes=2)) for each in ((1, 1), (2, 1), (2, 2)))
+    narrow = {"weight_bytes": 2, "cached_bytes": 2}
+    one, half, twice = (footprint(config, Layout(*each, **narrow)) for each in ((1, 1), (2, 1), (2, 2)))
     assert one.host_bytes == one.experts * 2 == 2 * half.host_bytes == twice.host_bytes
     assert (
-        footprint(config, Layout(7, number_bytes=4)).host_bytes
-        == 2 * footprint(config, Layout(7, number_bytes=2)).host_bytes
+        footprint(config, Layout(7, weight_bytes=4)).host_bytes
+        == 2 * footprint(config, Layout(7, weight_bytes=2)).host_bytes
     )
     assert one.cached_token_bytes == 60 * 576 * 2
 
@@ -100,10 +101,10 @@ def test_a_token_asks_no_more_hosts_than_is_said(hosts: int) -> None:
 def test_the_fewest_hosts_that_hold_the_experts() -> None:
     config = parse_config(V2)
     room = int(0.9 * 79 * 2**30)
-    hosts = fewest_hosts(config, Layout(number_bytes=2), room)
-    assert footprint(config, Layout(hosts, number_bytes=2)).host_bytes <= room
-    assert footprint(config, Layout(hosts - 1, number_bytes=2)).host_bytes > room
-    assert fewest_hosts(config, Layout(3, 3, number_bytes=2), 2**50) == 3
+    hosts = fewest_hosts(config, Layout(weight_bytes=2), room)
+    assert footprint(config, Layout(hosts, weight_bytes=2)).host_bytes <= room
+    assert footprint(config, Layout(hosts - 1, weight_bytes=2)).host_bytes > room
+    assert fewest_hosts(config, Layout(3, 3, weight_bytes=2), 2**50) == 3
     with pytest.raises(ValueError, match="do not fit"):
         fewest_hosts(config, Layout(), 1)
 
@@ -118,6 +119,22 @@ def test_the_command_shows_it_and_scripts_can_read_it(tmp_path: Path, capsys: py
     assert main(["plan", str(tmp_path), "--host-memory", "71Gi", "--gpu", "--json"]) == 0
     read = json.loads(capsys.readouterr().out)
     assert (read["hosts"], read["asked_hosts"]) == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cpu", "gpu"), [("bfloat16", (2, 4), (2, 2)), ("float16", (4, 4), (2, 2)), ("float32", (4, 4), (4, 4))]
+)
+def test_the_checkpoints_dtype_says_what_numbers_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str, cpu: tuple[int, int], gpu: tuple[int, int]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(V2 | {"torch_dtype": dtype}))
+    for options, expected in (([], cpu), (["--gpu"], gpu)):
+        assert main(["plan", str(tmp_path), "--json", *options]) == 0
+        read = json.loads(capsys.readouterr().out)
+        assert (read["host_bytes"] / read["host_pairs"] / read["expert"], read["weight_bytes"]) == (expected[0],) * 2
+        assert read["cache_bytes"] == read["cache_tokens"] * 60 * 576 * expected[1]
+        assert main(["plan", str(tmp_path), *options]) == 0
+        assert f"model.shape.dtype={dtype}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

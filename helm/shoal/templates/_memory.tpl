@@ -4,10 +4,13 @@
 {{- mulf (regexFind "^[0-9.]+" . | float64) (get $units (regexFind "[A-Za-z]*$" .)) | int64 -}}
 {{- end -}}
 
-{{- /* Bytes of all routed experts with their copies, as hosts hold them: fp32 on CPUs, 16 bits on GPUs. 0: unknown. */}}
+{{- /* Bytes of all routed experts with their copies, as hosts hold them. 0: unknown. GPUs keep the checkpoint's dtype, CPUs bfloat16 alone, else float32. */}}
+{{- /* Where the dtype is not said: 16 bits on GPUs, 32 on CPUs. */}}
 {{- define "shoal.expertBytes" -}}
 {{- $shape := .Values.model.shape -}}
-{{- $width := ternary 2 4 (gt (int .Values.experts.gpus) 0) -}}
+{{- $gpu := gt (int .Values.experts.gpus) 0 -}}
+{{- $narrow := ternary (ne $shape.dtype "float32") (eq $shape.dtype "bfloat16") $gpu -}}
+{{- $width := ternary 2 4 $narrow -}}
 {{- $expert := mul 3 (int64 $shape.hiddenSize) (int64 $shape.moeIntermediateSize) $width -}}
 {{- mul $expert (int64 $shape.routedExperts) (int64 $shape.moeLayers) (int64 .Values.experts.copies) -}}
 {{- end -}}
