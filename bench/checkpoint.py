@@ -70,8 +70,12 @@ _BENCH: dict[str, Any] = {
     "torch_dtype": "float32",
 }
 _GROUPED = {"n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0}
-SHAPES: Mapping[str, Mapping[str, Any]] = {"bench": _BENCH, "bench-v2": _BENCH | _GROUPED}
-"""config.json by name: V2-Lite's greedy routing, and V2's device-limited one."""
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "bench": _BENCH,
+    "bench-bf16": _BENCH | {"torch_dtype": "bfloat16"},
+    "bench-v2": _BENCH | _GROUPED,
+}
+"""config.json by name: V2-Lite's greedy routing, the same in bf16, and V2's device-limited routing."""
 
 
 def write_checkpoint(config: Mapping[str, Any], out: Path) -> Path:
@@ -93,17 +97,19 @@ def write_checkpoint(config: Mapping[str, Any], out: Path) -> Path:
 
 
 def draw_weights(config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that the config asks for, fp32, in the order of the layers."""
+    """Every tensor that the config asks for, in its dtype and in the order of the layers."""
     generator = torch.Generator().manual_seed(SEED)
-    for name, shape in expected_tensors(parse_config(config)).items():
+    parsed = parse_config(config)
+    dtype: torch.dtype = getattr(torch, parsed.dtype)
+    for name, shape in expected_tensors(parsed).items():
         if name.endswith("norm.weight"):
-            yield name, torch.ones(shape)
+            yield name, torch.ones(shape, dtype=dtype)
             continue
         deviation = ROUTER_DEVIATION if name.endswith("mlp.gate.weight") else DEVIATION
         tensor = torch.empty(shape).normal_(std=deviation, generator=generator)
         if name == "lm_head.weight":
             tensor[_never_drawn()] = 0.0  # never the likeliest of thousands
-        yield name, tensor
+        yield name, tensor.to(dtype)
 
 
 def make_tokenizer() -> Tokenizer:

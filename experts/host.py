@@ -113,7 +113,7 @@ class ExpertHost:
         return True
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:
-        """What this host keeps, on the CPU, to be read only: by `kernels.packed.kept_dtype` on CPUs, else as it was given.
+        """What this host keeps, on the CPU, to be read only: on CPUs by `kernels.packed.kept_dtype`, else as given.
 
         Raises KeyError for an expert that is not held. One that is unloaded meanwhile is still returned whole.
         """

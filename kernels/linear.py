@@ -25,7 +25,7 @@ def tiled_linear(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
 
 
 class PackedLinear:
-    """A weight [N, K] held once. On CPU it is kept in fp32 or bf16 and computed in fp32; on CUDA both in its own dtype."""
+    """A weight [N, K] held once. On CPU it is kept in fp32 or bf16 and computes in fp32; on CUDA, in its own dtype."""
 
     def __init__(self, weight: Tensor) -> None:
         if weight.ndim != 2:
