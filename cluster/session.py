@@ -6,12 +6,10 @@ import functools
 import logging
 import os
 import select
-import shutil
 import signal
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +20,9 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 
+from cluster.remains import leave_nothing
+
 LOOPBACK = "127.0.0.1"
-LOOK_S, QUIET_LOOKS, MOST_LOOKS = 0.1, 3, 100  # at a directory that is to go
 UNWATCHED = {
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",  # never
@@ -60,18 +59,6 @@ def keep_quiet() -> None:
         os.environ.setdefault(name, value)
 
 
-def remove_for_good(directory: Path) -> None:
-    """Remove a directory into which processes that are just ending may still write."""
-    quiet = 0
-    for _ in range(MOST_LOOKS):
-        if directory.exists():
-            shutil.rmtree(directory, ignore_errors=True)
-            quiet = 0
-        elif (quiet := quiet + 1) == QUIET_LOOKS:
-            return
-        time.sleep(LOOK_S)
-
-
 def children() -> list[int]:
     """Processes that this one started and that are there, dead or alive, until it is told of their end."""
     return [int(pid) for listed in Path("/proc/self/task").glob("*/children") for pid in listed.read_text().split()]
@@ -92,7 +79,7 @@ class LocalCluster:
         keep_private()
         keep_quiet()
         # Ray ends what it started half as the interpreter exits, and last of all comes what was registered before it
-        self._remove = functools.partial(remove_for_good, self._temp_dir)
+        self._remove = functools.partial(leave_nothing, self._temp_dir)
         atexit.register(self._remove)
         context = ray.init(
             address="local",
