@@ -29,7 +29,7 @@ serve: env
 # in two processes: Ray's client has hung in one that had computed and forked much before
 test: env
 	$(BIN)/python -m pytest tests/end_to_end
-	$(BIN)/python -m pytest --ignore=tests/end_to_end
+	$(BIN)/python -m pytest --ignore=tests/end_to_end -n 2 --dist loadfile
 
 check: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
