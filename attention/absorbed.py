@@ -36,10 +36,10 @@ class AbsorbedAttention:
             assert weights.q_a_layernorm is not None
             assert weights.q_b_proj is not None
             self._q_a = PackedLinear(weights.q_a_proj.to(device))
-            self._q_a_norm = weights.q_a_layernorm.to(device, dtype)
+            self._q_a_norm = weights.q_a_layernorm.to(device, dtype, copy=True)
             self._q = PackedLinear(weights.q_b_proj.to(device))
         self._kv_a = PackedLinear(weights.kv_a_proj_with_mqa.to(device))
-        self._kv_a_norm = weights.kv_a_layernorm.to(device, dtype)
+        self._kv_a_norm = weights.kv_a_layernorm.to(device, dtype, copy=True)
         kv_b = weights.kv_b_proj.view(config.num_attention_heads, -1, config.kv_lora_rank).to(device)
         up_key, up_value = kv_b.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         self._up_key = PackedHeads(up_key.transpose(1, 2))  # nope -> C

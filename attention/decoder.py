@@ -16,6 +16,7 @@ from experts.client import ExpertClient, PlacementSource
 from experts.dispatch import Dispatch
 from kernels.linear import PackedLinear
 from kernels.norm import rms_norm
+from kernels.packed import kept_dtype
 from kernels.swiglu import PackedSwiglu
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
@@ -40,8 +41,22 @@ def dense_mlp(checkpoint: Checkpoint, prefix: str, dtype: torch.dtype, device: s
 
 
 def read_weight(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: str) -> Tensor:
-    """A matrix on its device: on CPU in its own dtype, which the kernels keep where they can, else as `dtype`."""
+    """A matrix on its device: on CPU in its own dtype, which the kernels keep where they can, else as `dtype`.
+
+    On CPU it may be the checkpoint's file itself, to be copied by whoever keeps it.
+    """
     return checkpoint.tensor(name).to(device, None if device == "cpu" else dtype)
+
+
+def read_embedding(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Tensor:
+    """The embedding, [V, D], on its device."""
+    read = checkpoint.tensor("model.embed_tokens.weight")
+    return read.to(device, kept_dtype(read.dtype) if device == "cpu" else dtype, copy=True)
+
+
+def read_norm(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: str) -> Tensor:
+    """A norm's weight on its device, as `dtype`."""
+    return checkpoint.tensor(name).to(device, dtype, copy=True)
 
 
 class DecoderLayer:
@@ -52,8 +67,8 @@ class DecoderLayer:
         prefix = f"model.layers.{layer}"
         self._layer = layer
         self._config = config
-        self._input_norm = checkpoint.tensor(f"{prefix}.input_layernorm.weight").to(device, dtype)
-        self._post_norm = checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight").to(device, dtype)
+        self._input_norm = read_norm(checkpoint, f"{prefix}.input_layernorm.weight", dtype, device)
+        self._post_norm = read_norm(checkpoint, f"{prefix}.post_attention_layernorm.weight", dtype, device)
         self._attention = AbsorbedAttention(checkpoint, layer, dtype, device)
         self._gate: PackedLinear | None = None
         self._mlp: PackedSwiglu | None = None
@@ -125,13 +140,13 @@ class Decoder:
         self._experts = experts
         self._placements = placements
         self._halve_from = halve_from
-        self._embedding_VD = read_weight(checkpoint, "model.embed_tokens.weight", dtype, device)
+        self._embedding_VD = read_embedding(checkpoint, dtype, device)
         self._layers: list[DecoderLayer] = []
         for layer in range(config.num_hidden_layers):
             self._layers.append(DecoderLayer(checkpoint, layer, dtype, device))
             if progress is not None:
                 progress(layer + 1, config.num_hidden_layers)
-        self._norm = checkpoint.tensor("model.norm.weight").to(device, dtype)
+        self._norm = read_norm(checkpoint, "model.norm.weight", dtype, device)
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         self._head = PackedLinear(read_weight(checkpoint, head, dtype, device))
 

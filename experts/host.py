@@ -30,6 +30,8 @@ class ExpertStore(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    def unpacked_dtype(self, dtypes: Sequence[torch.dtype]) -> torch.dtype: ...
+
     def load(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None: ...
 
     def unload(self, expert: int) -> None: ...
@@ -112,8 +114,13 @@ class ExpertHost:
             self._held_E[layer][expert] = True
         return True
 
+    def weights_dtype(self, layer: int, dtypes: Sequence[torch.dtype]) -> torch.dtype:
+        """Of what `weights` gives, and a host like this one sends, for an expert that is stored in these dtypes."""
+        with self._changes:
+            return self._layer(layer).unpacked_dtype(dtypes)
+
     def weights(self, layer: int, expert: int) -> ExpertWeights:
-        """What this host keeps, on the CPU, to be read only: on CPUs by `kernels.packed.kept_dtype`, else as given.
+        """What this host computes with, on the CPU and to be read only; its dtype is `weights_dtype`.
 
         Raises KeyError for an expert that is not held. One that is unloaded meanwhile is still returned whole.
         """

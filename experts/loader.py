@@ -16,7 +16,6 @@ from experts.fetch import fetch
 from experts.host import ExpertHost
 from experts.tls import TlsFiles
 from experts.transfer import DTYPES, ExpertForm
-from kernels.packed import kept_dtype
 from model.checkpoint import Checkpoint, ExpertWeights, Stamps
 from model.tensors import expert_names
 from router.holding import Pair
@@ -112,10 +111,10 @@ class Loader:
                     load.go_on()
 
     def _form(self, pair: Pair) -> ExpertForm:
-        """In which a host on a device like this one keeps an expert."""
+        """What a host like this one sends."""
         config = self._checkpoint.config
         dtypes = [FROM_NAME[self._checkpoint.entries[name].dtype] for name in expert_names(*pair)]
-        dtype = kept_dtype(*dtypes) if self._host.device == "cpu" else dtypes[0]
+        dtype = self._host.weights_dtype(pair[0], dtypes)
         return ExpertForm(config.hidden_size, config.moe_intermediate_size, dtype)
 
     def _from_disk(self, pairs: Iterable[Pair], load: "_Load") -> None:

@@ -17,13 +17,13 @@ class PackedHeads:
         self._native = native_for(weight_NOK.device)
         self._packed: Tensor | None = None
         self._weight_NOK: Tensor | None = None
-        if weight_NOK.device.type == "cpu":
-            weight_NOK = weight_NOK.to(kept_dtype(weight_NOK.dtype))
         if self._native is not None:
-            numbers = packed_numbers(self.out_features, self.in_features)
-            self._packed = weight_memory(self.heads * numbers, weight_NOK.dtype)
+            numbers, kept = packed_numbers(self.out_features, self.in_features), kept_dtype(weight_NOK.dtype)
+            self._packed = weight_memory(self.heads * numbers, kept)
             for head, weight in enumerate(weight_NOK):
-                PackedMatrix(weight, memory=self._packed[head * numbers :])
+                PackedMatrix(weight.to(kept), memory=self._packed[head * numbers :])
+        elif weight_NOK.device.type == "cpu":
+            self._weight_NOK = weight_NOK.to(torch.float32, copy=True).contiguous()
         else:
             self._weight_NOK = weight_NOK.contiguous()
 

@@ -13,9 +13,8 @@ of the product, which lie side by side in one vector register, so that a row's p
 
 
 def tiled_linear(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
-    """x · weightᵀ in zero-padded tiles of TILE_ROWS rows and in x's dtype, [R, K] and [N, K] -> [R, N]."""
+    """x · weightᵀ in zero-padded tiles of TILE_ROWS rows, [R, K] and [N, K] -> [R, N]."""
     rows = x_RK.shape[0]
-    weight_NK = weight_NK.to(x_RK.dtype)
     padded = F.pad(x_RK, (0, 0, 0, -rows % TILE_ROWS))
     out = torch.empty(padded.shape[0], weight_NK.shape[0], dtype=x_RK.dtype)
     for first in range(0, padded.shape[0], TILE_ROWS):
@@ -34,10 +33,10 @@ class PackedLinear:
         self._native = native_for(weight.device)
         self._packed: PackedMatrix | None = None
         self._weight: Tensor | None = None
-        if weight.device.type == "cpu":
-            weight = weight.to(kept_dtype(weight.dtype))
         if self._native is not None:
-            self._packed = PackedMatrix(weight)
+            self._packed = PackedMatrix(weight.to(kept_dtype(weight.dtype)))
+        elif weight.device.type == "cpu":
+            self._weight = weight.to(torch.float32, copy=True).contiguous()  # not the checkpoint's mapped file
         else:
             self._weight = weight.contiguous()
 

@@ -21,9 +21,9 @@ def padded(inner: int) -> int:
 
 
 def kept_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """In which a CPU keeps weights of these dtypes: bfloat16 where all are, whose numbers widen exactly; else float32.
+    """In which native kernels keep weights of these dtypes: bfloat16 where all are, as it widens exactly; else float32.
 
-    Either way they are multiplied in float32.
+    Either way they are multiplied in float32. Where torch computes on a CPU, all are kept in float32.
     """
     return torch.bfloat16 if all(dtype == torch.bfloat16 for dtype in dtypes) else torch.float32
 

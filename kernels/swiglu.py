@@ -4,6 +4,7 @@ Shapes: `R` rows, `P` (row, expert) pairs, `D` model, `I` intermediate, `E` expe
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -36,19 +37,21 @@ def check_expert(expert: int, matrices: tuple[Tensor, Tensor, Tensor], hidden: i
 
 
 class _Plain:
-    """One network as torch computes it."""
+    """One network as torch computes it: in float32 on CPU."""
 
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
-        self._gate_up = torch.cat((gate, up)).contiguous()
-        self._down = down.contiguous()
+        self._dtype = gate.dtype
+        wide = torch.float32 if gate.device.type == "cpu" else None
+        self._gate_up = torch.cat((gate, up)).to(dtype=wide)
+        self._down = down.to(dtype=wide, copy=True).contiguous()
 
     @property
     def nbytes(self) -> int:
         return sum(weight.numel() * weight.element_size() for weight in (self._gate_up, self._down))
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
-        gate, up = self._gate_up.chunk(2)
-        return gate, up, self._down
+        gate, up = self._gate_up.to(self._dtype).chunk(2)
+        return gate, up, self._down.to(self._dtype)
 
     def __call__(self, x_RD: Tensor) -> Tensor:
         if x_RD.device.type != "cpu":
@@ -80,7 +83,7 @@ class _Packed:
 
 
 def _network(gate: Tensor, up: Tensor, down: Tensor) -> "_Plain | _Packed":
-    """On CPU, all three are kept in one dtype."""
+    """On CPU, all three are taken in one dtype."""
     if gate.device.type != "cpu":
         return _Plain(gate, up, down)
     kept = kept_dtype(gate.dtype, up.dtype, down.dtype)
@@ -110,6 +113,10 @@ class PackedExperts:
     def nbytes(self) -> int:
         return sum(expert.nbytes for expert in self._experts.values())
 
+    def unpacked_dtype(self, dtypes: Sequence[torch.dtype]) -> torch.dtype:
+        """Of what `unpack` gives, for an expert whose gate, up and down were of these."""
+        return kept_dtype(*dtypes) if self._device == "cpu" else dtypes[0]
+
     def load(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Take an expert's weights: gate and up [I, D], down [D, I]; raises ValueError on other shapes."""
         check_expert(expert, (gate, up, down), self._hidden, self._intermediate)
@@ -124,7 +131,7 @@ class PackedExperts:
             self._place(expert, 0, 0, False)
 
     def unpack(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """gate, up and down of a loaded expert, in the dtype in which they are kept."""
+        """gate, up and down of a loaded expert, all of one dtype; see `unpacked_dtype`."""
         return self._experts[expert].unpack()
 
     def __call__(self, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor | None = None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,10 @@ class TrainableExperts:
     @property
     def nbytes(self) -> int:
         return sum(expert.nbytes for expert in self._experts.values())
+
+    def unpacked_dtype(self, dtypes: Sequence[torch.dtype]) -> torch.dtype:
+        """Of what `unpack` gives, whatever was loaded."""
+        return torch.float32
 
     def load(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Take an expert's weights: gate and up [I, D], down [D, I]; raises ValueError on other shapes."""

@@ -8,10 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from attention.decoder import Decoder
+from experts.client import ExpertClient
+from experts.local import LocalTransport
+from experts.static import StaticPlacement
+from kernels.native import native
 from model.checkpoint import Checkpoint
 from tests.model.files import edit_tensors
 from tests.oracle import greedy_tokens
 from tests.serving import greedy, make_engine, make_hosts, run
+
+ATTENTION = ("_q", "_kv_a", "_up_key", "_up_value", "_o")
 
 
 def rounded(source: Path, target: Path, dtype: torch.dtype) -> Path:
@@ -37,6 +44,34 @@ def test_answers_are_those_of_the_wide_checkpoint(pair: tuple[Path, Path]) -> No
     assert narrow["1"].tokens == greedy_tokens(pair[0], prompts[1], 8)
 
 
-def test_its_experts_take_half_the_memory(pair: tuple[Path, Path]) -> None:
+def dense_bytes(path: Path) -> dict[str, int]:
+    """Of what the worker multiplies with, by part of the model; the router is not among it."""
+    opened = Checkpoint.open(path)
+    hosts, placement = make_hosts(opened, 1)
+    source = StaticPlacement(placement)
+    decoder = Decoder(opened, ExpertClient(LocalTransport(hosts), source), source)
+    found = {"head": decoder._head.nbytes, "embedding": decoder._embedding_VD.nbytes}
+    for number, layer in enumerate(decoder._layers):
+        parts = {"mlp": layer._mlp, **{name: vars(layer._attention)[name] for name in ATTENTION}}
+        found |= {f"{name} {number}": part.nbytes for name, part in parts.items() if part is not None}
+    return found
+
+
+@pytest.mark.skipif(native() is None, reason="without native kernels all weights are kept in fp32")
+def test_its_weights_take_half_the_memory(pair: tuple[Path, Path]) -> None:
     narrow, wide = (make_hosts(Checkpoint.open(path), 1)[0]["host-0"].stats().nbytes for path in pair)
     assert 2 * narrow == wide
+    narrow_parts, wide_parts = (dense_bytes(path) for path in pair)
+    assert {name: 2 * nbytes for name, nbytes in narrow_parts.items()} == wide_parts
+
+
+def test_nothing_is_read_from_the_files_once_it_is_loaded(pair: tuple[Path, Path]) -> None:
+    for path in pair:
+        prompt = [5, 6, 7, 8]
+        engine = make_engine(path, 1)
+        (before,) = run(engine, [greedy("a", prompt, 6, logprobs=1)]).values()
+        for file in path.glob("*.safetensors"):
+            with file.open("r+b") as opened:  # the very file, not another of its name
+                opened.write(bytes(file.stat().st_size))
+        (after,) = run(engine, [greedy("b", prompt, 6, logprobs=1)]).values()
+        assert after.logprobs == before.logprobs

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from experts.grpc_server import ExpertServer
-from experts.host import ExpertHost
+from experts.host import ExpertHost, MakeStore
 from experts.loader import LoadAbandoned, Loader, WeightsDamaged
 from experts.messages import ForwardRequest
+from experts.training.store import TrainableExperts
 from experts.transfer import encode_expert
 from kernels.swiglu import PackedExperts
 from model.checkpoint import Checkpoint, CheckpointError, ExpertWeights
+from model.tensors import expert_names
 from router.holding import Pair
 from router.placement import Host
 from tests.certificates import make_certificate
@@ -105,6 +107,26 @@ def test_a_bfloat16_checkpoint_is_the_same_from_host_and_disk(opened: Checkpoint
             assert torch.equal(taken, getattr(half.expert(*pair), name))
         assert torch.equal(answer(taker, pair), answer(reader, pair))
     server.stop(0)
+
+
+@pytest.mark.parametrize("narrow", [(), ("gate_proj", "up_proj", "down_proj"), ("down_proj",)])
+@pytest.mark.parametrize("make_store", [PackedExperts, TrainableExperts])
+def test_hosts_that_serve_or_train_take_from_their_like_whatever_the_dtypes(
+    opened: Checkpoint, tmp_path: Path, narrow: tuple[str, ...], make_store: MakeStore
+) -> None:
+    """Of layer 1, some matrices of every expert are in bfloat16."""
+    directory = Path(shutil.copytree(opened.directory, tmp_path / "mixed"))
+    chosen = {name for pair in ALL if pair[0] == 1 for name in expert_names(*pair) if name.split(".")[-2] in narrow}
+    edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name].bfloat16() for name in chosen}))
+    mixed = Checkpoint.open(directory)
+    source, taker = (ExpertHost(mixed.config, "host-0", 1, make_store=make_store) for _ in range(2))
+    source.load(mixed, ALL)
+    server = ExpertServer(source, token=TOKEN)
+    server.start()
+    report = Loader(taker, mixed, TOKEN).load(ALL, everything_from(server), never, ignore)
+    server.stop(0)
+    assert (report.from_hosts, report.reasons) == (len(ALL), ())
+    assert all(torch.equal(answer(taker, pair), answer(source, pair)) for pair in ALL)
 
 
 def test_what_has_no_source_comes_from_disk_and_what_is_held_stays(
