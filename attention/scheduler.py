@@ -1,17 +1,23 @@
 """Continuous batching with chunked prefill: which tokens of which sequences the next step computes.
 
-Plain Python over counts and block numbers. Running sequences come first, in order of arrival, each with the
-tokens it has not computed yet (one when it is generating); then waiting ones while blocks and budget last.
+Plain Python over counts and block numbers. Running sequences come first, each with the tokens it has not computed
+yet: those that are generating, with one, before those whose prompts are long. Then come waiting ones, in order of
+arrival, while blocks and budget last. A part of each step is for short prompts that wait, so that one does not wait
+until long ones are through.
 When blocks run out, the latest arrival gives its blocks up and is recomputed later: a request never fails
 because others took the memory.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from attention.blocks import BlockPool
 from attention.sequence import Sequence
+
+SHORT_PART = 4  # a step's tokens over this: the longest short prompt, and what all of them get in a step
+LOOKED_AT = 16  # waiting sequences among which short ones are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,25 +86,43 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks; empty when there is nothing to do."""
-        budget = self._limits.step_tokens
+        kept = self._kept_for_short()
+        running = tuple(sorted(self._running, key=lambda sequence: sequence.arrival))  # as they may preempt
+        counts, budget = self._share_out(running, kept)
+        preemptions = self.preemptions
         chunks: list[Chunk] = []
-        for sequence in list(self._running):
-            if budget == 0:
-                break
+        for sequence, count in zip(running, counts, strict=True):
             if sequence not in self._running:  # preempted for an earlier one
                 continue
-            count = min(len(sequence.tokens) - sequence.computed, budget)
-            if self._grow(sequence, sequence.computed + count):
+            if count and self._grow(sequence, sequence.computed + count):
                 chunks.append(Chunk(sequence, sequence.computed, count))
-                budget -= count
-        while budget and self._waiting and len(self._running) < self._limits.running:
-            sequence = self._waiting[0]
+        if self.preemptions == preemptions:  # else what was just given up would be taken again, and given up
+            self._admit(chunks, budget, kept)
+        return chunks
+
+    def _share_out(self, running: tuple[Sequence, ...], kept: int) -> tuple[list[int], int]:
+        """Tokens of each running sequence in this step, answers and short prompts first, and those that are left."""
+        budget = self._limits.step_tokens
+        counts = [0] * len(running)
+        for index in sorted(range(len(running)), key=lambda index: not self._short(running[index])):
+            counts[index] = self._count(running[index], budget, kept)
+            budget -= counts[index]
+        return counts, budget
+
+    def _admit(self, chunks: list[Chunk], budget: int, kept: int) -> None:
+        """Let waiting sequences in, in order of arrival, but short ones past long ones for which too little is left."""
+        for sequence in list(self._waiting):
+            if not budget or len(self._running) >= self._limits.running:
+                return
             self._reuse_prefix(sequence)
-            count = min(len(sequence.tokens) - sequence.computed, budget)
-            if self._blocks_missing(sequence, sequence.computed + count) > self._pool.available:
+            count = self._count(sequence, budget, kept)
+            if self._blocks_missing(sequence, len(sequence.tokens)) > self._pool.available:
                 self._release(sequence)
-                break
-            self._waiting.popleft()
+                return
+            if not count:
+                self._release(sequence)
+                continue
+            self._waiting.remove(sequence)
             self._running.append(sequence)
             grown = self._grow(sequence, sequence.computed + count)
             assert grown
@@ -106,7 +130,29 @@ class Scheduler:
                 sequence.cached_tokens = min(sequence.computed, sequence.prompt_length)
             chunks.append(Chunk(sequence, sequence.computed, count))
             budget -= count
-        return chunks
+            if self._short(sequence):
+                kept = max(0, kept - count)
+
+    def _count(self, sequence: Sequence, budget: int, kept: int) -> int:
+        """Tokens of a sequence in a step that has `budget` left, `kept` of them for short prompts that wait."""
+        rest = len(sequence.tokens) - sequence.computed
+        return min(rest, budget if self._short(sequence) else max(0, budget - kept))
+
+    def _short(self, sequence: Sequence) -> bool:
+        """Whether what is to be computed of it is one token of an answer, or a short prompt's."""
+        return len(sequence.tokens) - sequence.computed <= max(1, self._limits.step_tokens // SHORT_PART)
+
+    def _kept_for_short(self) -> int:
+        """Tokens of a step that short prompts among those that wait can use; cached beginnings count as computed."""
+        part, wanted = self._limits.step_tokens // SHORT_PART, 0
+        if len(self._running) >= self._limits.running:
+            return 0
+        for sequence in itertools.islice(self._waiting, LOOKED_AT):
+            self._reuse_prefix(sequence)
+            if self._short(sequence) and self._blocks_missing(sequence, len(sequence.tokens)) <= self._pool.available:
+                wanted += len(sequence.tokens) - sequence.computed
+            self._release(sequence)
+        return min(wanted, part)
 
     def complete(self, chunks: list[Chunk]) -> None:
         """Latents of these chunks are in the cache: advance, and offer their full blocks to later requests."""

@@ -39,6 +39,48 @@ def test_a_long_prompt_is_computed_in_chunks_beside_others() -> None:
     assert step(scheduler) == [("r1", 6, 1), ("r2", 20, 1)]
 
 
+def test_a_short_prompt_does_not_wait_until_long_ones_are_through() -> None:
+    scheduler = Scheduler(BlockPool(256, SIZE), SchedulerLimits(step_tokens=16, running=8))
+    for number in (1, 2):
+        scheduler.add(sequence(number, 60))
+    assert step(scheduler) == [("r1", 0, 16)]
+    scheduler.add(sequence(3, 3))
+    scheduler.add(sequence(4, 4))
+    assert step(scheduler) == [("r1", 16, 12), ("r3", 0, 3), ("r4", 0, 1)]
+    assert step(scheduler) == [("r1", 28, 12), ("r3", 3, 1), ("r4", 1, 3)]
+    assert step(scheduler) == [("r1", 40, 14), ("r3", 4, 1), ("r4", 4, 1)]  # answers go on beside it
+    assert step(scheduler) == [("r1", 54, 6), ("r3", 5, 1), ("r4", 5, 1), ("r2", 0, 8)]
+
+
+def test_a_long_prompt_whose_beginning_is_cached_is_short() -> None:
+    scheduler = Scheduler(BlockPool(256, SIZE), SchedulerLimits(step_tokens=16, running=8))
+    before = sequence(1, 0, list(range(40)))
+    scheduler.add(before)
+    for _ in range(3):
+        step(scheduler)
+    scheduler.remove(before)
+    scheduler.add(sequence(2, 60))
+    step(scheduler)
+    scheduler.add(sequence(3, 0, [*range(40), 99, 98]))
+    assert step(scheduler) == [("r2", 16, 14), ("r3", 40, 2)]
+
+
+def test_a_prompt_for_which_there_is_no_room_is_not_begun_again_and_again() -> None:
+    """It would take blocks for a first part, give them up for want of more, and compute that part once more."""
+    pool = BlockPool(8, SIZE)
+    scheduler = Scheduler(pool, SchedulerLimits(step_tokens=8, running=4))
+    takes, waits = sequence(1, 14), sequence(2, 24)
+    scheduler.add(takes)
+    step(scheduler)
+    step(scheduler)
+    scheduler.add(waits)
+    for _ in range(8):
+        assert [name for name, _, _ in step(scheduler)] == ["r1"]
+    assert scheduler.preemptions == 0
+    scheduler.remove(takes)
+    assert step(scheduler) == [("r2", 0, 8)]
+
+
 def test_no_more_run_than_allowed() -> None:
     scheduler = Scheduler(BlockPool(64, SIZE), SchedulerLimits(step_tokens=100, running=2))
     for number in range(3):
