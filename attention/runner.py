@@ -39,6 +39,11 @@ class EngineThread:
         return self._thread.is_alive() and self.failure is None
 
     @property
+    def busy(self) -> bool:
+        """Whether a request is there that has not ended."""
+        return bool(self._submitted or self._listeners)
+
+    @property
     def max_length(self) -> int:
         return self._engine.max_length
 

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.expert_actor import GUESTS, ExpertActor
 from cluster.guests import CALLS
-from cluster.nodes import Node
+from cluster.nodes import Node, least_crowded
 from cluster.pool import Process
 from cluster.processes import end_process
 from cluster.resident import HostInfo
@@ -120,10 +120,8 @@ class ActorPool:
             self._rest_until_s = time.monotonic() + REST_S
 
     def _emptiest_node(self) -> str | None:
-        """The node with the fewest of these actors for its cores. Ray itself would not spread what reserves nothing."""
-        crowd = Counter(process.node for process in self._known.values())
-        nodes = {node.id: (crowd[node.id] + 1) / max(1.0, node.cpus) for node in self._nodes()}
-        return min(nodes, key=lambda node: nodes[node], default=None)
+        """Ray itself would not spread what reserves nothing."""
+        return least_crowded(self._nodes(), Counter(process.node for process in self._known.values()))
 
     def _node_for_life(self) -> str | None:
         """Where the next life shall be; None: wherever a stand-by is, or Ray finds what it reserves."""

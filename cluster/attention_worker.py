@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+import time
 from dataclasses import asdict
 
 import ray
@@ -26,7 +27,8 @@ from router.load import LoadMeter
 
 HEARTBEAT_S = 1.0
 HURRY_S = 0.1  # until a heartbeat was heard, and the engine uses the newest table
-HOSTS_TIMEOUT_S = 600.0  # for the hosts to load, before the worker gives up
+HOSTS_TIMEOUT_S = 600.0  # without another expert loaded, before the worker gives up
+DRAIN_S, DRAIN_POLL_S = 2.0, 0.02  # for what is running when the worker is to end; the rest moves on
 
 
 class AttentionWorker:
@@ -79,7 +81,10 @@ class AttentionWorker:
             raise RuntimeError(f"the engine of {self._id} has stopped: {self._engine.failure!r}")
 
     def close(self) -> None:
-        """Leave the list of workers, then end what is running."""
+        """Finish what is nearly done, for there may be no other worker; leave the list of workers; end what is left."""
+        deadline_s = time.monotonic() + DRAIN_S
+        while self._engine.alive and self._engine.busy and time.monotonic() < deadline_s:
+            time.sleep(DRAIN_POLL_S)
         self._leaving.set()
         self._beat_now.set()
         with contextlib.suppress(ValueError, RayActorError, GetTimeoutError):  # nobody keeps a list any more
@@ -90,14 +95,17 @@ class AttentionWorker:
         self._placements.close()
 
     def _wait_for_hosts(self, controller: object) -> None:
-        waited_s = 0.0
+        waited_s, before = 0.0, None
         while not self._placements.wait_first(1.0):
             waited_s += 1.0
             status = ray.get(controller.status.remote())  # type: ignore[attr-defined]
+            loaded = [host["progress"] for host in status["expert_hosts"]]
+            if loaded != before:  # large models take their time, as long as it goes on
+                waited_s, before = 0.0, loaded
             if status["state"] == "failed":
                 raise RuntimeError(f"the expert hosts cannot start: {status['reason']}")
             if waited_s > HOSTS_TIMEOUT_S:
-                raise RuntimeError(f"the expert hosts were not ready within {HOSTS_TIMEOUT_S:.0f} s")
+                raise RuntimeError(f"the expert hosts were not ready, and loaded nothing in {HOSTS_TIMEOUT_S:.0f} s")
 
     def _beat(self) -> None:
         info = {

@@ -142,7 +142,9 @@ class Controller:
         return change.describe()
 
     async def make_room(self, hosts: int | None, node: str | None) -> dict[str, Any]:
-        """See `cluster.room.make_room`."""
+        """See `cluster.room.make_room`. Before the first host of a service there is nothing to make room of."""
+        if self._conductor is None and self._state.core is None and not self._stopping:
+            return {"done": True, "change": None}
         if self._conductor is None or self._fleet is None or self._stopping:
             raise ChangeRefused("the service is not ready: ask again when it is", busy=True)
         answer = make_room(self._conductor, self._following, self._fleet.homes(), hosts, node, time.monotonic())

@@ -1,6 +1,6 @@
 """The Ray nodes on which expert hosts may run."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,16 @@ class Node:
     id: str
     names: frozenset[str]
     cpus: float
+
+
+def least_crowded(nodes: Collection[Node], crowd: Mapping[str | None, int]) -> str | None:
+    """The node with the fewest of a `crowd` of actors for its cores; None where there is no node.
+
+    One that was given no cores is to be left alone, as long as another has some.
+    """
+    with_cores = [node for node in nodes if node.cpus > 0] or nodes
+    crowding = {node.id: (crowd.get(node.id, 0) + 1) / max(1.0, node.cpus) for node in with_cores}
+    return min(crowding, key=lambda node: crowding[node], default=None)
 
 
 def living_nodes(resource: str | None) -> list[Node]:

@@ -16,18 +16,24 @@ def leave_nothing(directory: Path, patience_s: float = PATIENCE_S) -> None:
 
     A worker of Ray may wait for ever, as it exits, for a lock that it holds itself.
     """
+    for pid in _left(directory, patience_s):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    _left(directory, patience_s)  # one that held much memory takes a while to go
+    remove_for_good(directory)
+
+
+def _left(directory: Path, patience_s: float) -> list[int]:
+    """Its `writers`, once there are none or after a while."""
     deadline_s = time.monotonic() + patience_s
     while (left := writers(directory)) and time.monotonic() < deadline_s:
         time.sleep(LOOK_S)
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    remove_for_good(directory)
+    return left
 
 
 def writers(directory: Path) -> list[int]:
     """Other processes of ours whose standard output or error is a file below a directory, also one that is gone."""
-    below = f"{directory}/"
+    below = f"{directory.resolve()}/"
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
         for number in (1, 2):

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import select
+import shutil
 import signal
 import sys
 import tempfile
@@ -123,6 +124,14 @@ class LocalCluster:
 
         threading.Thread(target=watch, name="is-ray-there", daemon=True).start()
 
+    def keep_logs(self, target: Path) -> Path | None:
+        """Copy what its processes wrote, in place of what is there, before it is stopped; None where that fails."""
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            return Path(shutil.copytree(self.logs, target, ignore_dangling_symlinks=True))
+        except OSError:  # Ray still writes there, and a full disk is no reason to say less than what was wrong
+            return target if target.is_dir() else None
+
     def abandon(self) -> None:
         """End what is left of a Ray that does not run, and remove its directory."""
         for pid in children():
@@ -137,8 +146,8 @@ class LocalCluster:
         self._leave_nothing()
 
     def _leave_nothing(self) -> None:
-        atexit.unregister(self._remove)
         self._remove()
+        atexit.unregister(self._remove)  # only now: a signal may end what is being done
 
     def __enter__(self) -> "LocalCluster":
         return self

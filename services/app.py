@@ -41,7 +41,7 @@ def build(args: AppArgs) -> Application:
         health_check_period_s=1.0,
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=5.0,
-        graceful_shutdown_wait_loop_s=0.1,  # streams come to it by a way of ours, and move on before it ends
+        graceful_shutdown_wait_loop_s=0.1,  # it drains by itself: Serve sees none of its streams
         ray_actor_options={"num_cpus": args.attention.cpus, "num_gpus": args.attention.gpus},
     )
     door = serve.deployment(Ingress).options(
@@ -50,7 +50,7 @@ def build(args: AppArgs) -> Application:
         max_ongoing_requests=4 * args.max_in_flight,
         health_check_period_s=1.0,
         graceful_shutdown_timeout_s=5.0,
-        graceful_shutdown_wait_loop_s=0.5,  # in which proxies hear that it takes no more
+        graceful_shutdown_wait_loop_s=0.5,  # in which proxies hear of it; what comes later is sent to another
         ray_actor_options={"num_cpus": args.control_cpus},
     )
     application: Application = door.bind(ingress, attention.bind(service, worker))

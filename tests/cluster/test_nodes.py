@@ -1,0 +1,22 @@
+"""On which node the next expert actor goes."""
+
+from cluster.nodes import Node, least_crowded
+
+
+def node(name: str, cpus: float) -> Node:
+    return Node(name, frozenset({name}), cpus)
+
+
+def test_the_node_with_the_fewest_actors_for_its_cores() -> None:
+    nodes = [node("large", 8), node("small", 2)]
+    chosen: list[str | None] = []
+    for _ in range(5):
+        chosen.append(least_crowded(nodes, {name: chosen.count(name) for name in ("large", "small")}))
+    assert (chosen.count("large"), chosen.count("small")) == (4, 1)
+
+
+def test_nodes_that_were_given_no_cores_are_left_alone_while_others_have_some() -> None:
+    nodes = [node("head", 0), node("attention", 2)]
+    assert least_crowded(nodes, {"attention": 7}) == "attention"
+    assert least_crowded(nodes[:1], {"head": 7}) == "head"
+    assert least_crowded([], {}) is None
