@@ -103,12 +103,13 @@ def _add(
 ) -> argparse.ArgumentParser:
     command = commands_.add_parser(name, help=help_text, description=help_text)
     if run in REMOTE:
+        key = "API key" if run is commands.chat else "$SHOAL_ADMIN_TOKEN"
         where = command.add_mutually_exclusive_group()
         where.add_argument("--port", type=int, metavar="P", help="which service of this machine (8000)")
         where.add_argument(
             "--address",
             metavar="URL",
-            help="a service elsewhere, with its $SHOAL_ADMIN_TOKEN ($SHOAL_URL, unless --port is given)",
+            help=f"a service elsewhere, with its {key} ($SHOAL_URL, unless --port is given)",
         )
     else:
         command.add_argument("--port", type=int, default=8000, metavar="P", help="which service (8000)")
@@ -151,6 +152,13 @@ def _add_serve(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     serve.add_argument(
         "--auto-rebalance", action="store_true", help="move experts between hosts when the load is uneven"
+    )
+    serve.add_argument(
+        "--gpus",
+        type=float,
+        default=0.0,
+        metavar="G",
+        help="of each host and worker; a part, such as 0.3, lets several share one (default 0: CPUs compute)",
     )
     serve.add_argument("--detach", action="store_true", help="return when it is ready; `shoal stop` ends it")
     _add_key(serve)

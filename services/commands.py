@@ -15,7 +15,7 @@ from rich.table import Table
 
 from services.state import ServiceRecord, is_running, read_record, running_services, state_dir
 
-START_TIMEOUT_S = 900.0
+START_TIMEOUT_S = 6 * 3600.0  # a service that loads nothing more gives up by itself long before
 DEFAULT_PORT = 8000
 
 
@@ -29,7 +29,8 @@ class NoService(CommandError):
 
 def serve(options: argparse.Namespace) -> int:
     """Run in the foreground, or start the same in the background and wait until it answers."""
-    from services.launch import LaunchError, LaunchOptions, check, serve_foreground
+    from services.launch import serve_foreground
+    from services.launch_options import LaunchError, LaunchOptions, check
 
     running = read_record(options.port)
     if running is not None:
@@ -51,6 +52,7 @@ def serve(options: argparse.Namespace) -> int:
         threads=options.threads,
         transport=options.transport,
         auto_rebalance=options.auto_rebalance,
+        gpus=options.gpus,
         log=os.environ.get("SHOAL_LOG"),
     )
     try:

@@ -7,7 +7,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 
-from services.launch import LaunchError, check_port
+from services.launch_options import LaunchError, check_port
 from services.state import read_record
 
 
@@ -21,11 +21,12 @@ class Finding:
 
 
 def examine(model: str | None, port: int) -> list[Finding]:
-    """Look at Python, packages, kernels, transport, shared memory, the port, and a checkpoint."""
+    """Look at Python, packages, kernels, GPUs, transport, shared memory, the port, and a checkpoint."""
     return [
         _python(),
         *(_package(name) for name in ("ray", "torch", "grpcio", "safetensors", "tokenizers")),
         _kernels(),
+        _gpus(),
         _transport(),
         _shared_memory(),
         _port(port),
@@ -55,6 +56,13 @@ def _kernels() -> Finding:
         return Finding("kernels", False, str(error))
     slow = "torch computes, more slowly; install g++ or clang++ and run `make env`"
     return Finding("kernels", True, slow if serving == "torch" else serving)
+
+
+def _gpus() -> Finding:
+    import torch
+
+    count = torch.cuda.device_count()
+    return Finding("gpus", True, f"{count}; `shoal serve --gpus G` uses them" if count else "none; CPUs compute")
 
 
 def _transport() -> Finding:

@@ -6,130 +6,27 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from cluster.session import LocalCluster  # before anything that imports ray
-from experts.transport_kinds import check_transport
-from model.adapters.overlay import open_with_adapters
-from model.checkpoint import Checkpoint
-from model.tokenizer import Tokenizer
-from services.app_args import AppArgs, service_spec
-from services.state import ServiceRecord, remove_record, write_record
+from services.app_args import service_spec
+from services.launch_options import LaunchError, LaunchOptions, application_args, check
+from services.state import ServiceRecord, remove_record, state_dir, write_record
 
 if TYPE_CHECKING:
     from ray import serve
 
-START_TIMEOUT_S = 900.0
+PATIENCE_S = 900.0  # with a start in which no more experts were loaded
 POLL_S = 0.1  # whether Serve's controller is there
 ASKED_S = 1.0  # between the end of Ray and that of the service, where both are asked at once
-
-
-class LaunchError(Exception):
-    """The service cannot start; the message says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchOptions:
-    """What `shoal serve` was asked for."""
-
-    model: str
-    adapters: tuple[str, ...] = ()
-    expert_hosts: int = 2
-    expert_replicas: int = 1
-    attention_replicas: int = 1
-    host: str = "127.0.0.1"
-    port: int = 8000
-    served_name: str | None = None
-    api_key: str | None = None
-    max_length: int = 4096
-    cache_tokens: int = 32768
-    threads: int | None = None
-    transport: str = "auto"
-    auto_rebalance: bool = False
-    log: str | None = None
-
-
-def check(options: LaunchOptions) -> Checkpoint:
-    """Everything that can be known to fail before anything is started; raises LaunchError."""
-    try:
-        checkpoint = open_with_adapters(options.model, options.adapters)
-        Tokenizer.load(checkpoint.directory)
-    except ValueError as error:
-        raise LaunchError(str(error)) from error
-    experts = checkpoint.config.n_routed_experts
-    if not 1 <= options.expert_hosts <= max(1, experts):
-        raise LaunchError(f"--expert-hosts {options.expert_hosts}: the model has {experts} experts; use 1 to {experts}")
-    if not 1 <= options.expert_replicas <= options.expert_hosts:
-        raise LaunchError(f"--expert-replicas {options.expert_replicas}: use 1 to {options.expert_hosts}")
-    if options.attention_replicas < 1:
-        raise LaunchError(f"--attention-replicas {options.attention_replicas}: use at least 1")
-    if options.host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
-        raise LaunchError(f"--host {options.host} is open to others: set --api-key, or SHOAL_API_KEY, too")
-    try:
-        check_transport(options.transport)
-    except ValueError as error:
-        raise LaunchError(f"--transport {options.transport}: {error}") from error
-    check_port(options.host, options.port)
-    try:
-        application_args(options, "not-yet-known")
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "--" + str(first["loc"][-1]).replace("_", "-")
-        raise LaunchError(f"{name} {first['input']}: {first['msg'].lower()}") from error
-    return checkpoint
-
-
-def application_args(options: LaunchOptions, admin_token: str) -> AppArgs:
-    """What the Serve application is told; raises pydantic's ValidationError for a value out of range."""
-    return AppArgs.model_validate(
-        {
-            "model": str(Path(options.model).resolve()),
-            "adapters": [str(Path(adapter).resolve()) for adapter in options.adapters],
-            "name": f"p{options.port}",
-            "served_name": options.served_name,
-            "api_key": options.api_key,
-            "admin_token": admin_token,
-            "experts": {
-                "hosts": options.expert_hosts,
-                "replicas": options.expert_replicas,
-                "threads": options.threads,
-                "transport": options.transport,
-                "auto_rebalance": options.auto_rebalance,
-            },
-            "attention": {
-                "replicas": options.attention_replicas,
-                "threads": options.threads,
-                "max_length": options.max_length,
-                "cache_tokens": options.cache_tokens,
-            },
-        }
-    )
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises LaunchError when something listens there already."""
-    if not 1 <= port <= 65535:
-        raise LaunchError(f"--port {port}: use 1 to 65535")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise LaunchError(
-                f"port {port} on {host} cannot be used ({error.strerror}): stop what listens there, or give --port"
-            ) from error
 
 
 def serve_foreground(options: LaunchOptions, console: Console) -> int:
@@ -161,6 +58,9 @@ def serve_foreground(options: LaunchOptions, console: Console) -> int:
         return 0
     except SystemExit:  # Ray's answer to SIGTERM while it starts
         return 0
+    except LaunchError as error:
+        kept = cluster.keep_logs(state_dir() / f"{options.port}-logs") if cluster is not None else None
+        raise LaunchError(f"{error} (logs: {kept})" if kept is not None else str(error)) from error
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
@@ -179,7 +79,7 @@ def _run(options: LaunchOptions, admin_token: str, console: Console, stop: threa
     from services.progress import show_progress
 
     _deploy(build(arguments), options, stop)
-    show_progress(f"p{options.port}", f"shoal-p{options.port}", console, stop, time.monotonic() + START_TIMEOUT_S)
+    show_progress(f"p{options.port}", f"shoal-p{options.port}", console, stop, PATIENCE_S)
 
 
 def _deploy(application: "serve.Application", options: LaunchOptions, stop: threading.Event) -> None:

@@ -30,7 +30,7 @@ def add_parser(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument(
         "--gpu",
         action="store_true",
-        help="on GPUs, which compute and cache in the checkpoint's dtype; CPUs do in float32",
+        help="on GPUs, which compute and cache in the checkpoint's dtype; CPUs compute in float32",
     )
     command.add_argument("--json", action="store_true", help="for scripts")
     command.set_defaults(run=run)

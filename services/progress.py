@@ -11,14 +11,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.discovery import find_controller
-from services.launch import LaunchError
+from services.launch_options import LaunchError
 
 POLL_S = 0.2
 SERVE_POLL_S = 1.0  # Serve's answers take some of the cores with which everything starts
 
 
-def show_progress(name: str, namespace: str, console: Console, stop: threading.Event, deadline_s: float) -> None:
-    """Draw one bar over all hosts until the application runs; raises LaunchError when it will not."""
+def show_progress(name: str, namespace: str, console: Console, stop: threading.Event, patience_s: float) -> None:
+    """Draw one bar over all hosts until the application runs.
+
+    Raises LaunchError when it will not, or nothing was loaded for `patience_s` seconds.
+    """
+    deadline_s, before = time.monotonic() + patience_s, 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task("loading experts", total=None)
@@ -30,6 +34,8 @@ def show_progress(name: str, namespace: str, console: Console, stop: threading.E
                     raise LaunchError(f"the expert hosts cannot start: {status['reason']}")
                 done = sum(host["progress"][0] for host in status["expert_hosts"])
                 total = sum(host["progress"][1] for host in status["expert_hosts"])
+                if done > before:
+                    deadline_s, before = time.monotonic() + patience_s, done
                 bars.update(task, completed=done, total=max(total, 1))
                 if status["state"] == "ready":
                     bars.update(task, description="opening the door")
@@ -44,7 +50,7 @@ def show_progress(name: str, namespace: str, console: Console, stop: threading.E
                 if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                     raise LaunchError(f"the application cannot start: {_reason(application)}")
             if time.monotonic() > deadline_s:
-                raise LaunchError("the service was not ready in time; see the logs of the Ray session")
+                raise LaunchError(f"the service was not ready, and loaded nothing in {patience_s:.0f} s")
 
 
 def _controller_status(namespace: str) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.cli import main
+from services.launch_options import LaunchError, LaunchOptions, application_args, check
 from services.state import ServiceRecord, identity, read_record, remove_record, running_services, write_record
 
 
@@ -81,6 +82,8 @@ def test_serve_refuses_before_it_starts_anything(
         ["--cache-tokens", "-5"],
         ["--threads", "0"],
         ["--api-key", "short"],
+        ["--gpus", "1.5"],
+        ["--gpus", "-1"],
     ],
 )
 @pytest.mark.parametrize("detach", [[], ["--detach"]])
@@ -101,6 +104,35 @@ def test_a_missing_shard_is_named(capsys: pytest.CaptureFixture[str], bundled: P
     assert "fetch that shard" in fails(capsys, "serve", broken)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "hosts", "here", "needed"),
+    [
+        ("1", 3, 3, 4),
+        ("2", 2, 5, 6),
+        ("0.5", 2, 1, 2),
+        ("0.3", 4, 1, 2),
+        ("0.3", 2, 0, 1),
+        ("1", 2, 3, 0),
+        ("0.3", 2, 1, 0),
+    ],
+)
+def test_gpus_that_are_not_here_are_refused(
+    monkeypatch: pytest.MonkeyPatch, bundled: Path, gpus: str, hosts: int, here: int, needed: int
+) -> None:
+    """One worker beside the hosts; `needed` is 0 where they are enough."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: here)
+    options = LaunchOptions(str(bundled), expert_hosts=hosts, gpus=float(gpus), port=_free())
+    if not needed:
+        check(options)
+        told = application_args(options, "a" * 24)
+        assert (told.experts.gpus, told.attention.gpus) == (float(gpus), float(gpus))
+        return
+    with pytest.raises(
+        LaunchError, match=f"--gpus {gpus} for {hosts + 1} actors takes {needed} GPUs, and {here} are here"
+    ):
+        check(options)
+
+
 @pytest.mark.parametrize("command", ["status", "stop", "chat"])
 def test_commands_say_when_nothing_runs(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert "no service runs on port 8000; start one with `shoal serve MODEL`" in fails(capsys, command)
@@ -119,7 +151,7 @@ def test_a_record_of_a_dead_process_is_no_service(capsys: pytest.CaptureFixture[
 def test_doctor_explains(capsys: pytest.CaptureFixture[str], bundled: Path, tmp_path: Path, taken: int) -> None:
     assert main(["doctor", str(bundled), "--json", "--port", str(_free())]) == 0
     findings = json.loads(capsys.readouterr().out)
-    assert {"python", "ray", "torch", "port", "checkpoint", "memory"} <= {finding["what"] for finding in findings}
+    assert {"python", "ray", "torch", "gpus", "port", "checkpoint", "memory"} <= {each["what"] for each in findings}
     assert all(finding["ok"] for finding in findings)
     assert main(["doctor", str(tmp_path), "--json", "--port", str(taken)]) == 1
     wrong = {finding["what"]: finding["detail"] for finding in json.loads(capsys.readouterr().out) if not finding["ok"]}

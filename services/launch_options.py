@@ -1,0 +1,130 @@
+"""What `shoal serve` was asked for, and everything that can be known to fail before anything is started."""
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from experts.transport_kinds import check_transport
+from model.adapters.overlay import open_with_adapters
+from model.checkpoint import Checkpoint
+from model.tokenizer import Tokenizer
+from services.app_args import AppArgs
+
+
+class LaunchError(Exception):
+    """The service cannot start; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchOptions:
+    """What `shoal serve` was asked for."""
+
+    model: str
+    adapters: tuple[str, ...] = ()
+    expert_hosts: int = 2
+    expert_replicas: int = 1
+    attention_replicas: int = 1
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_name: str | None = None
+    api_key: str | None = None
+    max_length: int = 4096
+    cache_tokens: int = 32768
+    threads: int | None = None
+    transport: str = "auto"
+    auto_rebalance: bool = False
+    gpus: float = 0.0  # of each actor
+    log: str | None = None
+
+
+def check(options: LaunchOptions) -> Checkpoint:
+    """Everything that can be known to fail before anything is started; raises LaunchError."""
+    try:
+        checkpoint = open_with_adapters(options.model, options.adapters)
+        Tokenizer.load(checkpoint.directory)
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
+    experts = checkpoint.config.n_routed_experts
+    if not 1 <= options.expert_hosts <= max(1, experts):
+        raise LaunchError(f"--expert-hosts {options.expert_hosts}: the model has {experts} experts; use 1 to {experts}")
+    if not 1 <= options.expert_replicas <= options.expert_hosts:
+        raise LaunchError(f"--expert-replicas {options.expert_replicas}: use 1 to {options.expert_hosts}")
+    if options.attention_replicas < 1:
+        raise LaunchError(f"--attention-replicas {options.attention_replicas}: use at least 1")
+    if options.host not in ("127.0.0.1", "localhost", "::1") and options.api_key is None:
+        raise LaunchError(f"--host {options.host} is open to others: set --api-key, or SHOAL_API_KEY, too")
+    try:
+        check_transport(options.transport)
+    except ValueError as error:
+        raise LaunchError(f"--transport {options.transport}: {error}") from error
+    check_port(options.host, options.port)
+    if options.gpus:
+        check_gpus(options)
+    try:
+        application_args(options, "not-yet-known")
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "--" + str(first["loc"][-1]).replace("_", "-")
+        raise LaunchError(f"{name} {first['input']}: {first['msg'].lower()}") from error
+    return checkpoint
+
+
+def application_args(options: LaunchOptions, admin_token: str) -> AppArgs:
+    """What the Serve application is told; raises pydantic's ValidationError for a value out of range."""
+    return AppArgs.model_validate(
+        {
+            "model": str(Path(options.model).resolve()),
+            "adapters": [str(Path(adapter).resolve()) for adapter in options.adapters],
+            "name": f"p{options.port}",
+            "served_name": options.served_name,
+            "api_key": options.api_key,
+            "admin_token": admin_token,
+            "experts": {
+                "hosts": options.expert_hosts,
+                "replicas": options.expert_replicas,
+                "threads": options.threads,
+                "transport": options.transport,
+                "auto_rebalance": options.auto_rebalance,
+                "gpus": options.gpus,
+            },
+            "attention": {
+                "replicas": options.attention_replicas,
+                "threads": options.threads,
+                "max_length": options.max_length,
+                "cache_tokens": options.cache_tokens,
+                "gpus": options.gpus,
+            },
+        }
+    )
+
+
+def check_gpus(options: LaunchOptions) -> None:
+    """Raises LaunchError unless every host and worker finds its GPUs, or its part of one, on this machine."""
+    import torch
+
+    each, actors, here = options.gpus, options.expert_hosts + options.attention_replicas, torch.cuda.device_count()
+    if each < 0 or (each > 1 and each != int(each)):
+        raise LaunchError(f"--gpus {each:g}: use a whole number, or a part of one below 1")
+    needed = actors * int(each) if each >= 1 else -(-actors // int(1 / each))
+    if needed > here:
+        raise LaunchError(
+            f"--gpus {each:g} for {actors} actors takes {needed} GPUs, and {here} are here: "
+            "give each a smaller part, such as --gpus 0.3, or leave it out to compute on CPUs"
+        )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises LaunchError when something listens there already."""
+    if not 1 <= port <= 65535:
+        raise LaunchError(f"--port {port}: use 1 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LaunchError(
+                f"port {port} on {host} cannot be used ({error.strerror}): stop what listens there, or give --port"
+            ) from error
