@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 serve: env
 	$(BIN)/shoal serve $(MODEL) --expert-hosts $(HOSTS) --port $(PORT)
 
-# in two processes: Ray's client has hung in one that had computed and forked much before
+# apart: Ray's client has hung in a process that had computed and forked much before
 test: env
 	$(BIN)/python -m pytest tests/end_to_end
 	$(BIN)/python -m pytest --ignore=tests/end_to_end -n 2 --dist loadfile

@@ -41,7 +41,7 @@ def read_machine() -> Machine:
         cpu=_cpu_name(Path("/proc/cpuinfo").read_text()),
         cores=node_threads(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        kernel=f"{platform.system()} {platform.release()}",
+        kernel=f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
     )
 
 

@@ -39,7 +39,7 @@ def notes(results: Results) -> Iterator[str]:
         f"Python {software.python}, {versions}."
     )
     yield (
-        f"{run.parameters / 1e6:.0f} M parameters in fp32, prompts of {run.prompt_tokens} random tokens, "
+        f"{run.parameters / 1e6:.0f} M parameters, computed in fp32; prompts of {run.prompt_tokens} random tokens, "
         f"{run.decode_tokens} tokens decoded, {run.repeats} interleaved repeats: median (lowest-highest). "
         f"Ratios are formed within each repeat."
     )

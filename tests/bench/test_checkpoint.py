@@ -54,6 +54,12 @@ def test_weights_have_their_deviations_and_are_always_the_same() -> None:
     assert torch.equal(weights["model.norm.weight"], torch.ones(32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_have_the_dtype_that_the_config_names(dtype: torch.dtype) -> None:
+    config = MINIATURE | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    assert {tensor.dtype for _, tensor in draw_weights(config)} == {dtype}
+
+
 def test_shoal_and_transformers_open_it(miniature: Path) -> None:
     assert Checkpoint.open(miniature).config.n_routed_experts == 8
     assert oracle.logits(miniature, [2, 300, 8000]).shape == (3, VOCABULARY)

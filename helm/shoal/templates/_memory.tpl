@@ -9,7 +9,8 @@
 {{- define "shoal.expertBytes" -}}
 {{- $shape := .Values.model.shape -}}
 {{- $gpu := gt (int .Values.experts.gpus) 0 -}}
-{{- $narrow := ternary (ne $shape.dtype "float32") (eq $shape.dtype "bfloat16") $gpu -}}
+{{- $dtype := $shape.dtype | default "" -}}
+{{- $narrow := ternary (ne $dtype "float32") (eq $dtype "bfloat16") $gpu -}}
 {{- $width := ternary 2 4 $narrow -}}
 {{- $expert := mul 3 (int64 $shape.hiddenSize) (int64 $shape.moeIntermediateSize) $width -}}
 {{- mul $expert (int64 $shape.routedExperts) (int64 $shape.moeLayers) (int64 .Values.experts.copies) -}}
