@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from cluster.change import ChangeRefused, Wish
 from services.backend import Backend
 from services.openai.errors import ApiError
-from services.openai.schema import Strict
+from services.openai.strict import Strict
 
 MAX_HOSTS = 4096
 MAX_EXTRA = 1 << 20

@@ -129,8 +129,8 @@ def request_seed(seed: int | None) -> int:
 
 
 def choice_seed(seed: int, prompt: int, choice: int) -> int:
-    """Seed of one choice of one prompt; the first choice of the first prompt has the request's own."""
-    if prompt == choice == 0:
+    """Seed of one choice of one prompt, at least 0; the first choice of the first prompt has the request's own."""
+    if prompt == choice == 0 and seed >= 0:
         return seed
     digest = hashlib.blake2b(f"{seed}/{prompt}/{choice}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 2
