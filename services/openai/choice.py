@@ -33,7 +33,6 @@ class Plan:
     prompts: tuple[tuple[int, ...], ...]
     params: tuple[SamplingParams, ...]  # of each prompt
     choices_per_prompt: int
-    seed: int
     body: Sampling
 
     @property
@@ -46,7 +45,7 @@ class Plan:
 
     def request(self, index: int) -> GenerateRequest:
         prompt, choice = divmod(index, self.choices_per_prompt)
-        seed = choice_seed(self.seed, prompt, choice)
+        seed = choice_seed(self.body.seed, choice)
         return GenerateRequest(uuid4().hex, self.prompts[prompt], replace(self.params[prompt], seed=seed))
 
 

@@ -16,7 +16,6 @@ from services.openai.params import (
     check_model,
     check_prompt,
     completion_prompts,
-    request_seed,
     sampling_params,
 )
 from services.openai.schema import CompletionRequest
@@ -32,7 +31,7 @@ def plan_completion(request: CompletionRequest, backend: Backend) -> Plan:
     budgets = [check_prompt(prompt, model, request.max_tokens, COMPLETION_MAX_TOKENS) for prompt in prompts]
     scored = request.logprobs if request.echo else None
     params = [sampling_params(request, model, budget, request.logprobs, scored) for budget in budgets]
-    return Plan(tuple(map(tuple, prompts)), tuple(params), request.n or 1, request_seed(request.seed), request)
+    return Plan(tuple(map(tuple, prompts)), tuple(params), request.n or 1, request)
 
 
 async def complete(plan: Plan, request: CompletionRequest, backend: Backend) -> dict[str, Any]:

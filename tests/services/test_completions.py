@@ -49,6 +49,16 @@ def test_n_multiplies_the_prompts(app: FastAPI, script: Script) -> None:
     assert len({request.params.seed for request in script.asked}) == 4
 
 
+@pytest.mark.parametrize("seed", [7, -7])
+def test_a_seeded_prompt_is_answered_alike_alone_and_in_a_list(app: FastAPI, script: Script, seed: int) -> None:
+    ask(app, prompt=["a", "the"], n=2, seed=seed)
+    ask(app, prompt="the", n=2, seed=seed)
+    in_list, alone = script.asked[2:4], script.asked[4:]
+    assert [request.prompt_ids for request in in_list] == [request.prompt_ids for request in alone]
+    assert [request.params for request in in_list] == [request.params for request in alone]
+    assert alone[0].params.seed != alone[1].params.seed
+
+
 def test_sixteen_tokens_are_the_default(app: FastAPI, script: Script) -> None:
     post(app, "/v1/completions", {"prompt": "a"})
     assert script.asked[0].params.max_tokens == 16
