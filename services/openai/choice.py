@@ -52,7 +52,13 @@ class Plan:
 async def run_choice(backend: Backend, plan: Plan, index: int) -> AsyncGenerator[ChoicePiece, None]:
     """Pieces of one choice until one has a finish_reason. Raises what the backend raises."""
     body = plan.body
-    stream = TextStream(backend.model.tokenizer, body.stops, body.skip_special_tokens, body.include_stop_str_in_output)
+    stream = TextStream(
+        backend.model.tokenizer,
+        body.stops,
+        body.skip_special_tokens,
+        body.include_stop_str_in_output,
+        body.min_tokens or 0,
+    )
     generated = cached = 0
     async with aclosing(backend.generate(plan.request(index))) as updates:
         async for update in updates:

@@ -95,6 +95,30 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(app: FastAPI, script: Sc
         assert len(script.cancelled) == 2
 
 
+@pytest.mark.parametrize(
+    ("min_tokens", "stop", "shown"),
+    [
+        (2, " swim", " the whale"),
+        (3, " swim", SAID),
+        (1, "whale swim", " the "),
+        (2, "whale swim", SAID),
+        (3, ["the", " far", " swim"], " the whale swim"),
+        (8, "ok", SAID.removesuffix("ok")),
+        (9, "ok", SAID),
+    ],
+)
+def test_min_tokens_holds_off_stop_strings(
+    app: FastAPI, script: Script, min_tokens: int, stop: str | list[str], shown: str
+) -> None:
+    """Text of the first so many tokens ends nothing, neither alone nor with what follows it."""
+    fields: Any = {"stop": stop, "max_tokens": 20, "extra_body": {"min_tokens": min_tokens}}
+    assert len(script.answer) == 10
+    answer = ask(app, **fields)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (shown, "stop")
+    assert answer.usage.completion_tokens >= min_tokens
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in listen(app, **fields)) == shown
+
+
 def test_what_only_begins_like_a_stop_string_is_shown(app: FastAPI) -> None:
     assert ask(app, stop="ok then").choices[0].message.content == SAID
 
