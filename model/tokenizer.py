@@ -58,6 +58,16 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """Token ids, and the character of the text at which each token's own text begins."""
+        encoding = self._fast.encode(text, add_special_tokens=add_special_tokens)
+        offsets: list[int] = []
+        covered = 0
+        for begin, end in encoding.offsets:  # which may leave out spaces, and are (0, 0) for a token that was added
+            offsets.append(min(begin, covered) if end else covered)
+            covered = max(covered, end)
+        return list(encoding.ids), offsets
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
 

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from attention.requests import GenerateRequest, SamplingParams, TokenLogprob
 from services.backend import Backend, GenerationFailed
+from services.openai.echo import Echo
 from services.openai.params import choice_seed
 from services.openai.schema import Sampling
 from services.openai.text import Piece, ShownToken, TextStream
@@ -34,6 +35,7 @@ class Plan:
     params: tuple[SamplingParams, ...]  # of each prompt
     choices_per_prompt: int
     body: Sampling
+    echoes: tuple[Echo, ...] = ()  # of each prompt, where they are given back
 
     @property
     def choices(self) -> int:

@@ -41,19 +41,17 @@ def chat_prompt(messages: list[Message], model: ServedModel, add_generation_prom
         raise ApiError(str(error), param="messages", code="invalid_messages") from error
 
 
-def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[list[int]]:
-    """Token ids of every prompt."""
+def given_prompts(request: CompletionRequest) -> list[str | list[int]]:
+    """Every prompt as it came: text, or token ids."""
     prompt = request.prompt
     if isinstance(prompt, str):
-        return [model.tokenizer.encode(prompt, request.add_special_tokens)]
+        return [prompt]
     tokens = [item for item in prompt if isinstance(item, int)]
-    if tokens:
-        return [tokens]
-    return [_tokens(item, request, model) for item in prompt if not isinstance(item, int)]
+    return [tokens] if tokens else [item for item in prompt if not isinstance(item, int)]
 
 
-def _tokens(item: str | list[int], request: CompletionRequest, model: ServedModel) -> list[int]:
-    return model.tokenizer.encode(item, request.add_special_tokens) if isinstance(item, str) else item
+def prompt_tokens(given: str | list[int], request: CompletionRequest, model: ServedModel) -> list[int]:
+    return model.tokenizer.encode(given, request.add_special_tokens) if isinstance(given, str) else given
 
 
 def check_prompt(tokens: list[int], model: ServedModel, max_tokens: int | None, default: int | None) -> int:

@@ -177,6 +177,26 @@ def test_special_tokens_may_be_written_as_objects(copy: Path, ours: Tokenizer) -
     assert Tokenizer.load(copy).apply_chat_template(messages) == ours.apply_chat_template(messages)
 
 
+@pytest.mark.parametrize("trim", [None, False, True])
+def test_offsets_are_where_the_texts_of_tokens_begin(copy: Path, trim: bool | None) -> None:
+    """Whether tokenizer.json leaves spaces out of its own offsets or not, and beside tokens that are added."""
+    raw = json.loads((copy / "tokenizer.json").read_text())
+    if trim is not None:
+        raw["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": trim, "use_regex": True}
+    (copy / "tokenizer.json").write_text(json.dumps(raw))
+    plain = Tokenizer.load(copy)
+    for text in ("Hello, the  world", "<bos>def f(x): é 東京 🐟<eos> end"):
+        ids, offsets = plain.encode_with_offsets(text)
+        assert ids == plain.encode(text)
+        assert offsets == [
+            len(plain.decode(ids[:at], False).rstrip("\N{REPLACEMENT CHARACTER}")) for at in range(len(ids))
+        ]
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    ends = {"add_bos_token": True, "add_eos_token": True}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config | ends))
+    assert Tokenizer.load(copy).encode_with_offsets(text) == ([0, *ids, 1], [0, *offsets, len(text)])
+
+
 def configure(directory: Path, **fields: object) -> None:
     """Set fields of tokenizer_config.json, and the byte-level processor that DeepSeek-V2's tokenizer.json has."""
     path = directory / "tokenizer_config.json"
