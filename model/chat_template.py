@@ -77,9 +77,9 @@ class ChatTemplate:
 def load_chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate:
     """chat_template.jinja, else tokenizer_config.json's chat_template, else DeepSeek-V2's format."""
     special = {
-        name: value.get("content", "") if isinstance(value, dict) else str(value)
+        name: token
         for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-        if (value := tokenizer_config.get(name)) is not None
+        if (token := named_token(tokenizer_config, name)) is not None
     }
     path = directory / "chat_template.jinja"
     source: Any = path.read_text(encoding="utf-8") if path.exists() else tokenizer_config.get("chat_template")
@@ -87,6 +87,14 @@ def load_chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> 
         named = {item["name"]: item["template"] for item in source}
         source = named.get("default")
     return ChatTemplate(source or DEFAULT, {"bos_token": "", "eos_token": ""} | special)
+
+
+def named_token(tokenizer_config: Mapping[str, Any], name: str) -> str | None:
+    """The text of a special token, which may be written as an object; None where there is none."""
+    value = tokenizer_config.get(name)
+    if isinstance(value, dict):
+        return str(value.get("content", ""))
+    return None if value is None else str(value)
 
 
 def _to_json(

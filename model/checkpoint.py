@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
 from model.config import ModelConfig, parse_config, read_raw_config
+from model.generation import read_end_tokens
 from model.safetensors_header import CheckpointError, TensorEntry, read_header
 from model.tensors import expected_tensors, expert_names
 
@@ -40,7 +41,10 @@ class ExpertWeights:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Config and tensor directory of a checkpoint; holds no weights."""
+    """Config and tensor directory of a checkpoint; holds no weights.
+
+    The config's end tokens are those of config.json, then those that generation_config.json adds.
+    """
 
     directory: Path
     config: ModelConfig
@@ -48,7 +52,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: Path | str) -> Checkpoint:
-        """Read config.json and every safetensors header.
+        """Read config.json, generation_config.json's end tokens and every safetensors header.
 
         Raises ConfigError or CheckpointError, both ValueErrors, naming each missing, unexpected, misshaped or
         truncated tensor, or what is wrong with the directory.
@@ -59,6 +63,8 @@ class Checkpoint:
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is a file; expected the directory that holds config.json")
         config = parse_config(read_raw_config(directory))
+        ends = dict.fromkeys((*config.eos_token_ids, *read_end_tokens(directory, config.vocab_size)))
+        config = replace(config, eos_token_ids=tuple(ends))
         entries = _read_entries(directory)
         _compare(expected_tensors(config), entries)
         return cls(directory, config, entries)

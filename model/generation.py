@@ -1,10 +1,10 @@
-"""Sampling defaults that come with a checkpoint, from generation_config.json."""
+"""How a checkpoint's author would have it generate, from generation_config.json: sampling defaults and end tokens."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.config_fields import ConfigError
+from model.config_fields import ConfigError, Fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +22,7 @@ def read_generation_defaults(directory: Path) -> GenerationDefaults:
 
     `do_sample` false does not make an API request greedy: transformers writes it into every file.
     """
-    path = Path(directory) / "generation_config.json"
-    if not path.exists():
-        return GenerationDefaults()
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a JSON {type(raw).__name__}; expected an object")
+    path, raw = _read(directory)
 
     def number(name: str, default: float, low: float, high: float) -> float:
         value = raw.get(name)
@@ -46,3 +38,26 @@ def read_generation_defaults(directory: Path) -> GenerationDefaults:
         top_k=int(number("top_k", 0, 0, 1e6)),
         repetition_penalty=number("repetition_penalty", 1.0, 1e-3, 10.0),
     )
+
+
+def read_end_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
+    """generation_config.json's `eos_token_id`: an id, a list of them, or none.
+
+    Chat fine-tunes name the token that ends a turn here alone. Raises ConfigError for what is no token id.
+    """
+    path, raw = _read(directory)
+    return Fields(raw, f"{path}: ").tokens("eos_token_id", vocab_size)
+
+
+def _read(directory: Path) -> tuple[Path, dict[str, object]]:
+    """The file and its fields, none where it is absent; raises ConfigError for what is no JSON object."""
+    path = Path(directory) / "generation_config.json"
+    if not path.exists():
+        return path, {}
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a JSON {type(raw).__name__}; expected an object")
+    return path, raw

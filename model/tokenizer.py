@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import processors
 
-from model.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
+from model.chat_template import ChatTemplate, ChatTemplateError, load_chat_template, named_token
 from model.safetensors_header import CheckpointError
 
 __all__ = ["ChatTemplateError", "Detokenizer", "Tokenizer"]
@@ -27,7 +28,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":
-        """Read tokenizer.json and tokenizer_config.json; raises CheckpointError naming what is missing."""
+        """Read tokenizer.json and tokenizer_config.json; raises CheckpointError naming what is missing or faulty."""
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
@@ -47,6 +48,7 @@ class Tokenizer:
                 raise CheckpointError(f"{config_path} cannot be read as JSON: {error}") from error
             if not isinstance(config, dict):
                 raise CheckpointError(f"{config_path} holds a JSON {type(config).__name__}; expected an object")
+        _add_ends(fast, config, config_path)
         return cls(fast, load_chat_template(directory, config))
 
     @property
@@ -55,6 +57,16 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """Token ids, and the character of the text at which each token's own text begins."""
+        encoding = self._fast.encode(text, add_special_tokens=add_special_tokens)
+        offsets: list[int] = []
+        covered = 0
+        for begin, end in encoding.offsets:  # which may leave out spaces, and are (0, 0) for a token that was added
+            offsets.append(min(begin, covered) if end else covered)
+            covered = max(covered, end)
+        return list(encoding.ids), offsets
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
@@ -121,6 +133,35 @@ class Detokenizer:
         self._window = []
         self._given = 0
         return rest
+
+
+def _add_ends(fast: FastTokenizer, config: Mapping[str, Any], path: Path) -> None:
+    """Have texts begin and end as add_bos_token and add_eos_token say, in place of what tokenizer.json says of it.
+
+    DeepSeek-V2's tokenizer.json does not put its first token before texts; this flag does, by transformers 4's Llama
+    tokenizer, which the model names. transformers 5 reads the flags as arguments alone, and then does what is done
+    here. Where neither is in the file, tokenizer.json's own processor stays. Chats are encoded without: their template
+    prints such tokens itself.
+    """
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+    first, last = _added(fast, config, path, "bos_token"), _added(fast, config, path, "eos_token")
+    single = [f"{token}:0" for token, _ in first] + ["$A:0"] + [f"{token}:0" for token, _ in last]
+    fast.post_processor = processors.TemplateProcessing(single=single, special_tokens=first + last)
+
+
+def _added(fast: FastTokenizer, config: Mapping[str, Any], path: Path, name: str) -> list[tuple[str, int]]:
+    """The token of that name and its id, where it is to be added to texts."""
+    wanted = config.get(f"add_{name}")
+    if not isinstance(wanted, bool | None):
+        raise CheckpointError(f"{path}: add_{name} is {wanted!r}; expected true or false")
+    token = named_token(config, name)
+    if not wanted or token is None:
+        return []
+    number = fast.token_to_id(token)
+    if number is None:
+        raise CheckpointError(f"{path}: {name} is {token!r}; expected a token of tokenizer.json, to add to texts")
+    return [(token, int(number))]
 
 
 def byte_alphabet() -> list[str]:

@@ -11,7 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from cluster.change import ChangeRefused, Wish
 from services.backend import Backend
 from services.openai.errors import ApiError
-from services.openai.schema import Strict
+from services.openai.strict import Strict
+from services.openapi import BODY, refusals
 
 MAX_HOSTS = 4096
 MAX_EXTRA = 1 << 20
@@ -119,46 +120,49 @@ def _refusals() -> Iterator[None]:
 def add_admin_routes(app: FastAPI, backend: Backend) -> None:
     """Routes under /admin, which the application guards."""
 
+    reading = refusals(401, 403, 503)
+    changing = refusals(*BODY, 401, 403, 409, 503)
+
     async def begin(request: Request, wish: Wish) -> Response:
         with _refusals():
             change = await backend.begin_change(wish)
         root = str(request.scope.get("root_path", "")).rstrip("/")
         return JSONResponse(change, 202, {"Location": f"{root}/admin/changes/{change['id']}"})
 
-    @app.get("/admin/experts")
+    @app.get("/admin/experts", responses=reading)
     async def experts() -> dict[str, Any]:
         status = await backend.status()
         return {name: status[name] for name in EXPERT_FIELDS}
 
-    @app.post("/admin/experts/scale", status_code=202)
+    @app.post("/admin/experts/scale", status_code=202, responses=changing)
     async def scale(body: Scale, request: Request) -> Response:
         return await begin(request, Wish("scale", hosts=body.hosts, leaving=tuple(body.leaving)))
 
-    @app.post("/admin/experts/rebalance", status_code=202)
+    @app.post("/admin/experts/rebalance", status_code=202, responses=changing)
     async def rebalance(request: Request, body: Rebalance | None = None) -> Response:
         return await begin(request, Wish("rebalance"))
 
-    @app.post("/admin/experts/drain", status_code=202)
+    @app.post("/admin/experts/drain", status_code=202, responses=changing)
     async def drain(body: Drain, request: Request) -> Response:
         leaving = tuple(body.hosts or ()) if body.host is None else (body.host,)
         return await begin(request, Wish("drain", leaving=leaving))
 
-    @app.post("/admin/experts/room")
+    @app.post("/admin/experts/room", responses=changing)
     async def room(body: Room) -> dict[str, Any]:
         with _refusals():
             return await backend.make_room(body.hosts, body.node)
 
-    @app.post("/admin/experts/replicas", status_code=202)
+    @app.post("/admin/experts/replicas", status_code=202, responses=changing)
     async def replicas(body: Replicas, request: Request) -> Response:
         return await begin(request, Wish("replicas", replicas=body.replicas, extra=body.extra))
 
-    @app.get("/admin/changes/{change_id}")
+    @app.get("/admin/changes/{change_id}", responses=refusals(400, 401, 403, 404, 503))
     async def change(change_id: str, query: Annotated[WatchQuery, Query()]) -> dict[str, Any]:
         found = await backend.watch_change(change_id, query.seen, min(query.timeout_s, MAX_WATCH_S))
         if found is None:
             raise ApiError(f"there is no change {change_id!r}; GET /admin/experts shows the last ones", 404)
         return found
 
-    @app.get("/admin/events")
+    @app.get("/admin/events", responses=refusals(400, 401, 403, 503))
     async def events(query: Annotated[EventsQuery, Query()]) -> dict[str, Any]:
         return {"events": await backend.events(query.after, query.limit)}

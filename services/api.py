@@ -17,6 +17,7 @@ from services.openai.errors import ApiError, error_response
 from services.openai.params import chat_prompt, check_model, check_token_ids
 from services.openai.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from services.openai.sse import ClientGone, stream, unless_gone
+from services.openapi import BODY, STREAM, refusals
 
 
 def create_app(
@@ -29,14 +30,16 @@ def create_app(
     app.add_middleware(KeyGuard, api_key=api_key, admin_token=admin_token)
     app.add_middleware(BodyCap)
 
-    @app.post("/v1/chat/completions")
+    generating = STREAM | refusals(*BODY, 401, 404, 429, 503)
+
+    @app.post("/v1/chat/completions", responses=generating)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         plan = await asyncio.to_thread(plan_chat, body, backend)  # a long text takes a tokenizer seconds
         if body.stream:
             return await stream(stream_chat(plan, backend))
         return JSONResponse(await unless_gone(request, complete_chat(plan, backend)))
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=generating)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         plan = await asyncio.to_thread(plan_completion, body, backend)
         if body.stream:
@@ -64,16 +67,16 @@ def _add_small_routes(app: FastAPI, backend: Backend) -> None:
             "max_model_len": model.max_length,
         }
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=refusals(401))
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card()]}
 
-    @app.get("/v1/models/{model_id:path}")
+    @app.get("/v1/models/{model_id:path}", responses=refusals(401, 404))
     async def model(model_id: str) -> dict[str, Any]:
         check_model(model_id, backend.model)
         return card()
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", responses=refusals(*BODY, 401, 404))
     def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         check_model(body.model, backend.model)
         tokenizer = backend.model.tokenizer
@@ -90,19 +93,19 @@ def _add_small_routes(app: FastAPI, backend: Backend) -> None:
             answer["token_strs"] = [tokenizer.token_text(token) for token in tokens]
         return answer
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", responses=refusals(*BODY, 401, 404))
     def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         check_model(body.model, backend.model)
         check_token_ids(body.tokens, backend.model, "tokens")
         return {"prompt": backend.model.tokenizer.decode(body.tokens, skip_special_tokens=False)}
 
-    @app.get("/health")
+    @app.get("/health", responses=refusals(503))
     async def health() -> Response:
         reason = await backend.unhealthy()
         if reason is None:
             return JSONResponse({"status": "ok"})
         return error_response(ApiError(reason, 503, code="not_ready", retry_after_s=1))
 
-    @app.get("/admin/status")
+    @app.get("/admin/status", responses=refusals(401, 403, 503))
     async def status() -> dict[str, Any]:
         return await backend.status()

@@ -12,6 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from services.backend import Backend, Reading
+from services.openapi import TEXT, refusals
 
 METRICS_PATH = "/metrics"
 HOST_STATES = ("loading", "ready", "dead")  # each has a sample, whether any host is in it or not
@@ -162,7 +163,7 @@ def add_metrics_route(app: FastAPI, backend: Backend, ingress: str) -> None:
     """The route, over a registry of this application's own; `ingress` labels what it counts itself."""
     exposition = Exposition(ingress)
 
-    @app.get(METRICS_PATH)
+    @app.get(METRICS_PATH, response_class=Response, responses=TEXT | refusals(401))
     async def metrics() -> Response:
         reading = await backend.metrics()
         return Response(exposition.render(reading), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -15,7 +15,6 @@ from services.openai.params import (
     check_choices,
     check_model,
     check_prompt,
-    request_seed,
     sampling_params,
 )
 from services.openai.schema import ChatRequest
@@ -31,7 +30,7 @@ def plan_chat(request: ChatRequest, backend: Backend) -> Plan:
     max_tokens = check_prompt(prompt, model, chat_max_tokens(request), None)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     params = sampling_params(request, model, max_tokens, logprobs, None)
-    return Plan((tuple(prompt),), (params,), request.n or 1, request_seed(request.seed), request)
+    return Plan((tuple(prompt),), (params,), request.n or 1, request)
 
 
 async def complete_chat(plan: Plan, backend: Backend) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from attention.requests import GenerateRequest, SamplingParams, TokenLogprob
 from services.backend import Backend, GenerationFailed
+from services.openai.echo import Echo
 from services.openai.params import choice_seed
 from services.openai.schema import Sampling
 from services.openai.text import Piece, ShownToken, TextStream
@@ -33,8 +34,8 @@ class Plan:
     prompts: tuple[tuple[int, ...], ...]
     params: tuple[SamplingParams, ...]  # of each prompt
     choices_per_prompt: int
-    seed: int
     body: Sampling
+    echoes: tuple[Echo, ...] = ()  # of each prompt, where they are given back
 
     @property
     def choices(self) -> int:
@@ -46,14 +47,20 @@ class Plan:
 
     def request(self, index: int) -> GenerateRequest:
         prompt, choice = divmod(index, self.choices_per_prompt)
-        seed = choice_seed(self.seed, prompt, choice)
+        seed = choice_seed(self.body.seed, choice)
         return GenerateRequest(uuid4().hex, self.prompts[prompt], replace(self.params[prompt], seed=seed))
 
 
 async def run_choice(backend: Backend, plan: Plan, index: int) -> AsyncGenerator[ChoicePiece, None]:
     """Pieces of one choice until one has a finish_reason. Raises what the backend raises."""
     body = plan.body
-    stream = TextStream(backend.model.tokenizer, body.stops, body.skip_special_tokens, body.include_stop_str_in_output)
+    stream = TextStream(
+        backend.model.tokenizer,
+        body.stops,
+        body.skip_special_tokens,
+        body.include_stop_str_in_output,
+        body.min_tokens or 0,
+    )
     generated = cached = 0
     async with aclosing(backend.generate(plan.request(index))) as updates:
         async for update in updates:

@@ -3,20 +3,22 @@
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
 from attention.requests import TokenLogprob
-from model.tokenizer import Detokenizer, Tokenizer
+from model.tokenizer import Tokenizer
 from services.backend import Backend
 from services.openai.choice import ChoicePiece, Plan, collect, run_choices, usage
+from services.openai.echo import Echo, echo_text, echo_tokens
 from services.openai.params import (
     COMPLETION_MAX_TOKENS,
     check_choices,
     check_model,
     check_prompt,
-    completion_prompts,
-    request_seed,
+    given_prompts,
+    prompt_tokens,
     sampling_params,
 )
 from services.openai.schema import CompletionRequest
@@ -27,12 +29,14 @@ def plan_completion(request: CompletionRequest, backend: Backend) -> Plan:
     """Check everything that can be checked before a token is computed; raises ApiError."""
     model = backend.model
     check_model(request.model, model)
-    prompts = completion_prompts(request, model)
+    given = given_prompts(request)
+    prompts = [prompt_tokens(one, request, model) for one in given]
     check_choices(len(prompts) * (request.n or 1), backend.most_in_flight)
     budgets = [check_prompt(prompt, model, request.max_tokens, COMPLETION_MAX_TOKENS) for prompt in prompts]
     scored = request.logprobs if request.echo else None
     params = [sampling_params(request, model, budget, request.logprobs, scored) for budget in budgets]
-    return Plan(tuple(map(tuple, prompts)), tuple(params), request.n or 1, request_seed(request.seed), request)
+    echoes = tuple(_unscored(one, request, model.tokenizer) for one in given) if request.echo else ()
+    return Plan(tuple(map(tuple, prompts)), tuple(params), request.n or 1, request, echoes)
 
 
 async def complete(plan: Plan, request: CompletionRequest, backend: Backend) -> dict[str, Any]:
@@ -40,7 +44,7 @@ async def complete(plan: Plan, request: CompletionRequest, backend: Backend) -> 
     choices = await collect(backend, plan)
     bodies = []
     for index, pieces in enumerate(choices):
-        echo = _echo(plan, index, backend.model.tokenizer, pieces) if request.echo else _NOTHING
+        echo = _echo(plan, index, pieces) if request.echo else Echo()
         tokens = [token for piece in pieces for token in piece.tokens]
         bodies.append(
             {
@@ -63,7 +67,7 @@ async def stream_completion(
     tokenizer = backend.model.tokenizer
     generated, cached = [0] * plan.choices, [0] * plan.choices
     scores: list[list[ChoicePiece]] = [[] for _ in range(plan.choices)]
-    prompts: dict[int, Prompt] = {}
+    prompts: dict[int, Echo] = {}
     async with aclosing(run_choices(backend, plan)) as pieces:
         async for piece in pieces:
             index = piece.index
@@ -72,46 +76,29 @@ async def stream_completion(
             if not (piece.text or piece.tokens or piece.finish_reason):
                 continue
             if request.echo and index not in prompts:
-                prompts[index] = echo = _echo(plan, index, tokenizer, scores[index])
+                prompts[index] = echo = _echo(plan, index, scores[index])
                 logprobs = _logprobs(echo, (), tokenizer, request.logprobs)
                 yield head | {"choices": [_choice(index, echo.text, logprobs, None)]}
             shift = len(prompts[index].text) if index in prompts else 0
-            logprobs = _logprobs(_NOTHING, piece.tokens, tokenizer, request.logprobs, shift)
+            logprobs = _logprobs(Echo(), piece.tokens, tokenizer, request.logprobs, shift)
             yield head | {"choices": [_choice(index, piece.text, logprobs, piece.finish_reason)]}
     if plan.body.include_usage:
         yield head | {"choices": [], "usage": usage(plan, generated, cached)}
 
 
-class Prompt:
-    """An echoed prompt: its text, where each token's text begins in it, and the scores, if asked for."""
-
-    def __init__(
-        self, text: str, tokens: Sequence[int], offsets: Sequence[int], scores: Sequence[TokenLogprob | None]
-    ) -> None:
-        self.text = text
-        self.tokens = tokens
-        self.offsets = offsets
-        self.scores = scores
+def _unscored(given: str | list[int], request: CompletionRequest, tokenizer: Tokenizer) -> Echo:
+    if isinstance(given, str):
+        return echo_text(given, tokenizer, request.add_special_tokens)
+    return echo_tokens(given, tokenizer, request.skip_special_tokens)
 
 
-_NOTHING = Prompt("", (), (), ())
-
-
-def _echo(plan: Plan, index: int, tokenizer: Tokenizer, pieces: Sequence[ChoicePiece]) -> Prompt:
-    prompt = plan.prompts[index // plan.choices_per_prompt]
-    detokenizer = Detokenizer(tokenizer, plan.body.skip_special_tokens)
-    text = ""
-    offsets: list[int] = []
-    for token in prompt:
-        offsets.append(len(text))
-        text += detokenizer.push(token)
-    text += detokenizer.flush()
-    scores = [score for piece in pieces for score in piece.prompt_logprobs or ()]
-    return Prompt(text, prompt, offsets, scores)
+def _echo(plan: Plan, index: int, pieces: Sequence[ChoicePiece]) -> Echo:
+    scores = tuple(score for piece in pieces for score in piece.prompt_logprobs or ())
+    return replace(plan.echoes[index // plan.choices_per_prompt], scores=scores)
 
 
 def _logprobs(
-    echo: Prompt, tokens: Sequence[ShownToken], tokenizer: Tokenizer, wanted: int | None, shift: int = 0
+    echo: Echo, tokens: Sequence[ShownToken], tokenizer: Tokenizer, wanted: int | None, shift: int = 0
 ) -> dict[str, Any] | None:
     if wanted is None:
         return None

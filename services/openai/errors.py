@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from services.backend import GenerationFailed, Overloaded
+from services.openai.strict import UNSUPPORTED
 
 
 class ApiError(Exception):
@@ -94,6 +95,8 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "extra_forbidden":
         param = ".".join([*_path(first["loc"][:-1]), str(first["loc"][-1])])  # its name may be anything
         return ApiError(f"unknown parameter {param!r}: remove it", param=param, code="unknown_parameter")
+    if first["type"] == UNSUPPORTED:
+        return ApiError(f"{param} {first['msg']}", param=param, code=UNSUPPORTED)
     message = first["msg"].removeprefix("Value error, ")
     given = _shown(first.get("input"))
     return ApiError(f"{param or 'body'}: {message}; given {given}", param=param, code="invalid_value")
@@ -105,10 +108,14 @@ def _shown(value: object) -> str:
 
 
 def _plainest(found: Sequence[Any]) -> Any:
-    """The first error; of a value that may have several types, the one that says more than that it is not another."""
+    """The first error; of a value that may have several types, the one that says more than that it is not another.
+
+    Of a message that uses what is not supported, that, and not what it may lack therefore.
+    """
     field = _path(found[0]["loc"])[:1]
     same = [error for error in found if _path(error["loc"])[:1] == field]
-    return next((error for error in same if not error["type"].endswith("_type")), found[0])
+    telling = [error for error in same if not error["type"].endswith("_type")]
+    return next((error for error in telling if error["type"] == UNSUPPORTED), (telling or found)[0])
 
 
 def _path(where: Sequence[str | int]) -> list[str]:

@@ -41,19 +41,17 @@ def chat_prompt(messages: list[Message], model: ServedModel, add_generation_prom
         raise ApiError(str(error), param="messages", code="invalid_messages") from error
 
 
-def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[list[int]]:
-    """Token ids of every prompt."""
+def given_prompts(request: CompletionRequest) -> list[str | list[int]]:
+    """Every prompt as it came: text, or token ids."""
     prompt = request.prompt
     if isinstance(prompt, str):
-        return [model.tokenizer.encode(prompt, request.add_special_tokens)]
+        return [prompt]
     tokens = [item for item in prompt if isinstance(item, int)]
-    if tokens:
-        return [tokens]
-    return [_tokens(item, request, model) for item in prompt if not isinstance(item, int)]
+    return [tokens] if tokens else [item for item in prompt if not isinstance(item, int)]
 
 
-def _tokens(item: str | list[int], request: CompletionRequest, model: ServedModel) -> list[int]:
-    return model.tokenizer.encode(item, request.add_special_tokens) if isinstance(item, str) else item
+def prompt_tokens(given: str | list[int], request: CompletionRequest, model: ServedModel) -> list[int]:
+    return model.tokenizer.encode(given, request.add_special_tokens) if isinstance(given, str) else given
 
 
 def check_prompt(tokens: list[int], model: ServedModel, max_tokens: int | None, default: int | None) -> int:
@@ -85,7 +83,7 @@ def check_token_ids(tokens: list[int], model: ServedModel, param: str) -> None:
 def sampling_params(
     request: Sampling, model: ServedModel, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
 ) -> SamplingParams:
-    """The engine's parameters; raises ApiError naming what is out of range. The seed is set by `with_seed`."""
+    """The engine's parameters; raises ApiError naming what is out of range. The seed is set by the plan."""
     defaults = model.defaults
     bias: list[tuple[int, float]] = []
     for key, value in (request.logit_bias or {}).items():
@@ -123,16 +121,16 @@ def chat_max_tokens(request: ChatRequest) -> int | None:
     return request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
 
 
-def request_seed(seed: int | None) -> int:
-    """The request's seed, or a fresh one."""
-    return secrets.randbits(62) if seed is None else seed
+def choice_seed(seed: int | None, choice: int) -> int:
+    """Seed of one of a prompt's choices, at least 0; a fresh one where the request has none.
 
-
-def choice_seed(seed: int, prompt: int, choice: int) -> int:
-    """Seed of one choice of one prompt; the first choice of the first prompt has the request's own."""
-    if prompt == choice == 0:
+    The first choice has the request's own. The prompt has no part in it: it is answered alike alone and in a list.
+    """
+    if seed is None:
+        return secrets.randbits(62)
+    if choice == 0 and seed >= 0:
         return seed
-    digest = hashlib.blake2b(f"{seed}/{prompt}/{choice}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 2
 
 

@@ -2,7 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from services.openai.hints import ChatHints, Hints, StreamOptions
+from services.openai.strict import Absent, EmptyList, EmptyText, Strict, lacks
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 64
@@ -12,7 +15,7 @@ MAX_TEXT_CHARS = 4_000_000
 MAX_TOKENS = 1 << 20
 MAX_TOP_LOGPROBS = 20
 MAX_BIASED = 1024  # tokens of logit_bias
-MAX_SEED = (1 << 63) - 1
+MAX_SEED = (1 << 63) - 1  # of an int64
 
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=1 << 31)]
@@ -21,20 +24,11 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class StreamOptions(Strict):
-    include_usage: bool = False
-    continuous_usage_stats: Literal[False] = False
-
-
 class TextFormat(Strict):
     type: Literal["text"]
 
 
-class Sampling(Strict):
+class Sampling(Hints):
     """Fields that both kinds of completion share. Absent sampling fields take the checkpoint's own defaults."""
 
     model: Annotated[str, Field(max_length=1024)]
@@ -53,19 +47,12 @@ class Sampling(Strict):
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASED)] | None = (
         None
     )
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: Stop | Stops | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    # Accepted because clients send them; they change nothing about an answer.
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> "Sampling":
@@ -79,43 +66,53 @@ class Sampling(Strict):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class TextPart(Strict):
-    type: Literal["text"]
+    type: Annotated[
+        Literal["text"], lacks("image_url", "input_audio", "file", "refusal", instead="send parts of type 'text'")
+    ]
     text: Text
 
 
-NoneOf = Annotated[list[Any], Field(max_length=0)] | None
-
-
 class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant"],
+        lacks("tool", "function", instead="these models call no tools; send 'system', 'user' or 'assistant'"),
+    ]
     content: Text | Annotated[list[TextPart], Field(max_length=1024)]
+    type: Literal["text"] | None = None  # lm-eval puts it here
     name: Annotated[str, Field(max_length=256)] | None = None
     # An answer has these, and clients send it back as it came; empty, they say nothing.
     refusal: None = None
     audio: None = None
-    function_call: None = None
-    tool_calls: NoneOf = None
-    annotations: NoneOf = None
+    function_call: Absent = None
+    tool_calls: EmptyList = None
+    annotations: EmptyList = None
 
     @property
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(Sampling):
+class ChatRequest(Sampling, ChatHints):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    response_format: TextFormat | None = None
-    tools: NoneOf = Field(None, description="not supported")
-    tool_choice: Literal["none"] | None = None
+    response_format: Annotated[
+        TextFormat | None, lacks("json_object", "json_schema", instead="leave it out, and ask for JSON in the messages")
+    ] = None
+    tools: EmptyList = None
+    functions: EmptyList = None
+    # Without tools, these two say the same.
+    tool_choice: Annotated[Literal["none", "auto"] | None, lacks("required", "function", "custom", "allowed_tools")] = (
+        None
+    )
+    function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: Any = None
     add_generation_prompt: bool = True
 
@@ -142,7 +139,7 @@ class CompletionRequest(Sampling):
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    suffix: None = None
+    suffix: EmptyText = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")

@@ -19,9 +19,14 @@ class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
+LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+
+
 def event(data: dict[str, Any] | str) -> str:
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n"
+    """One event. What Unicode knows as line ends is escaped: many clients split the stream there, httpx among them."""
+    if not isinstance(data, str):
+        data = json.dumps(data, ensure_ascii=False, separators=(",", ":")).translate(LINE_ENDS)
+    return f"data: {data}\n\n"
 
 
 class _EventStream(StreamingResponse):

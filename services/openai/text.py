@@ -25,11 +25,18 @@ class Piece:
 
 
 class TextStream:
-    """One answer's text. Feed tokens with `push`; call `finish` at the end unless a piece was `stopped`."""
+    """One answer's text. Feed tokens with `push`; call `finish` at the end unless a piece was `stopped`.
 
-    def __init__(self, tokenizer: Tokenizer, stops: list[str], skip_special_tokens: bool, include_stop: bool) -> None:
+    Stop strings are looked for in the text that comes after the first `min_tokens` tokens.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stops: list[str], skip_special_tokens: bool, include_stop: bool, min_tokens: int
+    ) -> None:
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
         self._stops = stops
+        self._min_tokens = min_tokens
+        self._pushed = 0  # tokens
         self._include_stop = include_stop
         self._held = ""  # text not given out yet
         self._shown = 0  # characters given out
@@ -37,6 +44,7 @@ class TextStream:
 
     def push(self, token: int, logprob: TokenLogprob | None = None) -> Piece:
         """The piece that `token` makes certain, perhaps an empty one."""
+        self._pushed += 1
         self._tokens.append(ShownToken(token, self._shown + len(self._held), logprob))
         self._held += self._detokenizer.push(token)
         return self._advance(hold=True)
@@ -48,7 +56,7 @@ class TextStream:
         return piece if piece.stopped else Piece(piece.text, piece.tokens + self._release(None))
 
     def _advance(self, hold: bool) -> Piece:
-        found = [(at, len(stop)) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at, len(stop)) for stop in self._sought if (at := self._held.find(stop)) >= 0]
         if found:
             at, length = min(found)
             cut = at + length if self._include_stop else at
@@ -57,10 +65,15 @@ class TextStream:
         text = self._give(len(self._held) - keep)
         return Piece(text, self._release(self._shown) if text else ())
 
+    @property
+    def _sought(self) -> list[str]:
+        """Stop strings that may end the answer where it is now; none is begun by text that was given out before."""
+        return self._stops if self._pushed > self._min_tokens else []
+
     def _beginning_of_stop(self) -> int:
         """Length of the longest end of the held text that a stop string begins with."""
         longest = 0
-        for stop in self._stops:
+        for stop in self._sought:
             for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
                 if self._held.endswith(stop[:length]):
                     longest = length

@@ -1,5 +1,6 @@
 """How answers end, what is refused, and that nothing is kept of a request that is over."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,18 @@ def test_an_end_token_ends_unless_ignored(engine: Engine) -> None:
     assert (ask(engine, logit_bias=eos).tokens, ask(engine, logit_bias=eos).finish_reason) == ([1], "stop")
     assert ask(engine, logit_bias=eos, ignore_eos=True).tokens == [1] * 12
     assert ask(engine, logit_bias=eos, min_tokens=3).tokens.index(1) == 3
+
+
+def test_an_end_token_of_generation_config_ends_and_waits_for_min_tokens(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(checkpoint("mini"), tmp_path / "copy")
+    (copy / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
+    engine = make_engine(copy)
+    likely = ((9, 100.0),)
+    assert ask(engine, logit_bias=likely).finish_reason == "stop"
+    assert ask(engine, logit_bias=likely).tokens == [9]
+    assert ask(engine, logit_bias=likely, min_tokens=3).tokens.index(9) == 3
 
 
 def test_nothing_but_the_prompts_scores(engine: Engine) -> None:

@@ -74,6 +74,38 @@ def test_sharded_checkpoint_equals_single_file(small: Path, small_sharded: Path)
         assert torch.equal(sharded.tensor(name), whole.tensor(name))
 
 
+@pytest.mark.parametrize(
+    ("own", "generation", "ends"),
+    [
+        (1, {}, (1,)),
+        (1, {"eos_token_id": None}, (1,)),
+        (1, {"eos_token_id": 1}, (1,)),
+        (1, {"eos_token_id": 7}, (1, 7)),
+        ([5, 1], {"eos_token_id": [7, 1, 3]}, (5, 1, 7, 3)),
+        (None, {"eos_token_id": [7]}, (7,)),
+    ],
+)
+def test_end_tokens_are_those_of_both_configs(
+    copy: Path, own: object, generation: dict[str, object], ends: tuple[int, ...]
+) -> None:
+    raw = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(raw | {"eos_token_id": own}))
+    (copy / "generation_config.json").write_text(json.dumps(generation))
+    assert Checkpoint.open(copy).config.eos_token_ids == ends
+
+
+def test_checkpoint_without_generation_config_ends_as_its_config_says(copy: Path) -> None:
+    (copy / "generation_config.json").unlink(missing_ok=True)
+    assert Checkpoint.open(copy).config.eos_token_ids == (1,)
+
+
+@pytest.mark.parametrize("given", ["1", True, 1.0, -1, 10**6, [1, "7"], {"id": 1}])
+def test_end_token_that_is_none_is_named(copy: Path, given: object) -> None:
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id is .*; expected a token id below"):
+        Checkpoint.open(copy)
+
+
 def test_expert_is_its_three_matrices(small: Path) -> None:
     opened = Checkpoint.open(small)
     expert = opened.expert(2, 5)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model.checkpoint import CheckpointError
@@ -174,6 +175,87 @@ def test_special_tokens_may_be_written_as_objects(copy: Path, ours: Tokenizer) -
     (copy / "tokenizer_config.json").write_text(json.dumps(raw))
     messages = [{"role": "user", "content": "Hello"}]
     assert Tokenizer.load(copy).apply_chat_template(messages) == ours.apply_chat_template(messages)
+
+
+@pytest.mark.parametrize("trim", [None, False, True])
+def test_offsets_are_where_the_texts_of_tokens_begin(copy: Path, trim: bool | None) -> None:
+    """Whether tokenizer.json leaves spaces out of its own offsets or not, and beside tokens that are added."""
+    raw = json.loads((copy / "tokenizer.json").read_text())
+    if trim is not None:
+        raw["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": trim, "use_regex": True}
+    (copy / "tokenizer.json").write_text(json.dumps(raw))
+    plain = Tokenizer.load(copy)
+    for text in ("Hello, the  world", "<bos>def f(x): é 東京 🐟<eos> end"):
+        ids, offsets = plain.encode_with_offsets(text)
+        assert ids == plain.encode(text)
+        assert offsets == [
+            len(plain.decode(ids[:at], False).rstrip("\N{REPLACEMENT CHARACTER}")) for at in range(len(ids))
+        ]
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    ends = {"add_bos_token": True, "add_eos_token": True}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config | ends))
+    assert Tokenizer.load(copy).encode_with_offsets(text) == ([0, *ids, 1], [0, *offsets, len(text)])
+
+
+def configure(directory: Path, **fields: object) -> None:
+    """Set fields of tokenizer_config.json, and the byte-level processor that DeepSeek-V2's tokenizer.json has."""
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    raw["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("flags", "first", "last"),
+    [
+        ({}, [], []),
+        ({"add_bos_token": True, "add_eos_token": False}, [0], []),
+        ({"add_bos_token": True, "add_eos_token": True}, [0], [1]),
+        ({"add_eos_token": True}, [], [1]),
+        ({"add_bos_token": False}, [], []),
+        ({"add_bos_token": None}, [], []),
+        ({"add_bos_token": True, "bos_token": None}, [], []),
+        ({"add_bos_token": True, "bos_token": {"__type": "AddedToken", "content": "<bos>", "special": True}}, [0], []),
+    ],
+)
+def test_texts_begin_and_end_as_the_config_says(
+    copy: Path, ours: Tokenizer, flags: dict[str, object], first: list[int], last: list[int]
+) -> None:
+    """transformers 5 takes the flags as arguments alone, and drops them where they are in the file."""
+    configure(copy, **flags)
+    arguments = {name: value for name, value in flags.items() if name.startswith("add_")}
+    tokenizer, theirs = Tokenizer.load(copy), PreTrainedTokenizerFast.from_pretrained(copy, **arguments)
+    for text in TEXTS:
+        plain = ours.encode(text, add_special_tokens=False)
+        assert tokenizer.encode(text) == theirs(text)["input_ids"] == [*first, *plain, *last]
+        assert tokenizer.encode(text, add_special_tokens=False) == plain
+    messages = [{"role": "user", "content": "Hello"}]
+    assert tokenizer.apply_chat_template(messages).count(0) == (flags.get("bos_token", "<bos>") is not None)
+
+
+def test_the_configs_word_stands_over_the_tokenizers_own(copy: Path, ours: Tokenizer) -> None:
+    configure(copy, add_bos_token=False)
+    raw = json.loads((copy / "tokenizer.json").read_text())
+    adds = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    raw["post_processor"] = json.loads(adds.__getstate__())
+    (copy / "tokenizer.json").write_text(json.dumps(raw))
+    theirs = PreTrainedTokenizerFast.from_pretrained(copy, add_bos_token=False)
+    assert Tokenizer.load(copy).encode("Hello") == theirs("Hello")["input_ids"] == ours.encode("Hello")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"add_bos_token": "yes"}, "add_bos_token is 'yes'; expected true or false"),
+        ({"add_eos_token": 1}, "add_eos_token is 1; expected true or false"),
+        ({"add_bos_token": True, "bos_token": "<start>"}, "bos_token is '<start>'; expected a token of tokenizer.json"),
+    ],
+)
+def test_ends_that_cannot_be_added_are_named(copy: Path, fields: dict[str, object], said: str) -> None:
+    configure(copy, **fields)
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json: {said}"):
+        Tokenizer.load(copy)
 
 
 def test_a_file_that_asks_for_cutting_and_padding_neither_cuts_nor_pads(

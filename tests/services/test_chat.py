@@ -95,6 +95,30 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(app: FastAPI, script: Sc
         assert len(script.cancelled) == 2
 
 
+@pytest.mark.parametrize(
+    ("min_tokens", "stop", "shown"),
+    [
+        (2, " swim", " the whale"),
+        (3, " swim", SAID),
+        (1, "whale swim", " the "),
+        (2, "whale swim", SAID),
+        (3, ["the", " far", " swim"], " the whale swim"),
+        (8, "ok", SAID.removesuffix("ok")),
+        (9, "ok", SAID),
+    ],
+)
+def test_min_tokens_holds_off_stop_strings(
+    app: FastAPI, script: Script, min_tokens: int, stop: str | list[str], shown: str
+) -> None:
+    """Text of the first so many tokens ends nothing, neither alone nor with what follows it."""
+    fields: Any = {"stop": stop, "max_tokens": 20, "extra_body": {"min_tokens": min_tokens}}
+    assert len(script.answer) == 10
+    answer = ask(app, **fields)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (shown, "stop")
+    assert answer.usage.completion_tokens >= min_tokens
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in listen(app, **fields)) == shown
+
+
 def test_what_only_begins_like_a_stop_string_is_shown(app: FastAPI) -> None:
     assert ask(app, stop="ok then").choices[0].message.content == SAID
 
@@ -143,6 +167,52 @@ def test_content_may_come_in_parts_and_roles_may_be_new(app: FastAPI, script: Sc
     assert post(app, "/v1/chat/completions", {"messages": messages}).status_code == 200
     plain = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
     assert script.asked[0].prompt_ids == tuple(tokenizer.apply_chat_template(plain))
+
+
+def test_messages_may_say_that_they_are_text(app: FastAPI, script: Script, tokenizer: Tokenizer) -> None:
+    """As lm-eval's do."""
+    messages = [{"role": "user", "content": "hi", "type": "text"}]
+    assert post(app, "/v1/chat/completions", {"messages": messages}).status_code == 200
+    assert script.asked[0].prompt_ids == tuple(tokenizer.apply_chat_template(MESSAGES))
+
+
+HINTS: list[dict[str, Any]] = [
+    {"prompt_cache_retention": "in_memory"},
+    {"prompt_cache_retention": "24h"},
+    {"prompt_cache_options": {"mode": "explicit", "ttl": "30m"}},
+    {"modalities": ["text"]},
+    {"verbosity": "medium"},
+    {"reasoning_effort": "none"},
+    {"reasoning_effort": "high"},
+    {"tool_choice": "auto"},
+    {"stream_options": {"include_obfuscation": False}},
+]
+NULLS = [
+    *("prompt_cache_retention", "prompt_cache_options", "modalities", "verbosity", "reasoning_effort", "prediction"),
+    *("audio", "moderation", "web_search_options", "tools", "functions", "response_format", "tool_choice"),
+]
+
+
+@pytest.mark.parametrize("hint", [*HINTS, dict.fromkeys(NULLS)], ids=str)
+def test_a_hint_changes_nothing(app: FastAPI, script: Script, hint: dict[str, Any]) -> None:
+    for body in (chat_body(seed=3, stream=True), chat_body(seed=3, stream=True, **hint)):
+        answer = post(app, "/v1/chat/completions", body)
+        assert answer.status_code == 200, answer.text
+    plain, hinted = script.asked
+    assert (plain.prompt_ids, plain.params) == (hinted.prompt_ids, hinted.params)
+
+
+def test_a_stream_option_may_be_null(app: FastAPI) -> None:
+    options = dict.fromkeys(("include_usage", "include_obfuscation"))
+    assert post(app, "/v1/chat/completions", chat_body(stream=True, stream_options=options)).status_code == 200
+
+
+def test_seeds_below_zero_are_seeds_of_their_own(app: FastAPI, script: Script) -> None:
+    for seed in (-1, 1, -(2**63), -1):
+        assert ask(app, seed=seed).choices[0].message.content == SAID
+    first, *_, again = seeds = [request.params.seed for request in script.asked]
+    assert first == again
+    assert len(set(seeds)) == 3
 
 
 def test_cached_tokens_are_told(app: FastAPI, script: Script) -> None:

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from model.tokenizer import Tokenizer
 from tests.services.conftest import SAID
 from tests.services.script import MODEL, Script, openai_client, post
+from tests.words import BOS, EOS
 
 
 def ask(app: FastAPI, **fields: Any) -> Any:
@@ -49,6 +50,16 @@ def test_n_multiplies_the_prompts(app: FastAPI, script: Script) -> None:
     assert len({request.params.seed for request in script.asked}) == 4
 
 
+@pytest.mark.parametrize("seed", [7, -7])
+def test_a_seeded_prompt_is_answered_alike_alone_and_in_a_list(app: FastAPI, script: Script, seed: int) -> None:
+    ask(app, prompt=["a", "the"], n=2, seed=seed)
+    ask(app, prompt="the", n=2, seed=seed)
+    in_list, alone = script.asked[2:4], script.asked[4:]
+    assert [request.prompt_ids for request in in_list] == [request.prompt_ids for request in alone]
+    assert [request.params for request in in_list] == [request.params for request in alone]
+    assert alone[0].params.seed != alone[1].params.seed
+
+
 def test_sixteen_tokens_are_the_default(app: FastAPI, script: Script) -> None:
     post(app, "/v1/completions", {"prompt": "a"})
     assert script.asked[0].params.max_tokens == 16
@@ -58,6 +69,27 @@ def test_echo_puts_the_prompt_first(app: FastAPI) -> None:
     assert ask(app, prompt="the fish", echo=True).choices[0].text == "the fish" + SAID
     chunks = stream(app, prompt="the fish", echo=True)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "the fish" + SAID
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_echo_gives_back_the_text_that_was_given(app: FastAPI, tokenizer: Tokenizer, skip: bool) -> None:
+    text = f"{BOS} the — fish{EOS}"
+    fields: Any = {"prompt": [text, "a"], "echo": True, "logprobs": 0}
+    answer = ask(app, **fields, extra_body={"skip_special_tokens": skip})
+    assert [choice.text for choice in answer.choices] == [text + SAID, "a" + SAID]
+    chunks = stream(app, **fields, skip_special_tokens=skip)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"][0]["index"] == 0) == text + SAID
+    logprobs = answer.choices[0].logprobs
+    begins = [0, len(BOS), len(BOS) + 4, *[len(BOS) + 5] * 3, len(BOS) + 6, len(text) - len(EOS), len(text)]
+    assert logprobs.text_offset[: len(begins)] == begins
+    assert logprobs.tokens[len(begins) - 2] == EOS
+
+
+def test_echo_of_token_ids_is_what_they_decode_to(app: FastAPI, tokenizer: Tokenizer) -> None:
+    prompt = [0, *tokenizer.encode(" the fish")]
+    assert ask(app, prompt=prompt, echo=True).choices[0].text == " the fish" + SAID
+    shown = ask(app, prompt=prompt, echo=True, extra_body={"skip_special_tokens": False})
+    assert shown.choices[0].text == f"{BOS} the fish" + SAID
 
 
 def test_echo_with_logprobs_scores_the_prompt(app: FastAPI, script: Script, tokenizer: Tokenizer) -> None:

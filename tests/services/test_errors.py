@@ -43,7 +43,8 @@ def assert_error(answer: httpx.Response, status: int, said: str, param: str | No
         ({"top_p": 0}, "greater than 0", "top_p"),
         ({"top_logprobs": 21, "logprobs": True}, "20", "top_logprobs"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs", None),
-        ({"seed": -5}, "given -5", "seed"),
+        ({"seed": -(2**63) - 1}, "given -9223372036854775809", "seed"),
+        ({"seed": 2**63}, "given 9223372036854775808", "seed"),
         ({"stop": ["a"] * 17}, "16", "stop"),
         ({"stop": ""}, "at least 1 character", "stop"),
         ({"logit_bias": {"x": 1}}, "expected an id below", "logit_bias"),
@@ -64,10 +65,13 @@ def assert_error(answer: httpx.Response, status: int, said: str, param: str | No
         ({"wibble": 1}, "unknown parameter 'wibble'", "wibble"),
         ({"x-wibble": 1}, "unknown parameter 'x-wibble'", "x-wibble"),
         ({"messages": [{"role": "user", "content": "x", "x-y": 1}]}, "unknown parameter 'messages.0.x-y'", "messages"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "0 items", "messages.0.tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "type": "image"}]}, "'text'", "messages.0.type"),
+        ({"modalities": []}, "at least 1 item", "modalities"),
+        ({"reasoning_effort": "huge"}, "given 'huge'", "reasoning_effort"),
+        ({"verbosity": 3}, "given 3", "verbosity"),
         ({"stream_options": {"include_usage": True}}, "set stream to true", None),
-        ({"tools": [{}]}, "0 items", "tools"),
-        ({"response_format": {"type": "json_object"}}, "text", "response_format"),
+        ({"response_format": {"type": "poem"}}, "'text'", "response_format"),
+        ({"response_format": "text"}, "valid dictionary", "response_format"),
         ({"stop_token_ids": [10**8]}, "outside the vocabulary", "stop_token_ids"),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", None),
     ],
@@ -104,6 +108,45 @@ def test_a_bad_chat_is_refused_by_name(app: FastAPI, fields: dict[str, Any], sai
 )
 def test_a_bad_completion_is_refused_by_name(app: FastAPI, fields: dict[str, Any], said: str) -> None:
     assert_error(post(app, TEXT, fields), 400, said)
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [TOOL]}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": False}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": TOOL}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages.0.role"),
+        ({"messages": [{"role": "function", "content": "x", "name": "f"}]}, "messages.0.role"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": CALLS}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": CALLS}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
+        ({"modalities": ["text", "audio"]}, "modalities.1"),
+        ({"audio": {"voice": "ash", "format": "wav"}}, "audio"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+    ],
+)
+def test_what_openai_has_and_this_service_lacks_is_said(app: FastAPI, fields: dict[str, Any], param: str) -> None:
+    error = assert_error(post(app, CHAT, chat_body(**fields)), 400, "is not supported", param)
+    assert (error["code"], error["type"]) == ("unsupported_parameter", "invalid_request_error")
+    assert error["message"].startswith(param)
+
+
+def test_a_suffix_is_said_not_to_be_supported(app: FastAPI) -> None:
+    error = assert_error(post(app, TEXT, {"prompt": "a", "suffix": "b"}), 400, "suffix is not supported", "suffix")
+    assert error["code"] == "unsupported_parameter"
+    assert post(app, TEXT, {"prompt": "a", "suffix": ""}).status_code == 200
 
 
 @pytest.mark.parametrize(

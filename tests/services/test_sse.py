@@ -1,16 +1,26 @@
-"""A stream whose client went away ends at once, wherever it was."""
+"""Events stay whole lines, and a stream whose client went away ends at once, wherever it was."""
 
 import asyncio
 import gc
+import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import httpx
 import pytest
 from starlette.types import Message
 
-from services.openai.sse import stream
+from services.openai.sse import event, stream
 
 SCOPE = {"type": "http", "method": "POST", "path": "/", "headers": [], "asgi": {"spec_version": "2.3"}}
+
+
+def test_no_text_breaks_an_events_line() -> None:
+    text = "".join(map(chr, [*range(0x3000), 0xFEFF, 0x1F41F]))
+    response = httpx.Response(200, text=event({"text": text}))
+    [line] = [line for line in response.iter_lines() if line]
+    assert json.loads(line.removeprefix("data: ")) == {"text": text}
+    assert "é" in event({"text": "é"})
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 5])

@@ -200,6 +200,16 @@ def test_document_is_learned_in_full_and_ends(ours: dict[str, TrainingTokenizer]
     assert chat.ids_T.tolist().count(0) == 1
 
 
+def test_document_begins_as_a_prompt_does_where_the_config_asks_for_it(make: Make) -> None:
+    directory = make(DEFAULT)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
+    tokenizer = TrainingTokenizer.load(directory)
+    assert tokens_of(Document(1, "Sea"), tokenizer).ids_T.tolist() == [*tokenizer.encode("Sea"), 1]
+    assert tokenizer.encode("Sea")[0] == 0
+    assert tokens_of(conversation(*CHAT), tokenizer).ids_T.tolist().count(0) == 1
+
+
 def test_documents_need_an_end_token(make: Make) -> None:
     directory = make(DEFAULT)
     (directory / "tokenizer_config.json").write_text("{}")
