@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from services.training import ray_loop
-from services.training.driver import prepare, service_spec
+from services.training.driver import first_weights, preview, service_spec
 from services.training.outcome import Outcome, begin_outcome, read_outcome, write_outcome
 from services.training.recipe import parse_recipe
 from services.training.report import RunLogError
@@ -28,10 +28,11 @@ class Crowd:
 @pytest.fixture
 def config(checkpoint: Callable[[str], Path], tmp_path: Path) -> dict[str, Any]:
     recipe = parse_recipe(small_run(checkpoint("mini"), tmp_path) | {"workers": {"threads": 1}})
-    model, _, steps = prepare(recipe)
+    _, _, steps = preview(recipe)
+    recipe.output_dir.mkdir()
     return {
         "recipe": recipe.model_dump(mode="json"),
-        "service": plain(service_spec(recipe, model)),
+        "service": plain(service_spec(recipe, first_weights(recipe))),
         "steps": steps,
     }
 
