@@ -1,6 +1,7 @@
 """`shoal train --dry-run`: what it shows, and that it refuses what the run refuses."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,14 +84,27 @@ def test_what_the_run_refuses_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_are_missing_are_missed_unless_they_are_drawn(
-    dry_run: DryRun, checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
+@pytest.fixture
+def bare(checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
+    """A model without weights."""
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in checkpoint("tiny").glob("*.json"):
         if "index" not in file.name:
             (bare / file.name).write_bytes(file.read_bytes())
+    return bare
+
+
+def test_a_token_that_the_model_lacks_is_refused(dry_run: DryRun, bare: Path) -> None:
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {"vocab_size": 80}))  # single letters up to n
+    with pytest.raises(
+        CommandError, match=r"text\.jsonl:1: text: the token .* has id \d+; the model has ids up to 79 "
+    ):
+        dry_run("steps=7", f"model={bare}", "init=random")
+
+
+def test_weights_that_are_missing_are_missed_unless_they_are_drawn(dry_run: DryRun, bare: Path) -> None:
     assert dry_run("steps=7", f"model={bare}", "init=random") == 0
     with pytest.raises(CommandError, match="safetensors"):
         dry_run("steps=7", f"model={bare}")

@@ -115,6 +115,10 @@ class _Reader:
         if not tokens.mask_T[1:].any():
             self.problems.add(Problem(source.path, item.line, item.field, "it has no token that could be learned"))
             return
+        foreign = self.tokenizer.find_foreign(tokens.ids_T)
+        if foreign is not None:
+            self.problems.add(Problem(source.path, item.line, item.field, self._foreign(*foreign)))
+            return
         limit = self.reading.sequence_length
         if len(tokens.ids_T) <= limit:
             self.builder.add(tokens, item.line, index)
@@ -140,6 +144,13 @@ class _Reader:
             self.builder.add(cut, line, index)
         else:
             self.sources[index].dropped += 1
+
+    def _foreign(self, token: int, name: str) -> str:
+        return (
+            f"the token {name!r} has id {token}; the model has ids up to {(self.tokenizer.model_ids or 0) - 1} "
+            "(vocab_size in its config.json): use the tokenizer that the model came with, or take what is written so "
+            "out of the data or the chat template"
+        )
 
     def _too_long(self, length: int, item: Rendered) -> str:
         ways = "drop or truncate" if item.spans is not None else "drop, truncate or split"
