@@ -23,6 +23,8 @@ COMPANIONS = (
     "generation_config.json",
 )
 """Files that travel with the weights unchanged."""
+CODE = "auto_map"
+"""config.json's names of Python files beside it, which do not travel: transformers has this model itself."""
 
 
 def export_checkpoint(
@@ -32,7 +34,7 @@ def export_checkpoint(
     companions_from: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write `tensors` under Hugging Face's names, with config.json and the companions of another checkpoint.
+    """Write `tensors` under Hugging Face's names, with config.json and the companions of another checkpoint, no code.
 
     Tensors are taken one by one and kept only until their shard, of at most `shard_bytes` or one tensor, is on
     disk; dtypes stay as they come. `out` appears only when all of it is written, so a crash leaves nothing
@@ -45,7 +47,7 @@ def export_checkpoint(
         index = _write_shards(staging, tensors, shard_bytes)
         _check(config, index.shapes)
         _name_shards(staging, index)
-        _write_json(staging / "config.json", dict(config))
+        _write_json(staging / "config.json", {key: value for key, value in config.items() if key != CODE})
         for shard in staging.glob("*.safetensors"):  # which safetensors writes for its owner alone
             shutil.copymode(staging / "config.json", shard)
         for name in COMPANIONS if companions_from is not None else ():
