@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import parse_config
 from model.safetensors_header import CheckpointError
-from model.staging import staged
+from model.staging import NotWritten, staged
 from model.tensors import expected_tensors
 
 SHARD_BYTES = 5_000_000_000
@@ -40,11 +41,12 @@ def export_checkpoint(
     disk; dtypes stay as they come. `out` appears only when all of it is written, so a crash leaves nothing
     half-done under that name.
 
-    Raises CheckpointError when `out` is in use, or the tensors are not those that the config asks for.
+    Raises CheckpointError when `out` is in use or cannot be written, or the tensors are not those that the config asks
+    for.
     """
     out = Path(out).absolute()
     with staged(out) as staging:
-        index = _write_shards(staging, tensors, shard_bytes)
+        index = _write_shards(staging, out, tensors, shard_bytes)
         _check(config, index.shapes)
         _name_shards(staging, index)
         _write_json(staging / "config.json", {key: value for key, value in config.items() if key != CODE})
@@ -65,13 +67,16 @@ class _Index:
         self.bytes = 0
 
 
-def _write_shards(staging: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> _Index:
+def _write_shards(staging: Path, out: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> _Index:
     index = _Index()
     pending: dict[str, Tensor] = {}
     size = 0
 
     def flush() -> None:
-        save_file(pending, staging / f"part-{len(index.shards)}", metadata={"format": "pt"})
+        try:
+            save_file(pending, staging / f"part-{len(index.shards)}", metadata={"format": "pt"})
+        except SafetensorError as error:  # of a full disk, say
+            raise NotWritten(out, str(error)) from error
         index.shards.append(list(pending))
         pending.clear()
 
