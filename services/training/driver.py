@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -116,13 +117,18 @@ def _train_alone(recipe: Recipe, checkpoint: Checkpoint, data: TrainingData, ste
 
 
 def absolute(recipe: Recipe) -> Recipe:
-    """With paths that mean the same to every process.
+    """With paths that mean the same to every process; `~` is home, as in a shell.
 
     The directory that a Ray job was sent goes away with the job, so there a relative output directory is below home.
     """
-    data = recipe.data.model_copy(update={"files": tuple(file.resolve() for file in recipe.data.files)})
-    output = Path.home() / recipe.output_dir if UPLOADED in Path.cwd().parts else recipe.output_dir.resolve()
-    return recipe.model_copy(update={"model": recipe.model.resolve(), "output_dir": output, "data": data})
+    data = recipe.data.model_copy(update={"files": tuple(_placed(file) for file in recipe.data.files)})
+    at_home = UPLOADED in Path.cwd().parts
+    output = Path.home() / os.path.expanduser(recipe.output_dir) if at_home else _placed(recipe.output_dir)
+    return recipe.model_copy(update={"model": _placed(recipe.model), "output_dir": output, "data": data})
+
+
+def _placed(path: Path) -> Path:
+    return Path(os.path.expanduser(path)).resolve()  # pathlib's own ends in RuntimeError where it finds no such home
 
 
 def service_spec(recipe: Recipe, checkpoint: Checkpoint) -> ServiceSpec:
