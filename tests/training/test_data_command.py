@@ -125,6 +125,13 @@ def test_a_token_that_the_model_lacks_is_named(
     assert run(documents, model=model) == 0
 
 
+def test_keys_are_ignored(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path / "a.jsonl", {"prompt": "Hi", "source": None, **GOOD})
+    assert run(path, "--ignore", "prompt") == 1
+    assert f"{path}:1: source: unknown" in capsys.readouterr().out
+    assert run(path, "--ignore", "prompt", "--ignore", "source") == 0
+
+
 @pytest.mark.parametrize("overlong", ["drop", "truncate"])
 def test_nothing_but_dropped_samples_is_a_problem(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], overlong: str

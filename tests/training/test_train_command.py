@@ -109,6 +109,14 @@ def test_what_the_run_refuses_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_keys_are_ignored(dry_run: Train, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text('{"text": "some text", "source": "somewhere"}\n')
+    more = f"data.files=[{tmp_path}/more.jsonl]"
+    with pytest.raises(CommandError, match=r"more\.jsonl:1: source: unknown"):
+        dry_run("steps=7", more)
+    assert dry_run("steps=7", more, "data.ignore=[source]") == 0
+
+
 @pytest.fixture
 def bare(checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
     """A model without weights."""
