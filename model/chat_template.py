@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_RENDERED_CHARS = 8_000_000
@@ -35,12 +38,25 @@ class ChatTemplateError(ValueError):
     """The template refused the messages, or is itself faulty."""
 
 
+class Generation(Extension):
+    """`{% generation %}…{% endgeneration %}`, with which templates mark for transformers what the model writes.
+
+    Here it is what stands in it, in a scope of its own.
+    """
+
+    tags = {"generation"}  # noqa: RUF012  # as Extension has it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
 class ChatTemplate:
     """A compiled template and the special tokens it may print."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise

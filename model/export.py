@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import parse_config
 from model.safetensors_header import CheckpointError
-from model.staging import staged
+from model.staging import NotWritten, staged
 from model.tensors import expected_tensors
 
 SHARD_BYTES = 5_000_000_000
@@ -23,6 +24,8 @@ COMPANIONS = (
     "generation_config.json",
 )
 """Files that travel with the weights unchanged."""
+CODE = "auto_map"
+"""config.json's names of Python files beside it, which do not travel: transformers has this model itself."""
 
 
 def export_checkpoint(
@@ -32,20 +35,21 @@ def export_checkpoint(
     companions_from: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write `tensors` under Hugging Face's names, with config.json and the companions of another checkpoint.
+    """Write `tensors` under Hugging Face's names, with config.json and the companions of another checkpoint, no code.
 
     Tensors are taken one by one and kept only until their shard, of at most `shard_bytes` or one tensor, is on
     disk; dtypes stay as they come. `out` appears only when all of it is written, so a crash leaves nothing
     half-done under that name.
 
-    Raises CheckpointError when `out` is in use, or the tensors are not those that the config asks for.
+    Raises CheckpointError when `out` is in use or cannot be written, or the tensors are not those that the config asks
+    for.
     """
     out = Path(out).absolute()
     with staged(out) as staging:
-        index = _write_shards(staging, tensors, shard_bytes)
+        index = _write_shards(staging, out, tensors, shard_bytes)
         _check(config, index.shapes)
         _name_shards(staging, index)
-        _write_json(staging / "config.json", dict(config))
+        _write_json(staging / "config.json", {key: value for key, value in config.items() if key != CODE})
         for shard in staging.glob("*.safetensors"):  # which safetensors writes for its owner alone
             shutil.copymode(staging / "config.json", shard)
         for name in COMPANIONS if companions_from is not None else ():
@@ -63,13 +67,16 @@ class _Index:
         self.bytes = 0
 
 
-def _write_shards(staging: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> _Index:
+def _write_shards(staging: Path, out: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> _Index:
     index = _Index()
     pending: dict[str, Tensor] = {}
     size = 0
 
     def flush() -> None:
-        save_file(pending, staging / f"part-{len(index.shards)}", metadata={"format": "pt"})
+        try:
+            save_file(pending, staging / f"part-{len(index.shards)}", metadata={"format": "pt"})
+        except SafetensorError as error:  # of a full disk, say
+            raise NotWritten(out, str(error)) from error
         index.shards.append(list(pending))
         pending.clear()
 

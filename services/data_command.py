@@ -50,6 +50,13 @@ def add_parser(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
         metavar="N",
         help=f"tokens of the context ({SEQUENCE_LENGTH})",
     )
+    command.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="of the records, not looked at; may be given more than once",
+    )
     command.add_argument("--overlong", choices=OVERLONG, default="error", help="samples beyond the context (error)")
     command.add_argument(
         "--show", type=int, default=0, metavar="N", help="print N samples, with what is learned marked"
@@ -67,7 +74,7 @@ def check(options: argparse.Namespace) -> int:
     try:
         if options.show < 0:
             raise ValueError(f"--show {options.show} given; expected how many samples to print")
-        reading = Reading(options.sequence_length, options.format, options.overlong)
+        reading = Reading(options.sequence_length, options.format, options.overlong, tuple(options.ignore))
         tokenizer = TrainingTokenizer.load(options.model)
         read = read_samples([Path(file) for file in options.file], tokenizer, reading, most_problems=sys.maxsize)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """`shoal train`: run a recipe here, or send it to a Ray cluster as a job."""
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -15,6 +16,8 @@ from services.on_cluster import on_cluster
 
 if TYPE_CHECKING:  # loading them takes longer than any other subcommand needs
     from services.training.recipe import Recipe
+
+STOP_S = 300  # that a job has to end its step and keep a snapshot, once it is told to stop
 
 
 def add_parser(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -68,15 +71,18 @@ def train_here(recipe: "Recipe") -> int:
 def job_command(options: argparse.Namespace) -> list[str]:
     """What `ray job submit` is told, with the directory that holds the code and the recipe."""
     entry = ["python", "-m", "services.train", str(options.recipe), *options.overrides]
-    return ["ray", "job", "submit", "--address", options.address, "--working-dir", ".", "--", *entry]
+    # Ray's supervisor of the job, which has the job's environment, kills it 3 s after `ray job stop` without this
+    environment = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}})
+    where = ["--address", options.address, "--working-dir", ".", "--runtime-env-json", environment]
+    return ["ray", "job", "submit", *where, "--", *entry]
 
 
 def _submit(options: argparse.Namespace) -> int:
     command = job_command(options)
-    print(shlex.join(command), flush=True)
+    added = {} if "RAY_AUTH_MODE" in os.environ else {"RAY_AUTH_MODE": "token"}
+    print(shlex.join([*(f"{name}={value}" for name, value in added.items()), *command]), flush=True)
     ray = Path(sys.executable).with_name("ray")
-    environment = os.environ | {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
-    return subprocess.run([str(ray), *command[1:]], check=False, env=environment).returncode
+    return subprocess.run([str(ray), *command[1:]], check=False, env=os.environ | added).returncode
 
 
 def _show(recipe: "Recipe") -> int:

@@ -62,10 +62,15 @@ class TrainingDecoder:
         self.dense = dense
         self._client = client
         self._options = options
+        self._length = length
         balance = options.balance
         self._balances = any((balance.expert, balance.device, balance.communication))
         balance.check(config)
         self._rotary = RotaryTable(config, length, dense["model.norm.weight"].device)
+
+    def plain(self) -> "TrainingDecoder":
+        """The same as it is when it is evaluated: nothing is dropped, and there are no losses for balance."""
+        return TrainingDecoder(self.config, self.dense, self._client, ForwardOptions(), self._length)
 
     def losses(self, batch: MicroBatch, micro: int, protected_T: Tensor | None = None) -> Losses:
         """Forward of one micro-batch; `protected_T` marks tokens that are never dropped.

@@ -168,7 +168,7 @@ class TrainingDoor:
 
     def _load(self, raw: Json) -> Json:
         self._check_generation(raw["generation"])
-        load_states(self._host, Snapshot.open(Path(raw["snapshot"])), as_pairs(raw["pairs"]))
+        load_states(self._host, self._checkpoint, Snapshot.open(Path(raw["snapshot"])), as_pairs(raw["pairs"]))
         return {}
 
     def _check_generation(self, generation: int) -> None:

@@ -128,16 +128,21 @@ class TrainedExpert:
 
     def replace(self, weights: ExpertWeights) -> None:
         """Take a checkpoint's weights; `configure` comes next."""
-        self.gate_up.copy_(torch.cat((weights.gate_proj, weights.up_proj)))
-        self.down.copy_(weights.down_proj)
+        first = matrices(weights)
+        self.gate_up.copy_(first["gate_up_proj"])
+        self.down.copy_(first["down_proj"])
 
     def state(self) -> dict[str, Tensor]:
         """Everything but gradients that another holder needs to go on bit for bit."""
-        state = {"gate_up_proj": self.gate_up, "down_proj": self.down}
+        return {"gate_up_proj": self.gate_up, "down_proj": self.down} | self.learned()
+
+    def learned(self) -> dict[str, Tensor]:
+        """What of its state the checkpoint does not have: parameters that are trained, and their moments."""
+        learned: dict[str, Tensor] = {}
         for name, trained in self.parameters.items():
             mean, square = trained.moments()
-            state |= {name: trained.value, f"{name}.mean": mean, f"{name}.square": square}
-        return state
+            learned |= {name: trained.value, f"{name}.mean": mean, f"{name}.square": square}
+        return learned
 
     def restore(self, state: Mapping[str, Tensor], version: int) -> None:
         """Take over a state; raises ValueError when it has other names or shapes than this expert's."""
@@ -187,6 +192,11 @@ class TrainedExpert:
             self._used = None
 
 
+def matrices(weights: ExpertWeights) -> dict[str, Tensor]:
+    """A checkpoint's weights by a state's names: gate_up_proj [2I, D], down_proj [D, I], in the checkpoint's dtype."""
+    return {"gate_up_proj": torch.cat((weights.gate_proj, weights.up_proj)), "down_proj": weights.down_proj}
+
+
 def _swiglu(gate_up_N2I: Tensor) -> Tensor:
     gate_NI, up_NI = gate_up_N2I.chunk(2, dim=-1)
     return F.silu(gate_NI).mul_(up_NI)
@@ -207,8 +217,7 @@ def _swiglu_backward(gate_up_N2I: Tensor, dh_NI: Tensor) -> Tensor:
 def _low_rank(expert: TrainedExpert, pair: Pair, training: ExpertTraining) -> Iterator[tuple[str, Tensor]]:
     """First factors: A as PEFT draws it, uniform in ± in^-0.5 and a function of the run's seed and the pair; B zero."""
     assert training.lora is not None
-    matrices = zip(MATRICES, (expert.gate_up, expert.down), strict=True)
-    for number, (name, matrix) in enumerate(matrices):
+    for number, (name, matrix) in enumerate(zip(MATRICES, (expert.gate_up, expert.down), strict=True)):
         out, width = matrix.shape
         draw = np.random.Generator(np.random.Philox(key=[training.seed, pair[0] << 32 | pair[1] << 1 | number]))
         factor_a = draw.random((training.lora.rank, width), dtype=np.float32)

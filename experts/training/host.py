@@ -158,17 +158,19 @@ class TrainingHost:
 
     def state(self, pair: Pair) -> tuple[int, dict[str, Tensor]]:
         """Version and tensors of one expert, to be read only, under `reading`; raises KeyError where none was begun."""
-        if pair not in self.host.held or self.expert(pair).version < 0:
-            raise KeyError(f"{self.host.host_id} has not begun to train {pair}")
-        return self.expert(pair).version, self.expert(pair).state()
+        return self._begun(pair).version, self._begun(pair).state()
 
-    def state_names(self, pair: Pair) -> list[str]:
-        """What the state of an expert has in this run; refused before `configure`."""
+    def learned(self, pair: Pair) -> tuple[int, dict[str, Tensor]]:
+        """The same without what stays as the checkpoint has it."""
+        return self._begun(pair).version, self._begun(pair).learned()
+
+    def learned_names(self, pair: Pair) -> list[str]:
+        """What `learned` of an expert has in this run; refused before `configure`."""
         training = self._run()
         expert = self.expert(pair)
         if expert.version < 0:
             expert.configure(pair, training)
-        return list(expert.state())
+        return list(expert.learned())
 
     def adopt(self, pair: Pair, version: int, state: Mapping[str, Tensor]) -> None:
         """Go on with another holder's expert, or a snapshot's; raises ValueError when it does not fit."""
@@ -194,6 +196,11 @@ class TrainingHost:
         store = self.host.store(pair[0])
         assert isinstance(store, TrainableExperts)
         return store.expert(pair[1])
+
+    def _begun(self, pair: Pair) -> TrainedExpert:
+        if pair not in self.host.held or self.expert(pair).version < 0:
+            raise KeyError(f"{self.host.host_id} has not begun to train {pair}")
+        return self.expert(pair)
 
     def _accumulate(self, layer: int, gains: Gains) -> None:
         for expert, gained in gains.items():

@@ -1,6 +1,7 @@
 """Experts' states on their way: from host to host as messages, and to and from a snapshot's files.
 
-A message is the SHA-256 of the rest, then layer, expert and version, then the state as a safetensors file.
+A message is the SHA-256 of the rest, then layer, expert and version, then the state as a safetensors file. A snapshot
+has what is learned; matrices that no step changes are the checkpoint's.
 """
 
 import hashlib
@@ -14,7 +15,9 @@ import safetensors.torch
 from torch import Tensor
 
 from experts.errors import HostRefused, TransferFailed
+from experts.training.expert import MATRICES, matrices
 from experts.training.host import TrainingHost
+from model.checkpoint import Checkpoint
 from model.snapshots.manifest import Shard
 from model.snapshots.shard_file import write_shard
 from model.snapshots.snapshot import Snapshot
@@ -48,7 +51,9 @@ def decode_state(message: bytes) -> tuple[Pair, int, dict[str, Tensor]]:
 
 
 def save_states(host: TrainingHost, staging: Path, pairs: Collection[Pair], step: int) -> list[Shard]:
-    """Write experts as they are after `step` steps, a file a layer; nothing steps meanwhile, rows are computed.
+    """Write what experts have learned in `step` steps, a file a layer; nothing steps meanwhile, rows are computed.
+
+    A layer in which none of them is trained has no file.
 
     Raises HostRefused when one is not at that step, and what `write_shard` raises.
     """
@@ -60,20 +65,27 @@ def save_states(host: TrainingHost, staging: Path, pairs: Collection[Pair], step
         for layer, members in by_layer.items():
             tensors: dict[str, Tensor] = {}
             for pair in members:
-                version, state = host.state(pair)
+                version, learned = host.learned(pair)
                 if version != step:
                     raise HostRefused("not_ready", f"expert {pair} is at step {version}; {step} is to be saved")
-                tensors |= {snapshot_name(pair, name): tensor for name, tensor in state.items()}
-            shards.append(write_shard(staging, f"experts-{layer:03d}-{host.host.host_id}.safetensors", tensors))
+                tensors |= {snapshot_name(pair, name): tensor for name, tensor in learned.items()}
+            if tensors:
+                shards.append(write_shard(staging, f"experts-{layer:03d}-{host.host.host_id}.safetensors", tensors))
     return shards
 
 
-def load_states(host: TrainingHost, snapshot: Snapshot, pairs: Sequence[Pair]) -> None:
-    """Take experts over from a snapshot; raises SnapshotError, or ValueError where they do not fit."""
+def load_states(host: TrainingHost, checkpoint: Checkpoint, snapshot: Snapshot, pairs: Sequence[Pair]) -> None:
+    """Take experts over from a snapshot, and from the checkpoint what no step changes.
+
+    Raises SnapshotError or CheckpointError, or ValueError where they do not fit.
+    """
     for pair in pairs:
-        names = host.state_names(pair)
+        names = host.learned_names(pair)
         read = snapshot.tensors(snapshot_name(pair, name) for name in names)
-        host.adopt(pair, snapshot.manifest.step, dict(zip(names, read, strict=True)))
+        state = dict(zip(names, read, strict=True))
+        if not state.keys() >= set(MATRICES):
+            state = matrices(checkpoint.expert(*pair)) | state
+        host.adopt(pair, snapshot.manifest.step, state)
 
 
 def snapshot_name(pair: Pair, name: str) -> str:

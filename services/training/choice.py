@@ -24,8 +24,10 @@ CHOSEN = "experts.json"
 def relevance(decoder: TrainingDecoder, batches: Sequence[MicroBatch], by: str) -> dict[int, Tensor]:
     """Of each MoE layer's experts [E] fp64, adding up to 1: average weight of the chosen, or share of the slots.
 
-    Averages are taken over the tokens of a sample, and then over samples. The experts must be at hand as in a step.
+    Averages are taken over the tokens of a sample, and then over samples, with nothing dropped. The experts must be at
+    hand as in a step.
     """
+    decoder = decoder.plain()
     experts = decoder.config.n_routed_experts
     totals = {layer: torch.zeros(experts, dtype=torch.float64) for layer in decoder.config.moe_layers}
     with torch.no_grad():

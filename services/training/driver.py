@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -51,29 +52,27 @@ def preview(recipe: Recipe) -> tuple[ModelConfig, TrainingData, int]:
     return config, data, count_steps(recipe, data)
 
 
-def prepare(recipe: Recipe) -> tuple[Checkpoint, TrainingData, int]:
-    """What is trained, on what, and the steps; raises what `preview` raises, and what `initial_checkpoint` does.
+def first_weights(recipe: Recipe) -> Checkpoint:
+    """What is trained; raises what `initial_checkpoint` does.
 
-    Writes the first weights of a run that begins at random.
+    Writes the weights of a run that begins at random: the directory must be held, as another run's may lie there.
     """
-    _, data, steps = preview(recipe)
-    recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = initial_checkpoint(recipe) if recipe.init == "random" else Checkpoint.open(recipe.model)
-    return checkpoint, data, steps
+    return initial_checkpoint(recipe) if recipe.init == "random" else Checkpoint.open(recipe.model)
 
 
 def train(recipe: Recipe, console: Console) -> int:
     """Run to the end, on the Ray that this process belongs to, the recipe's service's, or a private one; steps made.
 
-    SIGINT and SIGTERM end it after a snapshot; a second one ends it at once. Raises what `prepare` raises,
-    ServiceUnusable, and TrainingFailed, also where it was ended before its last step.
+    SIGINT and SIGTERM end it after a snapshot; a second one ends it at once. Raises what `preview` and
+    `first_weights` raise, ServiceUnusable, and TrainingFailed, also where it was ended before its last step.
     """
     recipe = absolute(recipe)
     console.print(f"reading {', '.join(file.name for file in recipe.data.files)}", markup=False, highlight=False)
-    checkpoint, data, steps = prepare(recipe)
+    _, data, steps = preview(recipe)
     console.print(f"{len(data):,} samples of {data.samples.tokens:,} tokens, {steps:,} steps", highlight=False)
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
     with alone_in(recipe.output_dir):
-        return _train_alone(recipe, checkpoint, data, steps, console)
+        return _train_alone(recipe, first_weights(recipe), data, steps, console)
 
 
 def _train_alone(recipe: Recipe, checkpoint: Checkpoint, data: TrainingData, steps: int, console: Console) -> int:
@@ -118,13 +117,18 @@ def _train_alone(recipe: Recipe, checkpoint: Checkpoint, data: TrainingData, ste
 
 
 def absolute(recipe: Recipe) -> Recipe:
-    """With paths that mean the same to every process.
+    """With paths that mean the same to every process; `~` is home, as in a shell.
 
     The directory that a Ray job was sent goes away with the job, so there a relative output directory is below home.
     """
-    data = recipe.data.model_copy(update={"files": tuple(file.resolve() for file in recipe.data.files)})
-    output = Path.home() / recipe.output_dir if UPLOADED in Path.cwd().parts else recipe.output_dir.resolve()
-    return recipe.model_copy(update={"model": recipe.model.resolve(), "output_dir": output, "data": data})
+    data = recipe.data.model_copy(update={"files": tuple(_placed(file) for file in recipe.data.files)})
+    at_home = UPLOADED in Path.cwd().parts
+    output = Path.home() / os.path.expanduser(recipe.output_dir) if at_home else _placed(recipe.output_dir)
+    return recipe.model_copy(update={"model": _placed(recipe.model), "output_dir": output, "data": data})
+
+
+def _placed(path: Path) -> Path:
+    return Path(os.path.expanduser(path)).resolve()  # pathlib's own ends in RuntimeError where it finds no such home
 
 
 def service_spec(recipe: Recipe, checkpoint: Checkpoint) -> ServiceSpec:

@@ -11,8 +11,8 @@ from services.training.recipe import Recipe
 
 Json = dict[str, Any]
 FREE = (
-    *("model", "output_dir", "data.files", "steps", "epochs", "micro_batch_tokens", "checkpointing", "export"),
-    *("experts", "workers", "snapshots"),
+    *("model", "output_dir", "data.files", "data.ignore", "steps", "epochs", "micro_batch_tokens", "checkpointing"),
+    *("export", "experts", "workers", "snapshots"),
 )
 """Fields that do not say what comes out, or are told by `Identity.data` and `Identity.model`."""
 FIXED = ("method", "lora", "esft", "yarn", "init", "optimizer.beta1", "optimizer.beta2")

@@ -24,6 +24,7 @@ def load_data(recipe: Recipe) -> TrainingData:
         data.packing,
         recipe.seed,
         recipe.epochs,
+        data.ignore,
     )
 
 

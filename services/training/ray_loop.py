@@ -60,14 +60,18 @@ def train_worker(config: Mapping[str, Any]) -> None:
     except (NotFinite, SnapshotError, AdapterError, CheckpointError, TooManySetbacks) as error:
         # Every worker is here, and would be again: an end, which Ray Train must not take for a worker's death.
         if ranks.rank == 0:
-            write_outcome(recipe.output_dir, Outcome(failed=str(error)))
+            _end(recipe.output_dir, error)
     except RunLogError as error:  # worker 0 is alone with it
-        try:
-            write_outcome(recipe.output_dir, Outcome(failed=str(error)))
-        except OSError:  # a full disk has no room for that either
-            raise error from None
+        _end(recipe.output_dir, error)
         if ranks.world > 1:
             raise  # so that Ray Train ends the others, which wait for it
+
+
+def _end(output_dir: Path, error: Exception) -> None:
+    try:
+        write_outcome(output_dir, Outcome(failed=str(error)))
+    except OSError:  # a full disk has no room for that either
+        raise error from None
 
 
 class _WorkerRun:

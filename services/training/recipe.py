@@ -21,6 +21,7 @@ class Data(Part):
 
     files: tuple[Path, ...] = Field(min_length=1)
     format: Literal["auto", "messages", "alpaca", "sharegpt", "text"] = "auto"
+    ignore: tuple[str, ...] = Field((), description="a record's keys that are not looked at")
     sequence_length: int = Field(1024, ge=2, description="tokens of a row, into which samples are packed")
     packing: bool = True
     overlong: Literal["error", "drop", "truncate", "split"] = "error"

@@ -1,7 +1,9 @@
 """What a run leaves: a checkpoint in Hugging Face's layout, a LoRA adapter, or a delta of the changed experts."""
 
+import contextlib
 import dataclasses
 import itertools
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +25,8 @@ from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.export import export_checkpoint
 from model.rope_fields import RopeScaling
+from model.snapshots.disk import move
+from model.staging import NotWritten
 from model.tensors import expected_tensors
 from router.holding import Pair
 from router.placement import Placement
@@ -99,33 +103,44 @@ def write_result(
 ) -> Path:
     """Write `out`/model, `out`/adapter or `out`/delta, whole or not at all; its directory. An earlier one is renamed.
 
-    Raises CheckpointError, AdapterError or SnapshotError naming what is in the way, and StepLost.
+    Raises CheckpointError (NotWritten), AdapterError or SnapshotError naming what is in the way, and StepLost.
     """
     config = checkpoint.config
-    if method.lora is not None:
-        names = lora_tensors(config, method.lora)
-        return write_adapter(
-            _room(out / "adapter"), method.lora, config, model.factors(iter(names)), str(checkpoint.directory)
-        )
-    if recipe.method == "esft":
-        experts: dict[int, list[int]] = defaultdict(list)
-        for layer, expert in method.experts.only or ():
-            experts[layer].append(expert)
-        tensors = model.tensors(iter(delta_names(experts)))
-        return write_delta(
-            _room(out / "delta"), checkpoint, experts, tensors, {"recipe": recipe.model_dump(mode="json")}
-        )
-    wanted = DTYPES[config.dtype]
-    tensors = ((name, tensor.to(wanted)) for name, tensor in model.tensors(iter(expected_tensors(config))))
-    return export_checkpoint(_room(out / "model"), raw_config, tensors, checkpoint.directory)
-
-
-def _room(target: Path) -> Path:
-    """`target`, where an earlier result gets another name: the same run may have been shorter then."""
-    if target.exists():
-        names = (target.with_name(f"{target.name}-{number}") for number in itertools.count(1))
-        target.rename(next(name for name in names if not name.exists()))
+    target = out / ("adapter" if method.lora is not None else "delta" if recipe.method == "esft" else "model")
+    try:
+        with _replacing(target) as place:
+            if method.lora is not None:
+                factors = model.factors(iter(lora_tensors(config, method.lora)))
+                write_adapter(place, method.lora, config, factors, str(checkpoint.directory))
+            elif recipe.method == "esft":
+                experts: dict[int, list[int]] = defaultdict(list)
+                for layer, expert in method.experts.only or ():
+                    experts[layer].append(expert)
+                tensors = model.tensors(iter(delta_names(experts)))
+                write_delta(place, checkpoint, experts, tensors, {"recipe": recipe.model_dump(mode="json")})
+            else:
+                wanted, names = DTYPES[config.dtype], iter(expected_tensors(config))
+                tensors = ((name, tensor.to(wanted)) for name, tensor in model.tensors(names))
+                export_checkpoint(place, raw_config, tensors, checkpoint.directory)
+    except (NotWritten, OSError) as error:
+        reason = error.reason if isinstance(error, NotWritten) else str(error)
+        raise NotWritten(target, f"{reason}; the same command tries again") from error
     return target
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Where to write what becomes `target` when the block ends well.
+
+    An earlier result gets another name only then: the same run may have been shorter before.
+    """
+    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent, ignore_cleanup_errors=True) as hidden:
+        place = Path(hidden) / target.name
+        yield place
+        if target.exists():
+            names = (target.with_name(f"{target.name}-{number}") for number in itertools.count(1))
+            target.rename(next(name for name in names if not name.exists()))
+        move(place, target)
 
 
 def with_yarn(config: ModelConfig, yarn: Yarn | None) -> ModelConfig:

@@ -33,6 +33,24 @@ BLOCKS = """{{ bos_token }}
 {{ 'Assistant:' if add_generation_prompt and not tools else eos_token }}
 """
 
+MARKED = """{{ bos_token }}
+{%- set last = 'none' %}
+{% for m in messages %}
+    {% if m.role == 'assistant' %}
+        {{- 'Assistant:' }}
+        {% generation %}
+            {%- set last = m.content %}
+            {{- last | trim }} {{ loop.index }}
+        {% endgeneration %}
+        {{- last }}
+    {% else %}
+[{{ m.role }}] {% generation %}{% if loop.last %}{{ m.content }}{% endif %}{% endgeneration %}
+
+    {% endif %}
+{% endfor %}
+{{ last }}{% if add_generation_prompt %}Assistant:{% endif %}
+"""
+
 
 @pytest.fixture(scope="module")
 def theirs(small: Path) -> PreTrainedTokenizerFast:
@@ -41,7 +59,9 @@ def theirs(small: Path) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("prompt", [True, False])
 @pytest.mark.parametrize("messages", CONVERSATIONS, ids=["user", "system", "turns"])
-@pytest.mark.parametrize("source", [CHAT_TEMPLATE, DEFAULT, BLOCKS], ids=["checkpoint", "default", "blocks"])
+@pytest.mark.parametrize(
+    "source", [CHAT_TEMPLATE, DEFAULT, BLOCKS, MARKED], ids=["checkpoint", "default", "blocks", "marked"]
+)
 def test_rendering_is_transformers(
     theirs: PreTrainedTokenizerFast, source: str, messages: list[dict[str, Any]], prompt: bool
 ) -> None:

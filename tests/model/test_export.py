@@ -49,6 +49,14 @@ def test_export_has_the_same_tensors_and_logits(small: Path, tmp_path: Path, sha
     assert torch.equal(logits(out), logits(small))
 
 
+def test_no_code_is_named_that_does_not_travel(small: Path, tmp_path: Path) -> None:
+    named = {"AutoConfig": "configuration_deepseek.DeepseekV2Config"}
+    raw = dict(read_raw_config(small)) | {"auto_map": named}
+    out = export_checkpoint(tmp_path / "out", raw, named_tensors(small), small)
+    assert read_raw_config(out) == read_raw_config(small)
+    assert torch.equal(logits(out), logits(small))
+
+
 def test_shards_are_named_and_indexed_as_hugging_face_does(small: Path, tmp_path: Path) -> None:
     out = export(small, tmp_path / "out", shard_bytes=40_000)
     shards = sorted(path.name for path in out.glob("*.safetensors"))

@@ -73,7 +73,7 @@ class LocalPeer:
         return save_states(self.there, staging, pairs, step)
 
     def load(self, snapshot: Path, pairs: Collection[Pair]) -> None:
-        load_states(self.there, Snapshot.open(snapshot), list(pairs))
+        load_states(self.there, self._checkpoint, Snapshot.open(snapshot), list(pairs))
 
 
 class LocalPeers:

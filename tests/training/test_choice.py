@@ -1,18 +1,20 @@
 """ESFT's choice of experts: averages over a sample's tokens, then over samples; the fewest that reach the share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from attention.training.decoder import ForwardOptions
 from attention.training.segments import MicroBatch
 from model.snapshots.attempt import begin
 from model.snapshots.errors import SnapshotError
 from router.gate import Routing
+from router.losses import BalanceCoefficients
 from services.training.choice import add_relevance, choose, choose_once, chosen_pairs, relevance
 from services.training.identity import Identity
-from tests.training.rig import make_rig, samples
+from tests.training.rig import Rig, make_rig, samples
 
 
 def test_a_long_sample_counts_no_more_than_a_short_one() -> None:
@@ -28,25 +30,38 @@ def test_a_long_sample_counts_no_more_than_a_short_one() -> None:
     assert token_E.tolist() == pytest.approx([1.0, 2 / 3 + 1, 1 / 3, 1.0])
 
 
-@pytest.mark.parametrize("by", ["gate", "token"])
-def test_relevance_does_not_depend_on_how_samples_are_laid(checkpoint: Callable[[str], Path], by: str) -> None:
-    rig = make_rig(checkpoint("mini"), 2)
+def look(rig: Rig, batches: Sequence[MicroBatch], by: str) -> dict[int, torch.Tensor]:
     coordinator, placement = rig.workers[0]._coordinator, rig.table.placement
     assert coordinator is not None
     coordinator.restart(placement)
     coordinator.begin(placement, 0, 1, 1)
     rig.clients[0].begin(0, placement)
-    decoder = rig.workers[0]._decoder
+    return relevance(rig.workers[0]._decoder, batches, by)
+
+
+@pytest.mark.parametrize("by", ["gate", "token"])
+def test_relevance_does_not_depend_on_how_samples_are_laid(checkpoint: Callable[[str], Path], by: str) -> None:
+    rig = make_rig(checkpoint("mini"), 2)
     whole = samples(512, (9, 30), 3)
     apart = [
         MicroBatch(whole.token_T[part], whole.target_T[part], whole.position_T[part], (length,))
         for part, length in ((slice(0, 9), 9), (slice(9, 39), 30))
     ]
-    together, alone = relevance(decoder, [whole], by), relevance(decoder, apart, by)
-    assert set(together) == set(decoder.config.moe_layers)
+    together, alone = look(rig, [whole], by), look(rig, apart, by)
+    assert set(together) == set(rig.checkpoint.config.moe_layers)
     for layer, found in together.items():
         assert found.sum() == pytest.approx(1.0)
         assert torch.allclose(found, alone[layer], atol=1e-6)
+
+
+@pytest.mark.parametrize("by", ["gate", "token"])
+def test_relevance_is_that_of_a_model_that_drops_nothing(checkpoint: Callable[[str], Path], by: str) -> None:
+    drops = ForwardOptions(balance=BalanceCoefficients(0.003, 0.05, 0.02), drop=True)
+    dropping, plain = make_rig(checkpoint("mini"), 2, options=drops), make_rig(checkpoint("mini"), 2)
+    batch = samples(512, (9, 30), 3)
+    found, wanted = look(dropping, [batch], by), look(plain, [batch], by)
+    assert dropping.workers[0]._decoder.losses(batch, 0).dropped > 0
+    assert all(torch.equal(found[layer], wanted[layer]) for layer in wanted)
 
 
 @pytest.mark.parametrize(

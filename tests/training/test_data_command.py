@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from services import data_command
 from services.training.data.formats import FORMATS
 from services.training.data.problems import KEPT
 from services.training.data.reading import OVERLONG
+from services.training.data.training_tokenizer import TrainingTokenizer
 from tests.conftest import MakeCheckpoint
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello\x1b[2J"}]}
@@ -105,6 +107,29 @@ def test_overlong_samples_are_problems_or_dropped(run: Run, tmp_path: Path, caps
     assert "longer than 40 tokens: 1\n" in capsys.readouterr().out
     assert run(path, "--sequence-length", 40, "--overlong", "drop") == 0
     assert "longer than 40 tokens: 1, 1 dropped\n" in capsys.readouterr().out
+
+
+def test_a_token_that_the_model_lacks_is_named(
+    run: Run, checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint("tiny"), model, ignore=shutil.ignore_patterns("*.safetensors"))
+    [z] = TrainingTokenizer.load(model).encode("z", add_special_tokens=False)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": z}))
+    documents = written(tmp_path / "a.jsonl", {"text": "a"}, {"text": "z"})
+    assert run(documents, model=model) == 1
+    told = f"{documents}:2: text: the token 'z' has id {z}; the model has ids up to {z - 1} (vocab_size in its"
+    assert told in capsys.readouterr().out
+    (model / "config.json").unlink()  # nobody says what the model has
+    assert run(documents, model=model) == 0
+
+
+def test_keys_are_ignored(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path / "a.jsonl", {"prompt": "Hi", "source": None, **GOOD})
+    assert run(path, "--ignore", "prompt") == 1
+    assert f"{path}:1: source: unknown" in capsys.readouterr().out
+    assert run(path, "--ignore", "prompt", "--ignore", "source") == 0
 
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate"])

@@ -60,6 +60,11 @@ def test_messages_of_every_format_are_the_templates(tmp_path: Path) -> None:
         "c.jsonl": {"instruction": "Hi", "output": "Hello"},
         "d.jsonl": {"instruction": "Add.", "input": "2 and 3", "output": "5"},
         "e.jsonl": {"instruction": "Hi", "input": "", "output": "Hello"},
+        "f.jsonl": {"instruction": "Hi", "input": None, "output": "Hello", "system": None, "history": None},
+        "g.jsonl": {"instruction": "Hi", "output": "Hello", "system": "", "history": []},
+        "h.jsonl": {"instruction": "And", "output": "so", "system": "Be brief.", "history": [["Hi", "Hello"]]},
+        "i.jsonl": {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]},
+        "j.jsonl": {"conversations": [{"from": "user", "value": "Hi"}, {"from": "chatgpt", "value": "Hello"}]},
     }
     read = {}
     for name, record in given.items():
@@ -73,7 +78,52 @@ def test_messages_of_every_format_are_the_templates(tmp_path: Path) -> None:
         "c.jsonl": (USER, ASSISTANT),
         "d.jsonl": ({"role": "user", "content": "Add.\n\n2 and 3"}, {"role": "assistant", "content": "5"}),
         "e.jsonl": (USER, ASSISTANT),
+        "f.jsonl": (USER, ASSISTANT),
+        "g.jsonl": (USER, ASSISTANT),
+        "h.jsonl": (
+            *(system, USER, ASSISTANT),
+            *({"role": "user", "content": "And"}, {"role": "assistant", "content": "so"}),
+        ),
+        "i.jsonl": (USER, ASSISTANT),
+        "j.jsonl": (USER, ASSISTANT),
     }
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_answers_that_are_marked_are_context(tmp_path: Path, mark: dict[str, object]) -> None:
+    learned = {name: True if value is False else 1 for name, value in mark.items()}
+    nothing = dict.fromkeys(mark)
+    turns = [USER | mark, ASSISTANT | mark, USER, ASSISTANT | learned, USER, ASSISTANT | nothing]
+    given = {
+        "a.jsonl": {"messages": turns},
+        "b.jsonl": {
+            "conversations": [
+                {{"role": "from", "content": "value"}.get(name, name): value for name, value in turn.items()}
+                for turn in turns
+            ]
+        },
+    }
+    for name, record in given.items():
+        (tmp_path / name).write_bytes(lines(record))
+        [conversation] = records(tmp_path / name)
+        assert isinstance(conversation, Conversation)
+        assert conversation.messages == (USER, ASSISTANT) * 3
+        assert conversation.context == {1}
+
+
+def test_keys_that_are_ignored_are_not_looked_at(tmp_path: Path, tokenizer: TrainingTokenizer) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines({"text": "Hi", **GOOD, "source": {}, "prompt_id": None}))
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1: text: unknown; expected only messages, id: take it out, or ignore"
+    ):
+        TrainingData.load(path, tokenizer, 64)
+    ignored = TrainingData.load(path, tokenizer, 64, ignore=("text", "source", "prompt_id", "of no record"))
+    plain = tmp_path / "b.jsonl"
+    plain.write_bytes(lines(GOOD))
+    assert ignored.fingerprint() == TrainingData.load(plain, tokenizer, 64).fingerprint()
+    assert find_format(path, "auto") == "messages"
+    assert find_format(path, "auto", ("messages",)) == "text"
 
 
 def test_text_is_a_document_a_line_or_a_file(tmp_path: Path) -> None:
@@ -186,9 +236,9 @@ OTHERS = {
     "alpaca with an unknown key": ("alpaca", {"instruction": "x", "output": "y", "score": 1}, "score", "unknown"),
     "sharegpt of an unknown speaker": (
         "sharegpt",
-        {"conversations": [{"from": "assistant", "value": "x"}]},
+        {"conversations": [{"from": "bot", "value": "x"}]},
         "conversations[0].from",
-        "expected one of system, human, gpt",
+        "expected one of system, human, gpt, user, assistant, chatgpt",
     ),
     "sharegpt without value": ("sharegpt", {"conversations": [{"from": "gpt"}]}, "conversations[0].value", "missing"),
     "sharegpt without an answer": (
@@ -196,6 +246,48 @@ OTHERS = {
         {"conversations": [{"from": "human", "value": "x"}]},
         "conversations",
         "no turn of gpt",
+    ),
+    "alpaca with a history of one string": (
+        "alpaca",
+        {"instruction": "x", "output": "y", "history": [["a", "b"], "c"]},
+        "history[1]",
+        "'c' given; expected [question, answer]",
+    ),
+    "alpaca with a history that is no list": (
+        "alpaca",
+        {"instruction": "x", "output": "y", "history": "c"},
+        "history",
+        "'c' given; expected a list",
+    ),
+    "alpaca with an empty answer": (
+        "alpaca",
+        {"instruction": "x", "output": "y", "history": [["a", ""]]},
+        "history[0][1]",
+        "empty",
+    ),
+    "weight beyond 1": (
+        "messages",
+        {"messages": [USER, ASSISTANT | {"weight": 2}]},
+        "messages[1].weight",
+        "2 given; expected 0 or 1",
+    ),
+    "train that is a number": (
+        "messages",
+        {"messages": [USER, ASSISTANT | {"train": 1}]},
+        "messages[1].train",
+        "1 given; expected true or false",
+    ),
+    "a user's turn that shall be learned": (
+        "messages",
+        {"messages": [USER | {"train": True}, ASSISTANT]},
+        "messages[0].train",
+        "only what the assistant writes is learned",
+    ),
+    "no answer that is learned": (
+        "messages",
+        {"messages": [USER, ASSISTANT | {"weight": 0}]},
+        "messages",
+        "no turn of assistant is learned",
     ),
     "empty text": ("text", {"text": "\n"}, "text", "empty"),
     "text that is no string": ("text", {"text": 3}, "text", "3 given"),

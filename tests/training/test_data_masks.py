@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ def pieces(tokens: Tokens, tokenizer: TrainingTokenizer) -> list[tuple[str, bool
 def learned(template: str, make: Make, *turns: tuple[str, str], **more: Any) -> list[str]:
     tokenizer = TrainingTokenizer.load(make(template, **more))
     return [text for text, on in pieces(tokens_of(conversation(*turns), tokenizer), tokenizer) if on]
+
+
+def test_an_answer_that_is_context_is_not_learned(ours: dict[str, TrainingTokenizer]) -> None:
+    turns = (("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Bye!"))
+    marked = replace(conversation(*turns), context=frozenset({1}))
+    assert pieces(tokens_of(marked, ours["default"]), ours["default"]) == [
+        ("<bos>User: Hi\n\nAssistant: Hello<eos>User: Bye\n\nAssistant:", False),
+        (" Bye!<eos>", True),
+    ]
 
 
 BY_HAND = {

@@ -12,8 +12,11 @@ from experts.errors import FrameError, HostRefused, HostUnavailable, TransferFai
 from experts.training.frames import decode_answer, decode_header, decode_request, encode_reply, encode_request
 from experts.training.grpc_peer import GrpcPeers
 from experts.training.messages import BackwardReply, BackwardRequest
+from experts.training.spec import ExpertTraining, LowRank
 from experts.training.states import decode_state, encode_state
 from model.checkpoint import Checkpoint
+from model.snapshots.attempt import begin, commit
+from model.snapshots.manifest import Manifest
 from router.placement import Host
 from tests.training.rig import Doors, make_host, make_rig
 from tests.training.test_steps import same, train, weights
@@ -51,6 +54,27 @@ def test_a_joining_host_takes_states_from_its_peers(checkpoint: Callable[[str], 
         rig.table.placement = replace(table, epoch=table.epoch + 1, hosts=(table.hosts[0], life))
 
     assert train(rig, 3, move) == expected
+
+
+def test_factors_are_saved_and_loaded_again(checkpoint: Callable[[str], Path], doors: Doors, tmp_path: Path) -> None:
+    training = ExpertTraining("run", lora=LowRank(3, 6.0))
+    trained = make_rig(checkpoint("mini"), 2, training=training, doors=doors)
+    train(trained, 2)
+    first, later = trained.workers[0]._coordinator, make_rig(checkpoint("mini"), 3, training=training, doors=doors)
+    second = later.workers[0]._coordinator
+    assert first is not None
+    assert second is not None
+    staging = begin(tmp_path, 2)
+    shards = tuple(first.save(trained.clients[0].hosts, staging, 2))
+    written = commit(
+        staging, Manifest(step=2, run_id="r", fingerprint="f", position={}, recipe={}, rng={}, shards=shards)
+    )
+    second.load(later.table.placement, written)
+    found, wanted = weights(later), weights(trained)
+    experts = [name for name in wanted if not name.startswith("model.") and name != "lm_head.weight"]
+    assert any(name.endswith("lora_B.square") for name in experts)
+    assert all(torch.equal(found[name], wanted[name]) for name in experts)
+    assert {version for host in later.hosts.values() for version in host.status().versions.values()} == {2}
 
 
 def test_a_host_without_the_token_or_of_another_life_is_not_asked(

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from model.staging import NotWritten
 from services.training import ray_loop
-from services.training.driver import prepare, service_spec
+from services.training.driver import first_weights, preview, service_spec
 from services.training.outcome import Outcome, begin_outcome, read_outcome, write_outcome
 from services.training.recipe import parse_recipe
 from services.training.report import RunLogError
@@ -28,10 +29,11 @@ class Crowd:
 @pytest.fixture
 def config(checkpoint: Callable[[str], Path], tmp_path: Path) -> dict[str, Any]:
     recipe = parse_recipe(small_run(checkpoint("mini"), tmp_path) | {"workers": {"threads": 1}})
-    model, _, steps = prepare(recipe)
+    _, _, steps = preview(recipe)
+    recipe.output_dir.mkdir()
     return {
         "recipe": recipe.model_dump(mode="json"),
-        "service": plain(service_spec(recipe, model)),
+        "service": plain(service_spec(recipe, first_weights(recipe))),
         "steps": steps,
     }
 
@@ -51,6 +53,10 @@ def lives(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(ray_loop, "_WorkerRun", run)
     monkeypatch.setattr(ray_loop, "DistributedRanks", Crowd)
     return begun
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def world(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -90,10 +96,23 @@ def test_a_run_that_had_ended_well_is_no_hindrance(
 def test_a_disk_without_room_for_the_outcome_dies_of_what_was_wrong_first(
     config: dict[str, Any], lives: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     world(monkeypatch, 1)
     monkeypatch.setattr(ray_loop, "write_outcome", full)
     with pytest.raises(RunLogError, match="the log in out cannot be written"):
+        ray_loop.train_worker(config)
+
+
+def test_a_result_that_cannot_be_written_ends_a_run_with_a_message(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise NotWritten(tmp_path / "out" / "model", "the disk is full")
+
+    world(monkeypatch, 1)
+    monkeypatch.setattr(ray_loop, "_WorkerRun", lambda *_: SimpleNamespace(run=fail))
+    ray_loop.train_worker(config)
+    assert read_outcome(tmp_path / "out") == Outcome(failed=f"{tmp_path}/out/model cannot be written: the disk is full")
+    monkeypatch.setattr(ray_loop, "write_outcome", full)
+    begin_outcome(tmp_path / "out")
+    with pytest.raises(NotWritten):
         ray_loop.train_worker(config)

@@ -270,6 +270,17 @@ def test_what_a_job_writes_outlives_its_working_directory(tmp_path: Path, monkey
     assert absolute(recipe).data.files == (uploaded / "d.jsonl",)
 
 
+@pytest.mark.parametrize("working_directory", [".", "working_dir_files"])
+def test_a_tilde_is_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, working_directory: str) -> None:
+    recipe = load_recipe(write(tmp_path, model="~/m", output_dir="~/o"), ["data.files=[~/d.jsonl, ~nobody-known/d]"])
+    (tmp_path / working_directory).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / working_directory)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    placed = absolute(recipe)
+    assert (placed.model, placed.output_dir) == (tmp_path / "home" / "m", tmp_path / "home" / "o")
+    assert placed.data.files == (tmp_path / "home" / "d.jsonl", Path.cwd() / "~nobody-known" / "d")
+
+
 def test_runs_that_write_elsewhere_share_no_hosts(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
     model = Checkpoint.open(checkpoint("tiny"))
     recipes = [absolute(load_recipe(write(tmp_path, output_dir=str(tmp_path / name / "out")), [])) for name in "aba"]

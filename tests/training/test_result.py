@@ -1,5 +1,7 @@
 """What a run leaves is what was trained: as transformers and peft load it, and as it is served."""
 
+import contextlib
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
@@ -14,7 +16,7 @@ from experts.training.grpc_peer import GrpcPeers
 from experts.training.states import encode_state
 from experts.training.step_hosts import StepLost
 from model.adapters.overlay import open_with_adapters
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, CheckpointError
 from model.config import read_raw_config
 from router.holding import Pair
 from router.placement import Host, Placement
@@ -161,6 +163,35 @@ def test_a_longer_run_leaves_its_shorter_ones_result(
     kept = (first / "model.safetensors").read_bytes()
     second = write(tmp_path, path, recipe, method, rig, doors)
     assert (second, (tmp_path / "model-1" / "model.safetensors").read_bytes()) == (first, kept)
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file gets longer than a thousand bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("method_name", "only"), [("full", ()), ("lora", ()), ("esft", ((1, 2),))], ids=["full", "lora", "esft"]
+)
+def test_on_a_full_disk_the_earlier_result_keeps_its_name(
+    checkpoint: Callable[[str], Path], tmp_path: Path, doors: Doors, method_name: str, only: tuple[tuple[int, int], ...]
+) -> None:
+    path = checkpoint("mini")
+    recipe, method, rig = train(path, doors, method_name, only)
+    first = write(tmp_path, path, recipe, method, rig, doors)
+    kept = {file.name: file.read_bytes() for file in first.iterdir()}
+    with full_disk(), pytest.raises(CheckpointError, match=f"{first} cannot be written: .*; the same command tries"):
+        write(tmp_path, path, recipe, method, rig, doors)
+    assert list(tmp_path.iterdir()) == [first]
+    assert {file.name: file.read_bytes() for file in first.iterdir()} == kept
+    assert write(tmp_path, path, recipe, method, rig, doors) == first
+    assert {file.name for file in tmp_path.iterdir()} == {first.name, f"{first.name}-1"}
 
 
 class Answers:

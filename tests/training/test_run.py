@@ -12,10 +12,12 @@ import torch
 from attention.training.parameters import DenseParameters
 from attention.training.ranks import OneRank
 from attention.training.worker import NotFinite, StepPlan, StepReport
+from experts.training.host import TrainingHost
 from model.checkpoint import Checkpoint
 from model.snapshots.errors import DiskFull, SnapshotError
 from model.snapshots.history import snapshots
 from model.snapshots.manifest import Shard
+from model.snapshots.snapshot import Snapshot
 from services.training import keeper as keeper_module
 from services.training.identity import Identity
 from services.training.inputs import load_data
@@ -295,6 +297,59 @@ def test_other_methods_resume_to_the_same_bits_too(
     resumed = begin(checkpoint("mini"), out, data_file, hosts=3, method=method)
     resumed.run.train()
     assert resumed.kept.losses == {step: whole.kept.losses[step] for step in (5, 6)}
+    assert same(weights(resumed.rig), weights(whole.rig))
+
+
+@pytest.mark.parametrize(
+    ("given", "trained"),
+    [
+        ({"method": "lora"}, None),
+        ({"method": "lora", "lora": {"targets": ["attention"]}}, set()),
+        ({"method": "esft"}, set(CHOSEN)),
+    ],
+    ids=["lora", "lora-attention", "esft"],
+)
+def test_a_snapshot_has_what_is_learned_and_the_checkpoint_the_rest(
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    data_file: Path,
+    given: dict[str, object],
+    trained: set[tuple[int, int]] | None,
+) -> None:
+    whole = begin(checkpoint("mini"), tmp_path, data_file, **given)
+    whole.run.train()
+    newest = Snapshot.open(snapshots(tmp_path / "snapshots")[0])
+    parts = [name.split(".") for shard in newest.manifest.shards for name in shard.tensors]
+    kept = [((int(part[2]), int(part[5])), part[6:]) for part in parts if part[4:5] == ["experts"]]
+    if trained is not None:
+        assert {pair for pair, _ in kept} == trained
+    else:
+        assert kept
+        assert all(name[1] in ("lora_A", "lora_B") for _, name in kept)
+    resumed = begin(checkpoint("mini"), tmp_path, data_file, hosts=3, **given)
+    for host in resumed.rig.hosts.values():  # as another run left them
+        for pair in host.host.held:
+            host.expert(pair).gate_up.zero_()
+            host.expert(pair).down.zero_()
+    resumed.run.train()
+    assert resumed.kept.resumes == [STEPS]
+    assert same(weights(resumed.rig), weights(whole.rig))
+
+
+@pytest.mark.parametrize("method", ["lora", "esft"])
+def test_a_snapshot_that_has_more_than_what_is_learned_resumes_to_the_same_bits(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    whole = begin(checkpoint("mini"), tmp_path, data_file, method=method)
+    with monkeypatch.context() as earlier:  # as the first snapshots were written
+        earlier.setattr(TrainingHost, "learned", TrainingHost.state)
+        whole.run.train()
+    for path in snapshots(tmp_path / "snapshots")[:2]:
+        shutil.rmtree(path)
+    resumed = begin(checkpoint("mini"), tmp_path, data_file, hosts=3, method=method)
+    resumed.run.train()
+    assert resumed.kept.resumes == [2]
+    assert resumed.kept.losses == {step: whole.kept.losses[step] for step in range(3, STEPS + 1)}
     assert same(weights(resumed.rig), weights(whole.rig))
 
 

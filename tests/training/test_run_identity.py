@@ -14,7 +14,7 @@ from rich.console import Console
 from model.checkpoint import Checkpoint
 from model.snapshots.attempt import begin
 from services.training.directory import alone_in
-from services.training.driver import prepare, train
+from services.training.driver import first_weights, preview, train
 from services.training.identity import identify
 from services.training.initial import initial_checkpoint
 from services.training.outcome import Outcome, read_outcome, tell, told, write_outcome
@@ -37,10 +37,10 @@ def make(checkpoint: Callable[[str], Path], tmp_path: Path) -> Make:
 @pytest.fixture
 def finished(make: Make, tmp_path: Path) -> Path:
     recipe = make()
-    model, data, steps = prepare(recipe)
-    (tmp_path / "out" / "model").mkdir()
-    result = str(tmp_path / "out" / "model")
-    write_outcome(tmp_path / "out", Outcome(steps, result, identity=asdict(identify(recipe, data, model))))
+    _, data, steps = preview(recipe)
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    identity = asdict(identify(recipe, data, first_weights(recipe)))
+    write_outcome(tmp_path / "out", Outcome(steps, str(tmp_path / "out" / "model"), identity=identity))
     return tmp_path / "out"
 
 
@@ -62,6 +62,16 @@ def test_a_directory_in_which_another_run_writes_is_left_alone(make: Make, finis
     ):
         train(make(), Console(file=io.StringIO()))
     assert "all 4 steps were made before" in said(make())
+
+
+def test_nor_are_its_first_weights_drawn_anew(make: Make, tmp_path: Path) -> None:
+    recipe = make(init="random")
+    recipe.output_dir.mkdir()
+    weights = initial_checkpoint(recipe).directory / "model.safetensors"
+    drawn = weights.read_bytes()
+    with alone_in(recipe.output_dir), pytest.raises(ValueError, match="another run writes to"):
+        train(make(init="random", seed=9), Console(file=io.StringIO()))
+    assert weights.read_bytes() == drawn
 
 
 def test_a_file_system_without_locks_is_no_hindrance(

@@ -1,8 +1,11 @@
-"""`shoal train --dry-run`: what it shows, and that it refuses what the run refuses."""
+"""`shoal train --dry-run`: what it shows, and that it refuses what the run refuses; `--submit`: what it sends."""
 
 import argparse
+import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,12 +15,12 @@ from services.commands import CommandError
 from services.training.recipe_file import load_recipe
 from tests.conftest import MakeCheckpoint
 
-DryRun = Callable[..., int]
+Train = Callable[..., int]
 
 
 @pytest.fixture
-def dry_run(checkpoint: MakeCheckpoint, tmp_path: Path) -> DryRun:
-    """On ten lines of text, with `key=value` added."""
+def train(checkpoint: MakeCheckpoint, tmp_path: Path) -> Train:
+    """On ten lines of text, with `key=value` and options added."""
     lines = "".join(f'{{"text": "line {number} of some text"}}\n' for number in range(10))
     (tmp_path / "text.jsonl").write_text(lines)
     recipe = {
@@ -31,14 +34,37 @@ def dry_run(checkpoint: MakeCheckpoint, tmp_path: Path) -> DryRun:
     root = argparse.ArgumentParser("shoal")
     train_command.add_parser(root.add_subparsers(required=True))
 
-    def command(*overrides: str) -> int:
-        options = root.parse_args(["train", str(tmp_path / "recipe.yaml"), *overrides, "--dry-run"])
+    def command(*arguments: str) -> int:
+        options = root.parse_args(["train", str(tmp_path / "recipe.yaml"), *arguments])
         return int(options.run(options))
 
     return command
 
 
-def test_the_steps_and_the_data_are_counted(dry_run: DryRun, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def dry_run(train: Train) -> Train:
+    return lambda *overrides: train(*overrides, "--dry-run")
+
+
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """Commands that were run, and their environments."""
+    run: list[tuple[list[str], dict[str, str]]] = []
+
+    def note(command: list[str], check: bool, env: dict[str, str]) -> SimpleNamespace:
+        run.append((command, env))
+        return SimpleNamespace(returncode=7)
+
+    monkeypatch.setattr(train_command.subprocess, "run", note)
+    return run
+
+
+@pytest.fixture
+def submit(train: Train) -> Callable[[], int]:
+    return lambda: train("steps=7", "--submit")
+
+
+def test_the_steps_and_the_data_are_counted(dry_run: Train, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run("steps=7") == 0
     printed = capsys.readouterr().out
     assert "# steps             7\n# a step            64 tokens, 1 micro-batches a worker\n" in printed
@@ -47,7 +73,7 @@ def test_the_steps_and_the_data_are_counted(dry_run: DryRun, capsys: pytest.Capt
     assert "# steps             2\n" in capsys.readouterr().out
 
 
-def test_every_stage_is_shown(dry_run: DryRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stage_is_shown(dry_run: Train, capsys: pytest.CaptureFixture[str]) -> None:
     stages = "batch_stages=[{from_step: 0, tokens: 64}, {from_step: 5, tokens: 2048}]"
     assert dry_run("steps=7", "batch_tokens=4096", stages) == 0
     assert capsys.readouterr().out.endswith(
@@ -57,7 +83,7 @@ def test_every_stage_is_shown(dry_run: DryRun, capsys: pytest.CaptureFixture[str
     )
 
 
-def test_what_is_printed_is_the_recipe(dry_run: DryRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_printed_is_the_recipe(dry_run: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run("epochs=2", "lr=1e-4", "method=esft", "esft.share=0.3") == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     again = load_recipe(tmp_path / "printed.yaml", [])
@@ -75,7 +101,7 @@ def test_what_is_printed_is_the_recipe(dry_run: DryRun, tmp_path: Path, capsys: 
     ],
 )
 def test_what_the_run_refuses_is_refused(
-    dry_run: DryRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, told: str
+    dry_run: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, told: str
 ) -> None:
     with pytest.raises(CommandError, match=told):
         dry_run("epochs=2", override)
@@ -83,14 +109,65 @@ def test_what_the_run_refuses_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_are_missing_are_missed_unless_they_are_drawn(
-    dry_run: DryRun, checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
+def test_keys_are_ignored(dry_run: Train, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text('{"text": "some text", "source": "somewhere"}\n')
+    more = f"data.files=[{tmp_path}/more.jsonl]"
+    with pytest.raises(CommandError, match=r"more\.jsonl:1: source: unknown"):
+        dry_run("steps=7", more)
+    assert dry_run("steps=7", more, "data.ignore=[source]") == 0
+
+
+@pytest.fixture
+def bare(checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
+    """A model without weights."""
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in checkpoint("tiny").glob("*.json"):
         if "index" not in file.name:
             (bare / file.name).write_bytes(file.read_bytes())
+    return bare
+
+
+def test_a_token_that_the_model_lacks_is_refused(dry_run: Train, bare: Path) -> None:
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {"vocab_size": 80}))  # single letters up to n
+    with pytest.raises(
+        CommandError, match=r"text\.jsonl:1: text: the token .* has id \d+; the model has ids up to 79 "
+    ):
+        dry_run("steps=7", f"model={bare}", "init=random")
+
+
+def test_weights_that_are_missing_are_missed_unless_they_are_drawn(dry_run: Train, bare: Path) -> None:
     assert dry_run("steps=7", f"model={bare}", "init=random") == 0
     with pytest.raises(CommandError, match="safetensors"):
         dry_run("steps=7", f"model={bare}")
+
+
+@pytest.mark.parametrize("mode", [None, "disabled"])
+def test_what_is_submitted_is_what_is_printed(
+    submit: Callable[[], int],
+    submitted: list[tuple[list[str], dict[str, str]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str | None,
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if mode is not None:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    assert submit() == 7
+    [(command, environment)] = submitted
+    printed = shlex.split(capsys.readouterr().out)
+    if mode is None:
+        assert printed.pop(0) == "RAY_AUTH_MODE=token"
+    assert environment["RAY_AUTH_MODE"] == (mode or "token")
+    assert (printed[0], printed[1:]) == (Path(command[0]).name, command[1:])
+    assert printed[printed.index("--") + 1 :][:3] == ["python", "-m", "services.train"]
+
+
+def test_a_job_that_is_stopped_has_time_for_a_snapshot(
+    submit: Callable[[], int], submitted: list[tuple[list[str], dict[str, str]]]
+) -> None:
+    submit()
+    [(command, _)] = submitted
+    environment = json.loads(command[command.index("--runtime-env-json") + 1])["env_vars"]
+    assert int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60  # a step and a snapshot take some

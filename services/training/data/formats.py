@@ -1,6 +1,6 @@
 """The formats of training data: what a record may hold, and what is wrong with one that holds something else."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,24 @@ Message = dict[str, str]
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+SHAREGPT_ROLES |= {"user": "user", "assistant": "assistant", "chatgpt": "assistant"}
+MARKS: dict[str, tuple[type, str]] = {"weight": (int, "0 or 1"), "train": (bool, "true or false")}
+"""How a turn says whether it is learned: the type of the value, and what is expected."""
+ABSENT = (None, "")  # of an optional text
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages of one record; `field` is where the record has them, and `fields` where it has each one's content."""
+    """Messages of one record; `field` is where the record has them, and `fields` where it has each one's content.
+
+    `context` has the places of the assistant's messages that are not learned.
+    """
 
     line: int
     field: str
     messages: tuple[Message, ...]
     fields: tuple[str, ...]
+    context: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +52,10 @@ class Faults(list[tuple[str, str]]):
         if key not in owner:
             self.append((field, f"missing; the record has {', '.join(map(shown, owner)) or 'nothing'}"))
             return ""
-        value = owner[key]
+        return self.string(owner[key], field)
+
+    def string(self, value: object, field: str) -> str:
+        """The same of a value that is there."""
         if not isinstance(value, str):
             self.append((field, f"{shown(value)} given; expected a string"))
             return ""
@@ -61,7 +72,8 @@ class Faults(list[tuple[str, str]]):
         for key in owner:
             if key not in known:
                 name = key if key.isidentifier() else shown(key)
-                self.append((f"{prefix}{name}", f"unknown; expected only {', '.join(known)}"))
+                way = "" if prefix else ": take it out, or ignore it (data.ignore, --ignore)"
+                self.append((f"{prefix}{name}", f"unknown; expected only {', '.join(known)}{way}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +106,32 @@ def _sharegpt(line: int, raw: dict[str, Any], faults: Faults) -> Record:
 
 def _alpaca(line: int, raw: dict[str, Any], faults: Faults) -> Record:
     """The question is the instruction, and after a blank line the input, where there is one."""
-    faults.unknown(raw, ("instruction", "input", "output", "id"))
+    faults.unknown(raw, ("instruction", "input", "output", "system", "history", "id"))
+    turns: list[tuple[str, str, str]] = []  # role, content and field
+    if raw.get("system") not in ABSENT:
+        turns.append(("system", faults.text(raw, "system", "system"), "system"))
+    turns.extend(_history(raw.get("history"), faults))
     question = faults.text(raw, "instruction", "instruction")
-    if raw.get("input", "") != "":
+    if raw.get("input") not in ABSENT:
         question += f"\n\n{faults.text(raw, 'input', 'input')}"
-    answer = faults.text(raw, "output", "output")
-    turns = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-    return Conversation(line, "instruction", turns, ("instruction", "output"))
+    turns.append(("user", question, "instruction"))
+    turns.append(("assistant", faults.text(raw, "output", "output"), "output"))
+    messages = tuple({"role": role, "content": content} for role, content, _ in turns)
+    return Conversation(line, "instruction", messages, tuple(field for _, _, field in turns))
+
+
+def _history(pairs: Any, faults: Faults) -> Iterator[tuple[str, str, str]]:
+    """Role, content and field of the questions and answers that came before."""
+    if pairs is not None and not isinstance(pairs, list):
+        faults.append(("history", f"{shown(pairs)} given; expected a list of [question, answer]"))
+        return
+    for index, pair in enumerate(pairs or []):
+        where = f"history[{index}]"
+        if not isinstance(pair, list) or len(pair) != 2:
+            faults.append((where, f"{shown(pair)} given; expected [question, answer]"))
+            continue
+        for place, role in enumerate(("user", "assistant")):
+            yield role, faults.string(pair[place], f"{where}[{place}]"), f"{where}[{place}]"
 
 
 def _text(line: int, raw: dict[str, Any], faults: Faults) -> Record:
@@ -115,22 +146,43 @@ def _turns(line: int, raw: dict[str, Any], keys: Keys, faults: Faults) -> Conver
         faults.append((keys.turns, f"{given}; expected a list of at least one {{{keys.role}, {keys.content}}}"))
         turns = []
     messages: list[Message] = []
+    context: set[int] = set()
     for index, turn in enumerate(turns):
         where = f"{keys.turns}[{index}]"
         if not isinstance(turn, dict):
             faults.append((where, f"{shown(turn)} given; expected an object with {keys.role} and {keys.content}"))
             continue
-        faults.unknown(turn, (keys.role, keys.content), f"{where}.")
+        faults.unknown(turn, (keys.role, keys.content, *MARKS), f"{where}.")
         role = faults.text(turn, keys.role, f"{where}.{keys.role}")
         if role.strip() and role not in keys.roles:
             faults.append((f"{where}.{keys.role}", f"{shown(role)} given; expected one of {', '.join(keys.roles)}"))
         content = faults.text(turn, keys.content, f"{where}.{keys.content}")
-        messages.append({"role": keys.roles.get(role, ""), "content": content})
-    if not faults and all(message["role"] != "assistant" for message in messages):
+        speaker = keys.roles.get(role, "")
+        if not _learned(turn, speaker, where, faults) and speaker == "assistant":
+            context.add(len(messages))
+        messages.append({"role": speaker, "content": content})
+    answers = {place for place, message in enumerate(messages) if message["role"] == "assistant"}
+    if not faults and not answers - context:
         speaker = next(name for name, role in keys.roles.items() if role == "assistant")
-        faults.append((keys.turns, f"no turn of {speaker}: there is nothing to learn from it"))
+        which = " is learned" if answers else ""
+        faults.append((keys.turns, f"no turn of {speaker}{which}: there is nothing to learn from it"))
     fields = tuple(f"{keys.turns}[{index}].{keys.content}" for index in range(len(messages)))
-    return Conversation(line, keys.turns, tuple(messages), fields)
+    return Conversation(line, keys.turns, tuple(messages), fields, frozenset(context))
+
+
+def _learned(turn: dict[str, Any], speaker: str, where: str, faults: Faults) -> bool:
+    """Whether nothing in the turn says that it is not learned."""
+    learned = True
+    for name, (kind, expected) in MARKS.items():
+        value = turn.get(name)
+        if value is None:
+            continue
+        if type(value) is not kind or value not in (0, 1):
+            faults.append((f"{where}.{name}", f"{shown(value)} given; expected {expected}"))
+        elif value and speaker in ("system", "user"):
+            faults.append((f"{where}.{name}", f"{shown(value)} given; only what the assistant writes is learned"))
+        learned = learned and bool(value)
+    return learned
 
 
 FORMATS = {
@@ -141,8 +193,10 @@ FORMATS = {
 }
 
 
-def find_format(path: Path, wanted: str) -> str | Problem:
+def find_format(path: Path, wanted: str, ignore: Collection[str] = ()) -> str | Problem:
     """The name of the file's format: `wanted`, or when that is `auto` by the file's suffix and first record.
+
+    Of that, the keys in `ignore` tell nothing.
 
     Raises ValueError for an unknown format, a file that is not there, and a suffix that says nothing.
     """
@@ -160,7 +214,7 @@ def find_format(path: Path, wanted: str) -> str | Problem:
         return first
     if isinstance(first.value, dict):
         for name, format_ in FORMATS.items():
-            if format_.sign in first.value:
+            if format_.sign in first.value and format_.sign not in ignore:
                 return name
     signs = ", ".join(f"{format_.sign} ({name})" for name, format_ in FORMATS.items())
     return Problem(
@@ -168,8 +222,8 @@ def find_format(path: Path, wanted: str) -> str | Problem:
     )
 
 
-def read_records(path: Path, format_name: str) -> Iterator[Record | Problem]:
-    """Each record of the file, or everything that is wrong with it, in the file's order.
+def read_records(path: Path, format_name: str, ignore: Collection[str] = ()) -> Iterator[Record | Problem]:
+    """Each record of the file, or everything that is wrong with it, in the file's order; keys in `ignore` are not read.
 
     As `text`, a file that is named neither .json nor .jsonl is one document.
     """
@@ -181,15 +235,15 @@ def read_records(path: Path, format_name: str) -> Iterator[Record | Problem]:
         if isinstance(item, Problem):
             yield item
         else:
-            yield from _parsed(path, item, FORMATS[format_name])
+            yield from _parsed(path, item, FORMATS[format_name], ignore)
 
 
-def _parsed(path: Path, item: Value, format_: Format) -> Iterator[Record | Problem]:
+def _parsed(path: Path, item: Value, format_: Format, ignore: Collection[str]) -> Iterator[Record | Problem]:
     if not isinstance(item.value, dict):
         yield Problem(path, item.line, "", f"{shown(item.value)} given; expected an object with {format_.sign}")
         return
     faults = Faults()
-    record = format_.parse(item.line, item.value, faults)
+    record = format_.parse(item.line, {key: value for key, value in item.value.items() if key not in ignore}, faults)
     if faults:
         yield from (Problem(path, item.line, field, message) for field, message in faults)
     else:

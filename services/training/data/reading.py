@@ -47,12 +47,13 @@ class Reading:
 
     `overlong` is what happens to samples longer than `sequence_length` tokens: they are an error; or dropped; or cut;
     or, which only documents can be, split into samples that overlap by one token, so that each token is still
-    predicted once.
+    predicted once. `ignore` are a record's keys that are not looked at.
     """
 
     sequence_length: int
     format: str = "auto"
     overlong: str = "error"
+    ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
@@ -72,7 +73,7 @@ def read_samples(
     """
     if not paths:
         raise ValueError("no file given; expected at least one file of training data")
-    found = [find_format(path, reading.format) for path in paths]
+    found = [find_format(path, reading.format, reading.ignore) for path in paths]
     reader = _Reader(tokenizer, reading, ProblemLog(most_problems))
     for index, (path, format_) in enumerate(zip(paths, found, strict=True)):
         if isinstance(format_, Problem):
@@ -98,7 +99,7 @@ class _Reader:
 
     def read(self, index: int, format_name: str) -> None:
         source = self.sources[index]
-        for batch in _batches(_rendered(source, format_name, self.tokenizer), BATCH):
+        for batch in _batches(self._rendered(source, format_name), BATCH):
             rendered = [item for item in batch if isinstance(item, Rendered)]
             tokens = iter(tokenise(rendered, self.tokenizer))
             for item in batch:  # problems and samples in the file's order
@@ -107,6 +108,17 @@ class _Reader:
                 else:
                     self._take(item, next(tokens), index)
 
+    def _rendered(self, source: Source, format_name: str) -> Iterator[Rendered | Problem]:
+        for record in read_records(source.path, format_name, self.reading.ignore):
+            if isinstance(record, Problem):
+                yield record
+                continue
+            source.records += 1
+            try:
+                yield render(record, self.tokenizer)
+            except NotRendered as error:
+                yield Problem(source.path, record.line, error.field, error.message)
+
     def _take(self, item: Rendered, tokens: Tokens | NotRendered, index: int) -> None:
         source = self.sources[index]
         if isinstance(tokens, NotRendered):
@@ -114,6 +126,10 @@ class _Reader:
             return
         if not tokens.mask_T[1:].any():
             self.problems.add(Problem(source.path, item.line, item.field, "it has no token that could be learned"))
+            return
+        foreign = self.tokenizer.find_foreign(tokens.ids_T)
+        if foreign is not None:
+            self.problems.add(Problem(source.path, item.line, item.field, self._foreign(*foreign)))
             return
         limit = self.reading.sequence_length
         if len(tokens.ids_T) <= limit:
@@ -141,23 +157,18 @@ class _Reader:
         else:
             self.sources[index].dropped += 1
 
+    def _foreign(self, token: int, name: str) -> str:
+        return (
+            f"the token {name!r} has id {token}; the model has ids up to {(self.tokenizer.model_ids or 0) - 1} "
+            "(vocab_size in its config.json): use the tokenizer that the model came with, or take what is written so "
+            "out of the data or the chat template"
+        )
+
     def _too_long(self, length: int, item: Rendered) -> str:
         ways = "drop or truncate" if item.spans is not None else "drop, truncate or split"
         if self.reading.overlong == "split":
             ways = f"{ways}; a conversation is not split"
         return f"{length} tokens; the context is {self.reading.sequence_length}: lengthen it, or say overlong: {ways}"
-
-
-def _rendered(source: Source, format_name: str, tokenizer: TrainingTokenizer) -> Iterator[Rendered | Problem]:
-    for record in read_records(source.path, format_name):
-        if isinstance(record, Problem):
-            yield record
-            continue
-        source.records += 1
-        try:
-            yield render(record, tokenizer)
-        except NotRendered as error:
-            yield Problem(source.path, record.line, error.field, error.message)
 
 
 def _batches(items: Iterable[Rendered | Problem], size: int) -> Iterator[list[Rendered | Problem]]:

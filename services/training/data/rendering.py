@@ -1,9 +1,9 @@
 """From records to token ids and a mask of what is learned: the tokens that the model itself would write.
 
-In a conversation these are, for each assistant's turn, the tokens between the generation prompt and the end token,
-which is learned too. Where they begin and end is asked of the template, by rendering: the conversation before the
-turn with the generation prompt, the conversation with the turn, and the same with another content, whose remainder
-is what the template puts behind every content.
+In a conversation these are, for each of the assistant's turns that is learned, the tokens between the generation prompt
+and the end token, which is learned too. Where they begin and end is asked of the template, by rendering: the
+conversation before the turn with the generation prompt, the conversation with the turn, and the same with another
+content, whose remainder is what the template puts behind every content.
 """
 
 import itertools
@@ -62,7 +62,7 @@ def render(record: Record, tokenizer: TrainingTokenizer) -> Rendered:
         spans = tuple(
             _span(record, index, text, tokenizer)
             for index, message in enumerate(record.messages)
-            if message["role"] == "assistant"
+            if message["role"] == "assistant" and index not in record.context
         )
     except ChatTemplateError as error:
         raise NotRendered(record.field, str(error)) from error

@@ -76,14 +76,15 @@ class TrainingData:
         packing: bool = True,
         seed: int = 0,
         epochs: float | None = None,
+        ignore: Sequence[str] = (),
     ) -> "TrainingData":
-        """Read and encode all files; `format` and `overlong` are explained at `Reading`.
+        """Read and encode all files; `format`, `overlong` and `ignore` are explained at `Reading`.
 
         Raises DataError, which names the first problem and their number, when anything is wrong with the data, and
         ValueError for an option or path that is wrong by itself.
         """
         files = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-        read = read_samples(files, tokenizer, Reading(sequence_length, format, overlong))
+        read = read_samples(files, tokenizer, Reading(sequence_length, format, overlong, tuple(ignore)))
         if read.problems.count:
             raise DataError(read.problems.first[0], read.problems.count, sequence_length)
         return cls(read.samples, sequence_length, packing, seed, epochs)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 
 from model.chat_template import ChatTemplate
-from model.config import read_config
+from model.config import read_config, read_raw_config
 from model.tokenizer import Tokenizer
 
 
@@ -43,16 +43,19 @@ class TrainingTokenizer(Tokenizer):
         self._added = _any_of([token.content for token in added])
         self._control = _any_of([token.content for token in added if token.special])
         self.eos_token_id: int | None = None
+        self.model_ids: int | None = None  # that the model has, from 0; None where no config.json says
 
     @classmethod
     def load(cls, directory: Path | str) -> "TrainingTokenizer":
-        """As `Tokenizer.load`; the end token is tokenizer_config.json's, else config.json's first.
+        """As `Tokenizer.load`; the end token is tokenizer_config.json's, else config.json's first; how many ids the
+        model has is config.json's `vocab_size`.
 
         Raises CheckpointError naming what is missing or faulty.
         """
         loaded = super().load(directory)
         assert isinstance(loaded, cls)
         loaded.eos_token_id = _eos(Path(directory), loaded._texts)
+        loaded.model_ids = _model_ids(Path(directory))
         return loaded
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
@@ -81,6 +84,13 @@ class TrainingTokenizer(Tokenizer):
         """The first special token that the text spells."""
         return self._control.search(text)
 
+    def find_foreign(self, ids_T: NDArray[np.int32]) -> tuple[int, str] | None:
+        """The first id that the model has no row for, and its token's name."""
+        if self.model_ids is None or not (foreign_T := ids_T >= self.model_ids).any():
+            return None
+        token = int(ids_T[foreign_T.argmax()])
+        return token, str(self._texts.id_to_token(token))
+
     def joins(self) -> bool:
         """Whether texts encoded apart are the text when their tokens are joined: no space is put before a text."""
         apart = [*self.encode("one", add_special_tokens=False), *self.encode("two", add_special_tokens=False)]
@@ -101,3 +111,9 @@ def _eos(directory: Path, fast: FastTokenizer) -> int | None:
         return int(token)
     ends = read_config(directory).eos_token_ids if (directory / "config.json").is_file() else ()
     return ends[0] if ends else None
+
+
+def _model_ids(directory: Path) -> int | None:
+    raw = read_raw_config(directory) if (directory / "config.json").is_file() else {}
+    size = raw.get("vocab_size")
+    return size if isinstance(size, int) else None
