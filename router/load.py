@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 
@@ -16,17 +17,18 @@ class LoadMeter:
     def __init__(self, layers: Sequence[int], experts: int) -> None:
         self._row = {layer: row for row, layer in enumerate(layers)}
         self._experts = experts
-        self._counted_LE = torch.zeros(len(layers), experts, dtype=torch.int64)
-        self._taken_LE = torch.zeros_like(self._counted_LE)
+        self._counted_LE: npt.NDArray[np.int64] = np.zeros((len(layers), experts), np.int64)
+        self._taken_LE = self._counted_LE.copy()
 
     def count(self, layer: int, experts_TK: Tensor) -> None:
         """Add a step's choices, integers [T, K] of a host or a device; raises KeyError for a layer without experts."""
-        counts_E = torch.bincount(experts_TK.reshape(-1), minlength=self._experts)
-        self._counted_LE[self._row[layer]].add_(counts_E.cpu())
+        # numpy's calls cost a few microseconds, torch's as many dozens: a layer of a small step has none to spare
+        counts_E = np.bincount(experts_TK.numpy(force=True).reshape(-1), minlength=self._experts)
+        self._counted_LE[self._row[layer]] += counts_E
 
     def take(self) -> dict[int, list[int]]:
         """Rows of each expert, by layer, since the last take; nothing is lost, and nothing told twice."""
-        seen_LE = self._counted_LE.clone()
+        seen_LE = self._counted_LE.copy()
         new_LE = seen_LE - self._taken_LE
         self._taken_LE = seen_LE
         return {layer: new_LE[row].tolist() for layer, row in self._row.items()}
