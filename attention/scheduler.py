@@ -149,9 +149,12 @@ class Scheduler:
             return 0
         for sequence in itertools.islice(self._waiting, LOOKED_AT):
             self._reuse_prefix(sequence)
-            if self._short(sequence) and self._blocks_missing(sequence, len(sequence.tokens)) <= self._pool.available:
+            fits = self._blocks_missing(sequence, len(sequence.tokens)) <= self._pool.available
+            if fits and self._short(sequence):
                 wanted += len(sequence.tokens) - sequence.computed
             self._release(sequence)
+            if not fits:  # nobody is let in past it
+                break
         return min(wanted, part)
 
     def complete(self, chunks: list[Chunk]) -> None:

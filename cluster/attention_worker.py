@@ -95,13 +95,13 @@ class AttentionWorker:
         self._placements.close()
 
     def _wait_for_hosts(self, controller: object) -> None:
-        waited_s, before = 0.0, None
+        waited_s, most = 0.0, 0
         while not self._placements.wait_first(1.0):
             waited_s += 1.0
             status = ray.get(controller.status.remote())  # type: ignore[attr-defined]
-            loaded = [host["progress"] for host in status["expert_hosts"]]
-            if loaded != before:  # large models take their time, as long as it goes on
-                waited_s, before = 0.0, loaded
+            loaded = sum(host["progress"][0] for host in status["expert_hosts"])
+            if loaded > most:  # large models take their time, as long as it goes on
+                waited_s, most = 0.0, loaded
             if status["state"] == "failed":
                 raise RuntimeError(f"the expert hosts cannot start: {status['reason']}")
             if waited_s > HOSTS_TIMEOUT_S:

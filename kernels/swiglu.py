@@ -5,6 +5,7 @@ Shapes: `R` rows, `P` (row, expert) pairs, `D` model, `I` intermediate, `E` expe
 
 import ctypes
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -40,7 +41,7 @@ class _Plain:
     """One network as torch computes it: in float32 on CPU."""
 
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
-        self._dtype = gate.dtype
+        self._dtype = gate.dtype  # and that of the others
         wide = torch.float32 if gate.device.type == "cpu" else None
         self._gate_up = torch.cat((gate, up)).to(dtype=wide)
         self._down = down.to(dtype=wide, copy=True).contiguous()
@@ -83,12 +84,14 @@ class _Packed:
 
 
 def _network(gate: Tensor, up: Tensor, down: Tensor) -> "_Plain | _Packed":
-    """On CPU, all three are taken in one dtype."""
-    if gate.device.type != "cpu":
-        return _Plain(gate, up, down)
-    kept = kept_dtype(gate.dtype, up.dtype, down.dtype)
+    taken = _common_dtype(gate.device.type, (gate.dtype, up.dtype, down.dtype))
     kind = _Plain if native_for(gate.device) is None else _Packed
-    return kind(gate.to(kept), up.to(kept), down.to(kept))
+    return kind(gate.to(taken), up.to(taken), down.to(taken))
+
+
+def _common_dtype(device: str, dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """In which all three matrices of a network are taken, and given back."""
+    return kept_dtype(*dtypes) if device == "cpu" else reduce(torch.promote_types, dtypes)
 
 
 class PackedExperts:
@@ -115,7 +118,7 @@ class PackedExperts:
 
     def unpacked_dtype(self, dtypes: Sequence[torch.dtype]) -> torch.dtype:
         """Of what `unpack` gives, for an expert whose gate, up and down were of these."""
-        return kept_dtype(*dtypes) if self._device == "cpu" else dtypes[0]
+        return _common_dtype(torch.device(self._device).type, dtypes)
 
     def load(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Take an expert's weights: gate and up [I, D], down [D, I]; raises ValueError on other shapes."""

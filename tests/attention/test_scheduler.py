@@ -81,6 +81,16 @@ def test_a_prompt_for_which_there_is_no_room_is_not_begun_again_and_again() -> N
     assert step(scheduler) == [("r2", 0, 8)]
 
 
+def test_nothing_is_kept_for_a_short_prompt_that_cannot_come_in() -> None:
+    """It waits behind one for which there is no room."""
+    scheduler = Scheduler(BlockPool(20, SIZE), SchedulerLimits(step_tokens=16, running=8))
+    scheduler.add(sequence(1, 60))
+    assert step(scheduler) == [("r1", 0, 16)]
+    scheduler.add(sequence(2, 70))
+    scheduler.add(sequence(3, 3))
+    assert step(scheduler) == [("r1", 16, 16)]
+
+
 def test_no_more_run_than_allowed() -> None:
     scheduler = Scheduler(BlockPool(64, SIZE), SchedulerLimits(step_tokens=100, running=2))
     for number in range(3):
