@@ -1,12 +1,12 @@
 """A DeepSeek-V2 model's shape, read from Hugging Face's config.json and checked field by field."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from model.config_fields import ConfigError, Fields
+from model.json_file import read_object
 from model.rope_fields import RopeScaling, read_rope
 
 __all__ = ["ConfigError", "ModelConfig", "RopeScaling", "parse_config", "read_config"]
@@ -81,16 +81,8 @@ def read_config(directory: Path) -> ModelConfig:
 
 def read_raw_config(directory: Path) -> dict[str, object]:
     """config.json as it stands."""
-    path = Path(directory) / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: give the directory of a Hugging Face checkpoint") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a JSON {type(raw).__name__}; expected an object")
-    return raw
+    absent = "give the directory of a Hugging Face checkpoint"
+    return read_object(Path(directory) / "config.json", ConfigError, absent)
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:

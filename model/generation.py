@@ -1,10 +1,10 @@
 """How a checkpoint's author would have it generate, from generation_config.json: sampling defaults and end tokens."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from model.config_fields import ConfigError, Fields
+from model.json_file import read_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,5 @@ def read_end_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
 def _read(directory: Path) -> tuple[Path, dict[str, object]]:
     """The file and its fields, none where it is absent; raises ConfigError for what is no JSON object."""
     path = Path(directory) / "generation_config.json"
-    if not path.exists():
-        return path, {}
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a JSON {type(raw).__name__}; expected an object")
+    raw = read_object(path, ConfigError, "") if path.exists() else {}
     return path, raw

@@ -1,6 +1,5 @@
 """Text to token ids and back: tokenizer.json and the chat template of a checkpoint."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 
 from model.chat_template import ChatTemplate, ChatTemplateError, load_chat_template, named_token
+from model.json_file import read_object
 from model.safetensors_header import CheckpointError
 
 __all__ = ["ChatTemplateError", "Detokenizer", "Tokenizer"]
@@ -40,14 +40,7 @@ class Tokenizer:
         fast.no_truncation()  # some files ask for it, and would cut prompts in silence
         fast.no_padding()
         config_path = directory / "tokenizer_config.json"
-        config: Mapping[str, Any] = {}
-        if config_path.exists():
-            try:
-                config = json.loads(config_path.read_text(encoding="utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise CheckpointError(f"{config_path} cannot be read as JSON: {error}") from error
-            if not isinstance(config, dict):
-                raise CheckpointError(f"{config_path} holds a JSON {type(config).__name__}; expected an object")
+        config = read_object(config_path, CheckpointError, "") if config_path.exists() else {}
         _add_ends(fast, config, config_path)
         return cls(fast, load_chat_template(directory, config))
 

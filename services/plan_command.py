@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.config import ModelConfig, parse_config, read_raw_config
+from model.json_file import read_object
 from services.commands import CommandError
 from services.footprint import Footprint, Layout, by_kind, fewest_hosts, footprint, number_bytes
 
@@ -66,12 +67,7 @@ def run(options: argparse.Namespace) -> int:
 def _read(path: Path) -> ModelConfig:
     if path.is_dir():
         return parse_config(read_raw_config(path))
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a JSON {type(raw).__name__}; expected the object of a config.json")
+    raw = read_object(path, ValueError, "give a config.json, or the directory that holds one")
     return parse_config(raw)
 
 

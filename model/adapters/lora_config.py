@@ -1,6 +1,5 @@
 """adapter_config.json as PEFT has it: written for a spec, and read for what changes the arithmetic."""
 
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from model.adapters.errors import AdapterError
 from model.adapters.lora_layout import DOWN, GATE_UP
 from model.adapters.spec import LoraSpec, lora_modules, lora_scaling
 from model.config import ModelConfig
+from model.json_file import read_object
 
 FILE = "adapter_config.json"
 FOREIGN = {
@@ -90,14 +90,7 @@ def lora_config(spec: LoraSpec, config: ModelConfig, base_name: str) -> dict[str
 
 def read_lora_config(path: Path) -> LoraSettings:
     """Raises AdapterError naming the field that cannot be applied, or what is wrong with the file."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{path} does not exist: give the directory of a LoRA adapter in PEFT's format") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise AdapterError(f"{path} holds a JSON {type(raw).__name__}; expected an object")
+    raw = read_object(path, AdapterError, "give the directory of a LoRA adapter in PEFT's format")
     _refuse(path, raw)
     rank = raw.get("r")
     if not isinstance(rank, int) or not _is_number(rank):
