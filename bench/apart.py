@@ -24,8 +24,8 @@ from bench.spread import spread
 from bench.table import Table
 from cluster.threads import Share, keep_to, node_threads
 from experts.client import ExpertClient
+from experts.lease_transport import LeaseTransport
 from experts.nixl import find_nixl, prepare_environment
-from experts.nixl_transport import NixlTransport
 from experts.static import StaticPlacement
 from experts.transport_kinds import TransportKind
 from experts.transports import open_transport
@@ -60,7 +60,7 @@ def measure(path: Path, batches: Sequence[int], repeats: int) -> Table:
         step, per_token, hidden = limits.scheduler.step_tokens, config.num_experts_per_tok, config.hidden_size
         way = open_transport(transport, token, None, step, per_token, hidden)
         try:
-            if isinstance(way, NixlTransport) and not way.wait_ready(host, PAIRING_S):
+            if isinstance(way, LeaseTransport) and not way.wait_ready(host, PAIRING_S):
                 raise BenchError("the host's process did not answer by NIXL")
             client = ExpertClient(way, source)
             engines = [

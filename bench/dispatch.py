@@ -1,7 +1,7 @@
-"""The dispatch round trip: rows to a host in another process and back, through the client's transport.
+"""The dispatch round trip: rows to a host in another process and back, through the client.
 
-The host answers with the rows it got: what is measured is the way, with all that both ends do to read, check and write
-a frame.
+The host answers with the rows that it got: what is measured is the way, with all that both ends do to split, write,
+check and read, and the weighted sum of the answers.
 """
 
 import secrets
@@ -17,13 +17,19 @@ from bench.child import now_s
 from bench.errors import BenchError
 from bench.host_process import START_TIMEOUT_S, host_process
 from bench.results import RoundTrip
-from experts.messages import ForwardRequest
+from experts.client import ExpertClient
+from experts.lane import lanes_serve
+from experts.lease_transport import LeaseTransport
 from experts.nixl import find_nixl, prepare_environment
-from experts.nixl_transport import NixlTransport
+from experts.static import StaticPlacement
 from experts.transport_kinds import TransportKind
 from experts.transports import open_transport
+from model.checkpoint import Checkpoint
+from router.gate import Routing
+from router.placement import initial_placement
 
 HIDDEN = 1024  # a row is 4 KiB
+LAYER = 1
 WARM_UP_ROUNDS = 30
 _CONFIG: dict[str, Any] = {
     **SHAPES["bench"],
@@ -38,16 +44,20 @@ _CONFIG: dict[str, Any] = {
 
 
 def measure(transports: Sequence[str], payload_bytes: Sequence[int], rounds: int) -> Sequence[RoundTrip]:
-    """Round trips of every payload (each way) by every transport that is installed; percentiles over `rounds`."""
+    """Round trips of every payload (each way) by every transport that is here; percentiles over `rounds`."""
     results: list[RoundTrip] = []
     prepare_environment()
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch:
         directory = write_checkpoint(_CONFIG, Path(scratch) / "host")
         for transport in transports:
-            if transport == "nixl" and find_nixl() is None:
+            if not _is_here(transport):
                 continue
             results.extend(_measure(directory, cast(TransportKind, transport), payload_bytes, rounds))
     return results
+
+
+def _is_here(transport: str) -> bool:
+    return {"nixl": lambda: find_nixl() is not None, "shared": lanes_serve}.get(transport, lambda: True)()
 
 
 def _measure(
@@ -57,18 +67,20 @@ def _measure(
     with host_process("echo", directory, transport, token) as host:
         way = open_transport(transport, token, None, max(payload_bytes) // (4 * HIDDEN), 1, HIDDEN)
         try:
-            if isinstance(way, NixlTransport) and not way.wait_ready(host, START_TIMEOUT_S):
-                raise BenchError("the host process did not answer by NIXL")
+            if isinstance(way, LeaseTransport) and not way.wait_ready(host, START_TIMEOUT_S):
+                raise BenchError(f"the host process did not answer by {transport}")
+            source = StaticPlacement(initial_placement(Checkpoint.open(directory).config, [host]))
+            client = ExpertClient(way, source)
             for size in payload_bytes:
-                request = _request(max(1, size // (4 * HIDDEN)))
+                rows = max(1, size // (4 * HIDDEN))
+                x_TD = torch.randn(rows, HIDDEN)
+                routing = Routing((torch.arange(rows) % 2).view(-1, 1), torch.ones(rows, 1))
                 times_s: list[float] = []
                 for _ in range(WARM_UP_ROUNDS + rounds):
                     started_s = now_s()
-                    pending = way.submit(host, request)
-                    reply = pending.result(START_TIMEOUT_S)
+                    out_TD = client.start(LAYER, x_TD, routing, source.placement).finish()
                     times_s.append(now_s() - started_s)
-                    assert reply.y_PD.shape == request.x_RD.shape
-                    pending.release()
+                    assert out_TD.shape == x_TD.shape
                 ordered = sorted(times_s[WARM_UP_ROUNDS:])
                 p50, p99 = ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
                 yield RoundTrip(
@@ -76,11 +88,3 @@ def _measure(
                 )
         finally:
             way.close()
-
-
-def _request(rows: int) -> ForwardRequest:
-    """Each row to one expert."""
-    indices = torch.arange(rows, dtype=torch.int32)
-    return ForwardRequest(
-        epoch=1, generation=1, layer=1, x_RD=torch.randn(rows, HIDDEN), pair_row_P=indices, pair_expert_P=indices % 2
-    )

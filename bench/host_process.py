@@ -1,10 +1,11 @@
 """An expert host in a process of its own, without Ray.
 
 `python -m bench.host_process KIND DIR TRANSPORT TOKEN THREADS` prints its address and serves until its standard input
-ends. An "echo" answers with the rows that it got: the far end of the round trip.
+ends. An "echo" answers each pair with its row: the far end of the round trip.
 """
 
 import contextlib
+import ctypes
 import select
 import subprocess
 import sys
@@ -15,11 +16,15 @@ from typing import Literal, cast
 from torch import Tensor
 
 from bench.errors import BenchError
+from experts.frames import HEADER, Coverage, reply_header, write_header
 from experts.grpc_server import ExpertServer
 from experts.host import ExpertHost
 from experts.nixl import prepare_environment
 from experts.transport_kinds import TransportKind
 from experts.transports import open_door
+from kernels.lane import Asked, NativeLane
+from kernels.native import native
+from kernels.swiglu import PackedExperts
 from kernels.threads import set_threads
 from model.checkpoint import Checkpoint
 from router.placement import Host
@@ -28,13 +33,30 @@ Kind = Literal["echo", "computing"]
 START_TIMEOUT_S = 60.0
 
 
-class EchoHost(ExpertHost):
-    """Checks and batches as a host does, and computes nothing."""
+class EchoExperts(PackedExperts):
+    """Checked, batched and answered as others are, and nothing is computed. Every row is asked for once, in order."""
 
-    def _apply(
-        self, layer: int, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor | None
-    ) -> Tensor:
+    def __init__(self, hidden_size: int, intermediate_size: int, device: str = "cpu") -> None:
+        super().__init__(hidden_size, intermediate_size, device)
+        self._ends: dict[int, NativeLane] = {}
+
+    def __call__(self, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor | None = None) -> Tensor:
         return x_RD.clone() if out_PD is None else out_PD.copy_(x_RD)
+
+    def answer(self, lane: int, asked: Asked, held_E: int) -> bool:
+        library = native()
+        assert library is not None
+        if lane not in self._ends:
+            self._ends[lane] = NativeLane.from_address(lane)
+        ends, nbytes = self._ends[lane], 4 * asked.pairs * asked.hidden
+        answered = reply_header(asked.generation, asked.pairs, asked.hidden, asked.correlation)
+        header = bytearray(HEADER.size)
+        write_header(header, answered, Coverage.HEADER)
+        reply = ends.out + asked.slot * ends.out_slot_bytes
+        ctypes.memmove(reply, bytes(header), HEADER.size)
+        ctypes.memmove(reply + HEADER.size, ends.in_ + asked.slot * ends.in_slot_bytes + HEADER.size, nbytes)
+        library.shoal_announce(lane, asked.slot, HEADER.size + nbytes, asked.correlation, 1)
+        return True
 
 
 @contextlib.contextmanager
@@ -67,7 +89,7 @@ def main() -> None:
     set_threads(int(threads))
     checkpoint = Checkpoint.open(directory)
     config = checkpoint.config
-    host = (EchoHost if kind == "echo" else ExpertHost)(config, "host-0", 1)
+    host = ExpertHost(config, "host-0", 1, make_store=EchoExperts if kind == "echo" else PackedExperts)
     host.load(checkpoint, [(layer, expert) for layer in config.moe_layers for expert in range(config.n_routed_experts)])
     server = ExpertServer(host, token=token, door=open_door(cast(TransportKind, transport), "host-0", 1))
     server.start()

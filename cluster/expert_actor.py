@@ -1,4 +1,4 @@
-"""One life of one expert host as a Ray actor. Ray starts it and watches it; rows come by NIXL or gRPC.
+"""One life of one expert host as a Ray actor. Ray starts it and watches it; rows come past it.
 
 Its process may have guests: lives of other controllers, such as a training run's, with doors and experts of their own.
 """

@@ -11,9 +11,9 @@ from cluster.spec import ServiceSpec
 from cluster.threads import Share, keep_to
 from experts.grpc_server import ExpertServer
 from experts.host import ExpertHost, MakeStore
+from experts.lease_door import LeaseDoor
 from experts.loader import LoadAbandoned, Loader, LoadReport
 from experts.nixl import prepare_environment
-from experts.nixl_door import NixlDoor
 from experts.training.door import TrainingDoor
 from experts.training.grpc_peer import GrpcPeers
 from experts.training.host import TrainingHost
@@ -46,7 +46,7 @@ class ExpertLife:
         self.stamps: Stamps = {}
         self.progress = (0, 1)  # experts loaded, and to load, at the start of this life
         self.load_s = 0.0  # that it took
-        self._door: NixlDoor | None = None
+        self._door: LeaseDoor | None = None
         self._checkpoint: Checkpoint | None = None
         self._server: ExpertServer | None = None
         self._host: ExpertHost | None = None

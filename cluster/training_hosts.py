@@ -13,8 +13,8 @@ from cluster.discovery import find_controller, get_or_start_controller
 from cluster.membership import PlacementFollower
 from cluster.spec import ServiceSpec
 from experts.grpc_transport import GrpcTransport
+from experts.lease_transport import LeaseTransport
 from experts.nixl import prepare_environment
-from experts.nixl_transport import NixlTransport
 from experts.training.client import TrainingClient
 from experts.training.grpc_peer import GrpcPeers
 from experts.training.step_hosts import StepLost, StepPlacement
@@ -40,7 +40,7 @@ class TrainingHosts:
         token = ray.get(self.controller.token.remote())
         self._follower = PlacementFollower(service.namespace)
         self._follower.use(0)
-        self._transport: GrpcTransport | NixlTransport = open_transport(
+        self._transport: GrpcTransport | LeaseTransport = open_transport(
             service.transport, token, service.tls, step_tokens, config.num_experts_per_tok, config.hidden_size
         )
         source = StepPlacement(self._follower.names, self._follower.report)

@@ -31,13 +31,15 @@ class Slot:
 class Arena:
     """`count` slots of `slot_bytes`, side by side. Pages cost nothing until they are written."""
 
-    def __init__(self, slot_bytes: int, count: int) -> None:
+    def __init__(self, slot_bytes: int, count: int, pages: mmap.mmap | None = None, first: int = 0) -> None:
+        """In `pages` from byte `first` on; without them, in memory of its own."""
         self.slot_bytes = slot_bytes
         self.nbytes = slot_bytes * count
         check_arena(slot_bytes, count)
-        pages = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)
-        memory = np.frombuffer(pages, np.uint8)
+        if pages is None:
+            pages = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        memory = np.frombuffer(pages, np.uint8, self.nbytes, first)
         self.address: int = memory.ctypes.data
         self.slots = tuple(
             _slot(memory[first : first + slot_bytes], self.address + first)

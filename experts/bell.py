@@ -2,25 +2,23 @@
 
 NIXL's notifications are found by polling only, and a short sleep costs half a core where timers are slow. So whoever
 sends also rings, and whoever waits sleeps in a futex on a page that both map. A ring carries nothing: it is a hint to
-poll, may be lost or come for nothing. A word of the page says whether anybody sleeps, which spares the call where
-nobody does; another on which core, so that who rings several bells can leave the one on its own core, where it would
-have to make room, for the last.
+poll, may be lost or come for nothing. Words of the page say whether anybody sleeps, which spares the call where nobody
+does, and on which core, so that who rings several bells can leave the one on its own core, where it would have to make
+room, for the last. Native code (`kernels/csrc/lane.h`) rings and sleeps on the same page.
 
 A socket would do, but a wake-up through one tells the scheduler that its sender is about to sleep: the woken thread is
 put on the sender's core, and a host that wakes there keeps the worker from sending to the next host.
 """
 
-import contextlib
 import ctypes
 import mmap
-import os
 import platform
-import re
-import secrets
 import threading
 from collections.abc import Callable
 
-ADDRESS = re.compile(r"(shoal-[0-9a-f]{32})/([0-9]{1,10})/([0-9]{1,10})")
+from experts.shared_memory import SharedMemory, map_shared
+from kernels.native import native
+
 SYS_FUTEX = {"x86_64": 202, "aarch64": 98}
 FUTEX_WAIT, FUTEX_WAKE = 0, 1
 EVERYBODY = 0x7FFFFFFF
@@ -33,12 +31,11 @@ def current_core() -> int:
 
 
 class _Page:
-    """One shared page: a word that every ring changes, whether anybody sleeps, and on which core."""
+    """One shared page: a word that every ring changes, whether anybody sleeps, on which core, and how many in C++."""
 
-    def __init__(self, file: int) -> None:
-        self._memory = mmap.mmap(file, mmap.PAGESIZE)
-        self._words = (ctypes.c_uint32 * 3).from_buffer(self._memory)
-        self._address = ctypes.addressof(self._words)
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._words = (ctypes.c_uint32 * 4).from_buffer(memory)  # which keeps it mapped
+        self.address = ctypes.addressof(self._words)
         self._call = _LIBC.syscall
         self._number = SYS_FUTEX[platform.machine()]
 
@@ -48,7 +45,7 @@ class _Page:
 
     @property
     def asleep(self) -> bool:
-        return bool(self._words[1])
+        return bool(self._words[1] or self._words[3])
 
     @asleep.setter
     def asleep(self, value: bool) -> None:
@@ -64,35 +61,42 @@ class _Page:
 
     def ring(self) -> None:
         """Wake everybody who sleeps."""
+        library = native()
+        if library is not None:
+            library.shoal_ring(self.address)
+            return
         # two at once may write the same number, which differs from the one before all the same
         self._words[0] = (self._words[0] + 1) & 0xFFFFFFFF
-        self._call(self._number, ctypes.c_void_p(self._address), FUTEX_WAKE, EVERYBODY, None, None, 0)
+        self._call(self._number, ctypes.c_void_p(self.address), FUTEX_WAKE, EVERYBODY, None, None, 0)
 
     def sleep(self, rings: int, timeout_s: float) -> None:
         """Until it rings, unless it did since there were so many `rings`."""
         seconds = int(timeout_s)
         limit = (ctypes.c_long * 2)(seconds, int((timeout_s - seconds) * 1e9))
-        address = ctypes.c_void_p(self._address)
+        address = ctypes.c_void_p(self.address)
         self._call(self._number, address, FUTEX_WAIT, ctypes.c_uint32(rings), ctypes.byref(limit), None, 0)
-
-    def close(self) -> None:
-        del self._words
-        self._memory.close()
 
 
 class Bell:
     """The waiting end. `address` is for those who ring it. Linux only."""
 
     def __init__(self) -> None:
-        name = f"shoal-{secrets.token_hex(16)}"
-        # an open file without a place: it is gone with this process, however that ends
-        self._file = os.memfd_create(name, os.MFD_CLOEXEC)
-        os.ftruncate(self._file, mmap.PAGESIZE)
-        self._page = _Page(self._file)
-        self.address = f"{name}/{os.getpid()}/{self._file}"
+        self._shared = SharedMemory(mmap.PAGESIZE)
+        self._page = _Page(self._shared.memory)
+        self.address = self._shared.address
         self._attending = self._sleeping = 0
         self._closed = threading.Event()
         self._lock = threading.Lock()
+
+    @property
+    def page(self) -> int:
+        """Address of the page in this process, for native code; good for as long as somebody refers to the bell."""
+        return self._page.address
+
+    @property
+    def rings(self) -> int:
+        """How often it was rung."""
+        return self._page.rings
 
     def ring(self) -> None:
         """Wake whoever waits here."""
@@ -121,8 +125,6 @@ class Bell:
                 self._sleeping -= 1
                 if not self._sleeping:
                     self._page.asleep = False
-                    if self._closed.is_set():
-                        self._page.close()
 
     def enter(self) -> None:
         """A thread begins to look for its message, among those of others."""
@@ -145,19 +147,20 @@ class Bell:
             if self._closed.is_set():
                 return
             self._closed.set()
-            os.close(self._file)
-            if not self._sleeping:
-                self._page.close()
+            self._shared.close()
 
 
 class Ringer:
     """Rings the bell of one process; one that is gone hears nothing. Raises ValueError for what is no address."""
 
     def __init__(self, address: str) -> None:
-        parts = ADDRESS.fullmatch(address)
-        if parts is None:
-            raise ValueError(f"{address!r} is no bell's address")
-        self._page = _open_page(*parts.groups())
+        memory = map_shared(address, mmap.PAGESIZE)
+        self._page = None if memory is None else _Page(memory)  # where there is none, its owner wakes by its own clock
+
+    @property
+    def page(self) -> int | None:
+        """Address of the bell's page in this process, for native code; good for as long as this is not closed."""
+        return None if self._page is None else self._page.address
 
     def ring(self) -> None:
         if self._page is not None and self._page.asleep:
@@ -169,24 +172,4 @@ class Ringer:
         return self._page.core if self._page is not None else None
 
     def close(self) -> None:
-        if self._page is not None:
-            self._page.close()
-            self._page = None
-
-
-def _open_page(name: str, process: str, file: str) -> _Page | None:
-    """The page of another process's bell; None where it cannot be reached, and its owner wakes by its own clock.
-
-    Only a file of that very name is opened: we write to it.
-    """
-    path = f"/proc/{process}/fd/{file}"
-    with contextlib.suppress(OSError, ValueError):
-        if os.readlink(path) != f"/memfd:{name} (deleted)":
-            return None
-        opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            if os.readlink(f"/proc/self/fd/{opened}") == f"/memfd:{name} (deleted)":
-                return _Page(opened)
-        finally:
-            os.close(opened)
-    return None
+        self._page = None

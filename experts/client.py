@@ -9,14 +9,16 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from experts.dispatch import Dispatch, Part
 from experts.dispatch_plan import OwnerTables, hosts_left
 from experts.errors import ExpertsUnavailable, FrameError, HostUnavailable
+from experts.flight import Flight, take_off
 from experts.messages import ForwardReply, ForwardRequest
 from experts.transport import Transport
-from kernels.combine import OwnedSlots
+from kernels.combine import SHARED_ROWS, NoOwner, OwnedSlots
 from router.gate import Routing
 from router.load import LoadMeter
 from router.placement import Host, Placement
@@ -82,6 +84,7 @@ class ExpertClient:
         self.reply_timeout_s = reply_timeout_s
         self._tables: OwnerTables | None = None
         self._slowest_s = 0.0
+        self._counts_at: dict[int, int] = {}  # of each layer, where the meter has them
         self._turns: dict[int, int] = {}  # dispatches of each layer
         self._avoided: dict[Host, float] = {}  # until when
         self._dispatches = self._rows = self._sent = self._received = 0
@@ -91,9 +94,11 @@ class ExpertClient:
         """Send every row to the holders of its experts; `Dispatch.finish` waits for the weighted sum."""
         self._dispatches += 1
         turn = self._turns[layer] = self._turns.get(layer, 0) + 1
-        if self._meter is not None:
+        tables = self.tables(placement)
+        flight = self._fly(layer, x_TD, routing, tables, turn)
+        if flight is None and self._meter is not None:
             self._meter.count(layer, routing.experts_TK)
-        return Dispatch(self, layer, x_TD, routing, self.tables(placement), turn)
+        return Dispatch(self, layer, x_TD, routing, tables, turn, flight)
 
     def stats(self) -> ClientStats:
         return ClientStats(
@@ -115,6 +120,55 @@ class ExpertClient:
                     self._avoided.pop(host, None)
             self._tables = OwnerTables(placement)
         return self._tables
+
+    def _fly(self, layer: int, x_TD: Tensor, routing: Routing, tables: OwnerTables, turn: int) -> Flight | None:
+        """The whole dispatch at once, where nothing stands against it."""
+        hosts, tokens = tables.placement.hosts, x_TD.shape[0]
+        lanes = self._transport.lanes(hosts)
+        if (
+            lanes is None
+            or self.avoided
+            or (tokens >= SHARED_ROWS and tables.sharers(layer) is not None)  # rows may be spread one by one
+            or x_TD.dtype is not torch.float32
+            or routing.experts_TK.device.type != "cpu"
+            or x_TD.device.type != "cpu"
+            or not x_TD.is_contiguous()
+        ):
+            return None
+        counted = None if self._meter is None else self._counted(self._meter, layer)
+        try:
+            flight = take_off(
+                lanes,
+                tables.owners(layer, turn),
+                layer,
+                tables.placement.epoch,
+                x_TD,
+                routing.experts_TK,
+                counted,
+                self._clock(),
+            )
+        except NoOwner:
+            return None  # which waits for a newer table
+        if flight is not None:
+            self._rows += flight.rows
+            self._sent += 4 * (flight.rows * flight.width + 2 * flight.slots)
+        return flight
+
+    def land(
+        self, flight: Flight, weights_TK: Tensor, shared_TD: Tensor | None, residual_TD: Tensor | None
+    ) -> Tensor | None:
+        """See `Flight.land`."""
+        timeout_s = max(0.0, flight.sent_s + self.late_s - self._clock())
+        out_TD = flight.land(weights_TK, shared_TD, residual_TD, timeout_s)
+        if out_TD is not None:
+            self._received += 4 * flight.slots * flight.width
+            self._slowest_s = max(FORGET * self._slowest_s, self._clock() - flight.sent_s)
+        return out_TD
+
+    def _counted(self, meter: LoadMeter, layer: int) -> int:
+        if layer not in self._counts_at:
+            self._counts_at[layer] = meter.counts_at(layer)
+        return self._counts_at[layer]
 
     def send(self, host: Host, owned: OwnedSlots, layer: int, x_TD: Tensor, epoch: int) -> Part:
         """One host's part of one layer, on its way."""

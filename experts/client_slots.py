@@ -68,6 +68,11 @@ class SlotTable:
         self._dropped.append(slot)
 
     @property
+    def late(self) -> bool:
+        """Whether some slot waits for a reply that nobody does."""
+        return bool(self._dropped) or ABANDONED in self._state
+
+    @property
     def free(self) -> int:
         return len(self._free)
 

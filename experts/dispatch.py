@@ -24,6 +24,7 @@ from router.placement import Host
 if TYPE_CHECKING:
     from experts.client import ExpertClient
     from experts.dispatch_plan import OwnerTables
+    from experts.flight import Flight
 
 POLL_S = 0.01  # between looks at who answers first, and at the placement, while a reply is late
 
@@ -46,8 +47,16 @@ class Dispatch:
     """Between start and finish the caller computes the shared experts."""
 
     def __init__(
-        self, client: ExpertClient, layer: int, x_TD: Tensor, routing: Routing, tables: OwnerTables, turn: int
+        self,
+        client: ExpertClient,
+        layer: int,
+        x_TD: Tensor,
+        routing: Routing,
+        tables: OwnerTables,
+        turn: int,
+        flight: Flight | None = None,
     ) -> None:
+        """`flight`: all of it is on its way already."""
         self._client = client
         self._layer = layer
         self._device = x_TD.device
@@ -59,7 +68,8 @@ class Dispatch:
         self._failed: dict[Host, str] = {}
         self._started_s = client.now_s()
         self._last = "no host was asked"
-        self._sent = self._send(None)
+        self._flight = flight
+        self._sent = self._send(None) if flight is None else []
 
     def finish(self, shared_TD: Tensor | None = None, residual_TD: Tensor | None = None) -> Tensor:
         """residual + (the weighted sum over slots + shared), [T, D] fp32.
@@ -67,6 +77,11 @@ class Dispatch:
         Raises ExpertsUnavailable when some expert had no reachable holder for the client's whole deadline, and
         HostRefused when a host refuses the request as malformed, which no resend can mend.
         """
+        if self._flight is not None:
+            out_TD = self._client.land(self._flight, self._weights_TK, shared_TD, residual_TD)
+            if out_TD is not None:
+                return out_TD
+            self._sent = self._taken_apart(self._flight)
         answers: list[Answer] = []
         try:
             while self._sent:
@@ -88,8 +103,14 @@ class Dispatch:
 
     def abandon(self) -> None:
         """Nobody waits for what was sent any more; after `finish`, nothing is left to give up."""
+        if self._flight is not None:
+            self._flight.abandon()
         sent, self._sent = self._sent, []
         _release(sent)
+
+    def _taken_apart(self, flight: Flight) -> list[Part]:
+        """Something is not as it should be: each host's part for itself."""
+        return [Part(host, slot_P, rows, call, flight.sent_s) for host, slot_P, rows, call in flight.calls()]
 
     def _collect(self, part: Part) -> list[Answer]:
         """What answers a part's slots: its own reply, or those of replicas when it is late and they are first."""

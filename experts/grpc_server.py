@@ -16,8 +16,8 @@ from experts.frames import decode_header, decode_request, encode_refusal, encode
 from experts.host import ExpertHost
 from experts.host_loop import HostLoop
 from experts.lease import METHOD as LEASE_METHOD
+from experts.lease_door import LeaseDoor
 from experts.lease_server import serve_lease
-from experts.nixl_door import NixlDoor
 from experts.tls import TlsFiles, server_credentials
 from experts.transfer import METHOD as FETCH_METHOD
 from experts.transfer import decode_request as decode_fetch
@@ -39,7 +39,7 @@ class ExpertServer(grpc.GenericRpcHandler):
         bind: str = "127.0.0.1:0",
         token: str | None = None,
         tls: TlsFiles | None = None,
-        door: NixlDoor | None = None,
+        door: LeaseDoor | None = None,
         training: "TrainingDoor | None" = None,
     ) -> None:
         self._host = host

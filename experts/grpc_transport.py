@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from experts.frames import decode_header, decode_reply, encode_request
 from experts.grpc_stream import Codec, FrameStream, StreamCall
@@ -40,6 +40,9 @@ class GrpcTransport:
 
     def flush(self) -> None:
         pass  # it left already
+
+    def lanes(self, hosts: Sequence[Host]) -> None:
+        return None
 
     def forget(self, host: Host) -> None:
         with self._lock:

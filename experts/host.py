@@ -14,6 +14,7 @@ from torch import Tensor
 
 from experts.errors import HostRefused
 from experts.messages import ForwardReply, ForwardRequest
+from kernels.lane import Asked
 from kernels.swiglu import PackedExperts
 from model.checkpoint import Checkpoint, ExpertWeights
 from model.config import ModelConfig
@@ -37,6 +38,8 @@ class ExpertStore(Protocol):
     def unload(self, expert: int) -> None: ...
 
     def unpack(self, expert: int) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def answer(self, lane: int, asked: Asked, held_E: int) -> bool: ...
 
     def __call__(
         self, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor | None = None
@@ -76,6 +79,7 @@ class ExpertHost:
         self._make_store = make_store
         self._layers: dict[int, ExpertStore] = {}
         self._held_E: dict[int, npt.NDArray[np.bool_]] = {}  # of each layer, the experts that can be computed
+        self._held_address: dict[int, int] = {}  # of those, for native code
         self._held: dict[Pair, int] = {}  # the same, with the bytes that each takes
         self._changes = threading.Lock()  # one thread at a time loads or unloads; taken before the others
         self._compute = threading.Lock()  # kernels use the host's whole thread budget
@@ -190,6 +194,26 @@ class ExpertHost:
                     self._pairs += len(y_PD)
         return [answer for answer in answers if answer is not None]
 
+    def answer_in_place(self, lane: int, asked: Asked) -> bool:
+        """Answer a request where it lies in a lane, as `forward_batch` would; False where that is to be called instead.
+
+        `lane` is the address of a `kernels.lane.NativeLane`. The rows' bits are those of any other way.
+        """
+        with self._compute:
+            store = self._layers.get(asked.layer)
+            if (
+                store is None
+                or self.closed is not None
+                or asked.generation != self.generation
+                or asked.hidden != self._config.hidden_size
+                or not store.answer(lane, asked, self._held_address[asked.layer])
+            ):
+                return False
+            self._requests += 1
+            self._rows += asked.rows
+            self._pairs += asked.pairs
+            return True
+
     @property
     def hidden_size(self) -> int:
         return self._config.hidden_size
@@ -246,7 +270,8 @@ class ExpertHost:
             self._layers[layer] = self._make_store(
                 self._config.hidden_size, self._config.moe_intermediate_size, self.device
             )
-            self._held_E[layer] = np.zeros(self._config.n_routed_experts, np.bool_)
+            held_E = self._held_E[layer] = np.zeros(self._config.n_routed_experts, np.bool_)
+            self._held_address[layer] = held_E.ctypes.data
         return self._layers[layer]
 
     def _check_pair(self, layer: int, expert: int) -> None:

@@ -41,14 +41,22 @@ class Job(Protocol):
 class Source(Protocol):
     """Where jobs arrive that nobody puts in by hand. All but `ring` are called by the loop's thread."""
 
+    def answer_alone(self, host: ExpertHost) -> bool:
+        """Answer one request where it arrived, if that is all there is; False: see what `poll` has."""
+
     def poll(self) -> Sequence[Job]:
         """What has arrived, without waiting."""
 
-    def pause_s(self, idle_s: float) -> float:
-        """How long the loop may sleep when nothing has come for `idle_s` seconds."""
+    @property
+    def rings(self) -> int:
+        """How often somebody rang."""
 
-    def wait(self, timeout_s: float, look: Callable[[], bool]) -> None:
-        """Sleep until something may have arrived, or somebody rang; not at all when `look` finds something."""
+    def wait(self, rings: int, idle_s: float, look_s: float, look: Callable[[], bool]) -> bool:
+        """Until something may have arrived, or somebody rang since there were so many `rings`: whether it slept.
+
+        When nothing has come for `idle_s` seconds it may sleep after `look_s` of these. Not at all when `look` finds
+        something.
+        """
 
     def ring(self) -> None:
         """End `wait` early."""
@@ -60,15 +68,22 @@ class NoSource:
     def __init__(self) -> None:
         self._rung = threading.Event()
 
+    def answer_alone(self, host: ExpertHost) -> bool:
+        return False
+
     def poll(self) -> Sequence[Job]:
         return ()
 
-    def pause_s(self, idle_s: float) -> float:
-        return MAX_SLEEP_S
+    @property
+    def rings(self) -> int:
+        return 0
 
-    def wait(self, timeout_s: float, look: Callable[[], bool]) -> None:
-        self._rung.wait(timeout_s)
+    def wait(self, rings: int, idle_s: float, look_s: float, look: Callable[[], bool]) -> bool:
+        if idle_s <= look_s:
+            return False
+        self._rung.wait(MAX_SLEEP_S)
         self._rung.clear()
+        return True
 
     def ring(self) -> None:
         self._rung.set()
@@ -120,22 +135,30 @@ class HostLoop:
         slept = False
         patience = Patience()
         try:
-            while not self._closing.is_set():
-                jobs = self._source.poll()
-                if self._submitted:
-                    jobs = [*jobs, *self._take_submitted()]
-                if jobs:
+            while True:
+                rings = self._source.rings
+                if self._closing.is_set():
+                    break
+                if self._answer_some():
                     patience.waited(slept)
                     slept = False
-                    self._answer(jobs)
                     last_s = time.monotonic()
                     continue
                 idle_s = time.monotonic() - last_s
-                if idle_s > patience.look_s:
-                    slept = True
-                    self._source.wait(self._source.pause_s(idle_s), self._look)
+                slept = self._source.wait(rings, idle_s, patience.look_s, self._look) or slept
         finally:
             self._refuse_all("the host is closed")
+
+    def _answer_some(self) -> bool:
+        """Answer what there is; False when that is nothing."""
+        if not self._submitted and self._source.answer_alone(self._host):
+            return True
+        jobs = self._source.poll()
+        if self._submitted:
+            jobs = [*jobs, *self._take_submitted()]
+        if jobs:
+            self._answer(jobs)
+        return bool(jobs)
 
     def _take_submitted(self) -> Iterator[_Submitted]:
         while self._submitted:

@@ -7,14 +7,14 @@ when it breaks the other process is gone, or has done with the pairing, and writ
 import base64
 import binascii
 import struct
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from experts.arena import MAX_ARENA_BYTES, MAX_SLOTS
 
 METHOD = "/shoal.Experts/Lease"
-VERSION = 1  # of these messages and of Note; the frames have their own
+VERSION = 2  # of these messages and of Note; the frames have their own
 NOTE = struct.Struct("<IIQ")  # what comes with a write: slot, bytes, correlation id
 PING = (1 << 32) - 1  # instead of a slot: answer with the same note
 MAX_METADATA_BYTES = 1 << 16
@@ -30,9 +30,18 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class _Agent(_Message):
+class SharedEnd(_Message):
+    """Memory that the other may map."""
+
+    way: Literal["shared"] = "shared"
+    memory: str = Field(max_length=MAX_TEXT)
+    bell: str = Field(max_length=MAX_TEXT, description="rung after a write")
+
+
+class NixlEnd(_Message):
     """How to reach an agent and one arena of it."""
 
+    way: Literal["nixl"] = "nixl"
     agent: str = Field(min_length=1, max_length=MAX_TEXT)
     metadata: bytes = Field(max_length=MAX_METADATA_BYTES)
     bell: str | None = Field(max_length=MAX_TEXT, description="rung after a write; None: the agent polls")
@@ -53,26 +62,34 @@ class _Agent(_Message):
             raise ValueError(f"not base64: {error}") from error
 
 
+End = SharedEnd | NixlEnd
+
+
 class Hello(_Message):
-    """What a client wants: slots for its requests on the host, and how large the slots for replies are."""
+    """What a client wants: slots for its requests on the host, how large those for replies are, and by which ways."""
 
     version: int
     machine: str = Field(max_length=MAX_TEXT)
     slots: int = Field(ge=1, le=MAX_SLOTS)
     request_bytes: int = Field(ge=1, le=MAX_ARENA_BYTES, description="of a slot")
     reply_bytes: int = Field(ge=1, le=MAX_ARENA_BYTES, description="of a slot")
+    shared: bool = Field(description="whether memory may be shared, should both be on one machine")
+    nixl: bool
 
 
-class Offer(_Agent):
-    """Where a host takes requests. `near`: both may write each other's memory, and ring each other's bell."""
+class Offer(_Message):
+    """Where a host takes requests. `near`: both may map each other's memory, and ring each other's bell."""
 
     host: str = Field(max_length=MAX_TEXT)
     generation: int = Field(ge=0)
     near: bool
+    end: End = Field(discriminator="way")
 
 
-class Accept(_Agent):
-    """Where a client takes replies."""
+class Accept(_Message):
+    """Where a client takes replies, by the way that was offered."""
+
+    end: End = Field(discriminator="way")
 
 
 class Granted(_Message):

@@ -6,11 +6,11 @@ from typing import Any
 import grpc
 
 from experts.lease import Accept, Granted, Hello, LeaseRefused, decode, encode
-from experts.nixl_agent import NixlFailed
-from experts.nixl_door import NixlDoor
+from experts.lease_door import LeaseDoor
+from experts.pairing import PairingFailed
 
 
-def serve_lease(door: NixlDoor, messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
+def serve_lease(door: LeaseDoor, messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
     """Pair with one client, and return when it half-closes the stream or is gone."""
     try:
         lease, offer = door.offer(decode(Hello, next(messages, b"")))
@@ -22,5 +22,5 @@ def serve_lease(door: NixlDoor, messages: Iterator[bytes], context: Any) -> Iter
                 raise LeaseRefused("nothing is expected after Accept but the end")
         finally:
             door.end(lease)
-    except (LeaseRefused, NixlFailed) as error:
+    except (LeaseRefused, PairingFailed) as error:
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))

@@ -1,6 +1,6 @@
 """Hosts in the same process: for one-process serving, and for tests."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from experts.errors import HostUnavailable
@@ -36,6 +36,9 @@ class LocalTransport:
 
     def flush(self) -> None:
         pass  # it is computed when the reply is asked for
+
+    def lanes(self, hosts: Sequence[Host]) -> None:
+        return None
 
     def forget(self, host: Host) -> None:
         pass  # nothing is kept open

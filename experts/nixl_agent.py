@@ -10,12 +10,13 @@ from typing import Any
 
 from experts.arena import PAGE_BYTES, Arena, Slot
 from experts.nixl import need_nixl
+from experts.pairing import PairingFailed
 
 KEPT_BYTES = 1 << 20  # transfers up to this size are kept, to be posted again
 OnMessage = Callable[[bytes], None]
 
 
-class NixlFailed(Exception):
+class NixlFailed(PairingFailed):
     """NIXL refused an operation; a peer that is gone is the usual reason."""
 
 

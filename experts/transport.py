@@ -1,9 +1,15 @@
 """What a way to reach expert hosts offers: requests go out at once, replies are waited for."""
 
-from typing import Protocol
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from experts.messages import ForwardReply, ForwardRequest
 from router.placement import Host
+
+if TYPE_CHECKING:
+    from experts.flight import Lanes
 
 
 class Pending(Protocol):
@@ -27,6 +33,9 @@ class Transport(Protocol):
 
     def flush(self) -> None:
         """See that what was submitted leaves now: hosts that are woken together begin together."""
+
+    def lanes(self, hosts: Sequence[Host]) -> Lanes | None:
+        """The ways to these hosts for a whole dispatch at once, where all share memory with this process just now."""
 
     def forget(self, host: Host) -> None:
         """Drop what is kept open to a host that left."""

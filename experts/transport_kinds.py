@@ -1,11 +1,20 @@
 """The ways that rows may travel, by name."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from experts.nixl import need_nixl
 
-TransportKind = Literal["auto", "nixl", "grpc"]
-TRANSPORT_KINDS: tuple[TransportKind, ...] = ("auto", "nixl", "grpc")
+TransportKind = Literal["auto", "shared", "nixl", "grpc"]
+TRANSPORT_KINDS: tuple[TransportKind, ...] = ("auto", "shared", "nixl", "grpc")
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """Which may be taken besides gRPC, that both ends must have: memory that both map, and NIXL."""
+
+    shared: bool = True
+    nixl: bool = True
 
 
 def check_transport(kind: str) -> None:

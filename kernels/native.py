@@ -26,6 +26,13 @@ _SIGNATURES = {
     "shoal_combine": ("-", "ppplplllppp"),
     "shoal_split_slots": ("l", "ppllplpppppp"),
     "shoal_latent_attention": ("-", "pppllppllllfp"),
+    "shoal_send": ("l", "pplpllpplllplp"),
+    "shoal_receive": ("l", "pplpplllppppllp"),
+    "shoal_news": ("l", "plpl"),
+    "shoal_wait_news": ("l", "plpill"),
+    "shoal_ring": ("-", "p"),
+    "shoal_announce": ("-", "pllli"),
+    "shoal_answer": ("l", "ppppppll"),
 }
 """Result and arguments of each function: pointer, long, int or float."""
 

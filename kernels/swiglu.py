@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from kernels.lane import Asked
 from kernels.linear import tiled_linear
 from kernels.memory import weight_memory
 from kernels.native import native_for
@@ -94,6 +95,11 @@ def _common_dtype(device: str, dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return kept_dtype(*dtypes) if device == "cpu" else reduce(torch.promote_types, dtypes)
 
 
+def _table(table_3E: Tensor) -> tuple[Tensor, int, int, int]:
+    """A table and where its rows lie."""
+    return table_3E, table_3E[0].data_ptr(), table_3E[1].data_ptr(), table_3E[2].data_ptr()
+
+
 class PackedExperts:
     """Some of one layer's experts, each loaded and unloaded by number."""
 
@@ -106,7 +112,7 @@ class PackedExperts:
         self._native = native_for(device)
         self._experts: dict[int, _Plain | _Packed] = {}
         # addresses of gate_up and down, 0 where none is loaded, and whether they are bf16
-        self._table_3E = torch.zeros(3, 0, dtype=torch.int64)
+        self._table = _table(torch.zeros(3, 0, dtype=torch.int64))
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -155,11 +161,24 @@ class PackedExperts:
             out_PD[pairs] = network(x_RD[pair_row_P[pairs].long()]).float()
         return out_PD
 
+    def answer(self, lane: int, asked: Asked, held_E: int) -> bool:
+        """Compute a request where it lies in a lane, for the experts that the array of bool at `held_E` names.
+
+        False, and nothing was answered, where it names others or rows that do not exist, or torch computes.
+        """
+        if self._native is None:
+            return False
+        table_3E, gate_up, down, narrow = self._table  # a load may put a new one in its place meanwhile
+        bad = self._native.shoal_answer(
+            lane, ctypes.byref(asked), gate_up, down, narrow, held_E, table_3E.shape[1], self._intermediate
+        )
+        return bool(bad == 0)
+
     def _call_native(
         self, native: ctypes.CDLL, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor
     ) -> None:
         x_RD, rows, experts = x_RD.float().contiguous(), pair_row_P.int().contiguous(), pair_expert_P.int().contiguous()
-        table_3E = self._table_3E
+        table_3E, gate_up, down, narrow = self._table
         assert out_PD.is_contiguous()
         bad = native.shoal_experts(
             x_RD.data_ptr(),
@@ -168,9 +187,9 @@ class PackedExperts:
             len(rows),
             rows.data_ptr(),
             experts.data_ptr(),
-            table_3E[0].data_ptr(),
-            table_3E[1].data_ptr(),
-            table_3E[2].data_ptr(),
+            gate_up,
+            down,
+            narrow,
             table_3E.shape[1],
             self._hidden,
             self._intermediate,
@@ -186,10 +205,11 @@ class PackedExperts:
 
     def _place(self, expert: int, gate_up: int, down: int, narrow: bool) -> None:
         """A new table, so that a call that goes on reads the one it began with."""
-        table_3E = torch.zeros(3, max(self._table_3E.shape[1], expert + 1), dtype=torch.int64)
-        table_3E[:, : self._table_3E.shape[1]] = self._table_3E
+        before_3E = self._table[0]
+        table_3E = torch.zeros(3, max(before_3E.shape[1], expert + 1), dtype=torch.int64)
+        table_3E[:, : before_3E.shape[1]] = before_3E
         table_3E[:, expert] = torch.tensor((gate_up, down, narrow))
-        self._table_3E = table_3E
+        self._table = _table(table_3E)
 
 
 class PackedSwiglu:

@@ -26,6 +26,10 @@ class LoadMeter:
         counts_E = np.bincount(experts_TK.numpy(force=True).reshape(-1), minlength=self._experts)
         self._counted_LE[self._row[layer]] += counts_E
 
+    def counts_at(self, layer: int) -> int:
+        """Address of a layer's counts, int64 [experts], to which whoever counts may add in native code."""
+        return int(self._counted_LE[self._row[layer]].ctypes.data)
+
     def take(self) -> dict[int, list[int]]:
         """Rows of each expert, by layer, since the last take; nothing is lost, and nothing told twice."""
         seen_LE = self._counted_LE.copy()

@@ -29,7 +29,7 @@ class ExpertArgs(BaseModel):
         min_length=1,
         description="custom Ray resource: one host lives on each node that has it, hosts at least, and follows nodes",
     )
-    transport: TransportKind = Field("auto", description="of rows to the hosts: nixl, grpc, or nixl where installed")
+    transport: TransportKind = Field("auto", description="of rows to the hosts: shared memory on a machine, nixl, grpc")
     standby: int = Field(1, ge=0, description="that wait to replace a lost host; none where hosts reserve anything")
     auto_rebalance: bool = Field(False, description="move experts between hosts by themselves when the load is uneven")
 

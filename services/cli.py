@@ -146,9 +146,9 @@ def _add_serve(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     serve.add_argument(
         "--transport",
-        choices=("auto", "nixl", "grpc"),
+        choices=("auto", "shared", "nixl", "grpc"),
         default="auto",
-        help="of rows to the hosts (auto: nixl if installed)",
+        help="of rows to the hosts (auto: shared memory on a machine, nixl between machines if installed)",
     )
     serve.add_argument(
         "--auto-rebalance", action="store_true", help="move experts between hosts when the load is uneven"

@@ -66,10 +66,13 @@ def _gpus() -> Finding:
 
 
 def _transport() -> Finding:
+    from experts.lane import lanes_serve
     from experts.nixl import find_nixl
 
-    found = find_nixl() is not None
-    return Finding("transport", True, "NIXL" if found else "gRPC; `make env` installs NIXL, which is quicker, on Linux")
+    nixl = find_nixl() is not None
+    near = "shared memory" if lanes_serve() else "NIXL" if nixl else "gRPC"
+    far = "NIXL" if nixl else "gRPC; `make env` installs NIXL, which is quicker, on Linux"
+    return Finding("transport", True, f"{near} on this machine, to others {far}")
 
 
 def _shared_memory() -> Finding:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from experts.training.expert import TrainedExpert
+from kernels.lane import Asked
 from kernels.swiglu import check_expert
 
 
@@ -49,6 +50,10 @@ class TrainableExperts:
     def expert(self, expert: int) -> TrainedExpert:
         """Raises KeyError when it is not loaded."""
         return self._experts[expert]
+
+    def answer(self, lane: int, asked: Asked, held_E: int) -> bool:
+        """See `PackedExperts.answer`; these are computed by torch."""
+        return False
 
     def __call__(self, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor | None = None) -> Tensor:
         """FFN of pair_expert[p] on x[pair_row[p]], unweighted, in the order of the pairs: [P, D] fp32.

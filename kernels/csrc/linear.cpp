@@ -1,6 +1,7 @@
 // Linear maps with packed weights: one, one a head, and the SwiGLU networks of many experts.
 #include <vector>
 
+#include "calls.h"
 #include "pool.h"
 #include "product.h"
 

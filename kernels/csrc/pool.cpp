@@ -2,17 +2,11 @@
 
 #include <chrono>
 
+#include "pause.h"
+
 namespace shoal {
 
 namespace {
-
-inline void pause_briefly() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#else
-  std::this_thread::yield();
-#endif
-}
 
 using Clock = std::chrono::steady_clock;
 

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "calls.h"
 #include "pool.h"
 #include "rows.h"
 

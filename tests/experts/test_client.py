@@ -1,7 +1,7 @@
 """Dispatch and combine against a slow oracle, and what the client does when hosts fail."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -63,6 +63,9 @@ class Recorded:
     def submit(self, host: Host, request: ForwardRequest) -> Pending:
         self.sent.append((host, request))
         return _Reply(self, host, self._local.submit(host, request))
+
+    def lanes(self, hosts: Sequence[Host]) -> None:
+        return None
 
     def flush(self) -> None:
         self.flushed.append(len(self.sent))

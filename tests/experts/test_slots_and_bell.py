@@ -211,7 +211,7 @@ def test_a_bell_says_on_which_core_it_will_wake() -> None:
 
 @pytest.mark.parametrize("address", ["", "shoal", "/etc/passwd", "shoal-" + "0" * 32 + "/1/../../etc/passwd"])
 def test_what_is_no_bells_address_is_refused(address: str) -> None:
-    with pytest.raises(ValueError, match="no bell's address"):
+    with pytest.raises(ValueError, match="no address of shared memory"):
         Ringer(address)
 
 

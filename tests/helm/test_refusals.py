@@ -33,7 +33,7 @@ SCALED: Values = {
         ({"model": {"source": "s3"}}, "/model/source", "'bundled', 'pvc', 'image', 'objectStore'"),
         ({"experts": {"memory": "lots"}}, "/experts/memory", "does not match pattern"),
         ({"experts": {"cpu": "500m"}}, "/experts/cpu", "want integer"),
-        ({"experts": {"transport": "udp"}}, "/experts/transport", "'auto', 'nixl', 'grpc'"),
+        ({"experts": {"transport": "udp"}}, "/experts/transport", "'auto', 'shared', 'nixl', 'grpc'"),
         ({"ray": {"gcs": {"faultTolerance": "etcd"}}}, "/ray/gcs/faultTolerance", "'none', 'embedded', 'redis'"),
         ({"service": {"port": 0}}, "/service/port", "got 0, want 1"),
         ({"jobs": [{"name": "sft"}]}, "/jobs/0", "missing property 'recipe'"),

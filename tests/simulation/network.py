@@ -1,6 +1,6 @@
 """A worker's way to the hosts: messages that are late, lost, doubled or out of order, and memory that is used again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -99,6 +99,9 @@ class Wire:
 
     def flush(self) -> None:
         pass  # what is submitted is carried already
+
+    def lanes(self, hosts: Sequence[Host]) -> None:
+        return None
 
     def forget(self, host: Host) -> None:
         self._break(host, "the connection was closed")

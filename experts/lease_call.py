@@ -16,7 +16,7 @@ class Waiter(Protocol):
         """See `Pending.result`. After any error but HostSlow the slot is the waiter's to free."""
 
 
-class NixlCall:
+class LeaseCall:
     """Made when the request is on its way."""
 
     __slots__ = ("_correlation", "_reply", "_slot", "_waiter", "_waiting")

@@ -1,4 +1,4 @@
-"""Hosts by NIXL: the same bits, slots that come back, peers that die, freeze or lie, and nothing left behind."""
+"""Hosts by lease: the same bits, slots that come back, peers that die, freeze or lie, and nothing left behind."""
 
 import gc
 import os
@@ -16,20 +16,22 @@ from experts.errors import FrameError, HostRefused, HostUnavailable
 from experts.frames import HEADER
 from experts.grpc_server import ExpertServer
 from experts.host import ExpertHost
+from experts.lane import Lane, lanes_serve
 from experts.lease import NOTE
+from experts.lease_call import LeaseCall
+from experts.lease_door import LeaseDoor
+from experts.lease_transport import LeaseTransport
 from experts.messages import ForwardReply, ForwardRequest
 from experts.nixl import find_nixl, prepare_environment
-from experts.nixl_agent import NixlFailed
-from experts.nixl_call import NixlCall
-from experts.nixl_door import NixlDoor
-from experts.nixl_pairing import Pairing
-from experts.nixl_transport import NixlTransport
+from experts.nixl_pairing import NixlPairing
+from experts.pairing import Pairing, PairingFailed
+from experts.transport_kinds import Ways
+from kernels.lane import Asked
 from model.checkpoint import Checkpoint
 from router.placement import Host
 from tests.experts.host_process import HostProcess
 
 prepare_environment()
-pytestmark = pytest.mark.skipif(find_nixl() is None, reason="NIXL is not installed (pip install shoal[nixl])")
 TOKEN = "the-token-of-this-service"
 SLOT_BYTES = 64 * PAGE_BYTES
 
@@ -42,6 +44,15 @@ class Counting(ExpertHost):
         self.batches: list[int] = []
         self.entered, self.let_go = threading.Event(), threading.Event()
         self.let_go.set()
+
+    def answer_in_place(self, lane: int, asked: Asked) -> bool:
+        self.batches.append(1)
+        self.entered.set()
+        assert self.let_go.wait(20)
+        if super().answer_in_place(lane, asked):
+            return True
+        self.batches.remove(1)
+        return False
 
     def forward_batch(self, requests, outs=None):  # type: ignore[no-untyped-def]
         self.batches.append(len(requests))
@@ -62,13 +73,29 @@ def host(opened: Checkpoint) -> Counting:
     return made
 
 
-@pytest.fixture
-def door() -> NixlDoor:
-    return NixlDoor("host-0", 1)
+@pytest.fixture(
+    params=[
+        pytest.param("shared", marks=pytest.mark.skipif(not lanes_serve(), reason="no native kernels are built")),
+        pytest.param("nixl", marks=pytest.mark.skipif(find_nixl() is None, reason="pip install shoal[nixl]")),
+    ]
+)
+def way(request: pytest.FixtureRequest) -> str:
+    """To hosts of this machine; others are reached by NIXL."""
+    return str(request.param)
 
 
 @pytest.fixture
-def server(host: Counting, door: NixlDoor) -> Iterator[ExpertServer]:
+def ways(way: str) -> Ways:
+    return Ways(shared=way == "shared", nixl=True)
+
+
+@pytest.fixture
+def door(ways: Ways) -> LeaseDoor:
+    return LeaseDoor("host-0", 1, ways)
+
+
+@pytest.fixture
+def server(host: Counting, door: LeaseDoor) -> Iterator[ExpertServer]:
     made = ExpertServer(host, token=TOKEN, door=door)
     made.start()
     yield made
@@ -76,15 +103,15 @@ def server(host: Counting, door: NixlDoor) -> Iterator[ExpertServer]:
     made.stop(0)
 
 
-Make = Callable[..., NixlTransport]
+Make = Callable[..., LeaseTransport]
 
 
 @pytest.fixture
-def make() -> Iterator[Make]:
-    made: list[NixlTransport] = []
+def make(ways: Ways) -> Iterator[Make]:
+    made: list[LeaseTransport] = []
 
-    def transport(token: str | None = TOKEN, machine: str | None = None, slot: int = SLOT_BYTES) -> NixlTransport:
-        made.append(NixlTransport(token, None, slot, slot, machine))
+    def transport(token: str | None = TOKEN, machine: str | None = None, slot: int = SLOT_BYTES) -> LeaseTransport:
+        made.append(LeaseTransport(token, None, slot, slot, ways, machine))
         return made[-1]
 
     yield transport
@@ -93,11 +120,11 @@ def make() -> Iterator[Make]:
 
 
 @pytest.fixture
-def processes(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., HostProcess]]:
+def processes(checkpoint: Callable[[str], Path], way: str) -> Iterator[Callable[..., HostProcess]]:
     started: list[HostProcess] = []
 
-    def start(generation: int = 1, transport: str = "nixl") -> HostProcess:
-        started.append(HostProcess(checkpoint("tiny"), TOKEN, transport, generation))
+    def start(generation: int = 1) -> HostProcess:
+        started.append(HostProcess(checkpoint("tiny"), TOKEN, way, generation))
         return started[-1]
 
     yield start
@@ -114,17 +141,23 @@ def request(rows: int = 4, seed: int = 0, generation: int = 1) -> ForwardRequest
     return ForwardRequest(1, generation, 1, x_RD, torch.arange(rows).int(), (torch.arange(rows) % 16).int())
 
 
-def ask(transport: NixlTransport, host: Host, wanted: ForwardRequest, timeout_s: float = 10) -> ForwardReply:
-    """The reply, which must have come by NIXL; the tensor is a copy."""
+def ask(transport: LeaseTransport, host: Host, wanted: ForwardRequest, timeout_s: float = 10) -> ForwardReply:
+    """The reply, which must have come by the lease; the tensor is a copy."""
     call = transport.submit(host, wanted)
-    assert isinstance(call, NixlCall)
+    assert isinstance(call, LeaseCall)
     reply = call.result(timeout_s)
     copied = ForwardReply(reply.generation, reply.y_PD.clone())
     call.release()
     return copied
 
 
-@pytest.mark.parametrize("machine", [None, "another machine"], ids=["near", "far"])
+NEAR_AND_FAR = [
+    None,
+    pytest.param("another machine", marks=pytest.mark.skipif(find_nixl() is None, reason="NIXL is not installed")),
+]
+
+
+@pytest.mark.parametrize("machine", NEAR_AND_FAR, ids=["near", "far"])
 def test_the_bits_are_those_of_a_call_in_process(
     host: Counting, server: ExpertServer, make: Make, machine: str | None
 ) -> None:
@@ -145,7 +178,7 @@ def test_a_host_in_another_process_gives_the_same_bits(
 
 
 def test_clients_that_wait_together_are_answered_in_one_call_and_get_their_own(
-    host: Counting, server: ExpertServer, door: NixlDoor, make: Make
+    host: Counting, server: ExpertServer, door: LeaseDoor, make: Make, way: str
 ) -> None:
     transports = [make() for _ in range(3)]
     assert all(transport.wait_ready(at(server), 10) for transport in transports)
@@ -157,9 +190,10 @@ def test_clients_that_wait_together_are_answered_in_one_call_and_get_their_own(
     before = len(host.batches)
     calls = [each.submit(at(server), request(3 + seed, seed)) for seed, each in enumerate(transports)]
     limit_s = time.monotonic() + 10
-    while len(door._notes) < len(calls) and time.monotonic() < limit_s:
+    # what is written to shared memory is there at once
+    while way == "nixl" and len(door._notes) < len(calls) and time.monotonic() < limit_s:
         for transport in transports:
-            transport._near.poll()  # a write that took its time is announced by looking, as who waits for it does
+            transport._leases[at(server)].pairing.poll()  # who waits for a write that takes its time looks
         door._look()  # in place of the loop, which is held up
     host.let_go.set()
     first_answer = first.result(10).y_PD.clone()
@@ -183,7 +217,7 @@ def test_the_host_whose_core_this_is_is_woken_last(make: Make, monkeypatch: pyte
         def flush(self) -> None:
             woken.append(self.core)
 
-    monkeypatch.setattr("experts.nixl_transport.current_core", lambda: 1)
+    monkeypatch.setattr("experts.lease_transport.current_core", lambda: 1)
     for cores in ((1, 0, 2), (0, 1, None), (1,)):
         transport._held = dict.fromkeys(map(Lease, cores))  # type: ignore[arg-type]
         transport.flush()
@@ -219,6 +253,7 @@ def test_what_was_written_wakes_the_host_with_flush_or_when_it_is_waited_for(
     assert len(rung) == 2
 
 
+@pytest.mark.skipif(find_nixl() is None, reason="NIXL is not installed")
 def test_no_core_is_taken_by_looking_while_near_hosts_may_need_them_all(
     host: Counting, server: ExpertServer, make: Make
 ) -> None:
@@ -266,14 +301,14 @@ def test_a_reply_stays_as_it_is_until_it_is_released(host: Counting, server: Exp
     kept = [transport.submit(at(server), request(4, seed)) for seed in range(SLOTS)]
     replies = [call.result(10).y_PD for call in kept]
     over = transport.submit(at(server), request(4, 77))  # no slot is left
-    assert not isinstance(over, NixlCall)
+    assert not isinstance(over, LeaseCall)
     assert torch.equal(over.result(10).y_PD, host.forward(request(4, 77)).y_PD)
     for seed, y_PD in enumerate(replies):
         assert torch.equal(y_PD, host.forward(request(4, seed)).y_PD)
     for call in kept:
         call.release()
         call.release()  # again changes nothing
-    assert isinstance(transport.submit(at(server), request()), NixlCall)
+    assert isinstance(transport.submit(at(server), request()), LeaseCall)
 
 
 def test_calls_that_nobody_waited_for_give_their_slots_back(server: ExpertServer, make: Make) -> None:
@@ -294,27 +329,28 @@ def test_what_fits_no_slot_goes_by_grpc(host: Counting, server: ExpertServer, ma
     assert transport.wait_ready(at(server), 10)
     ask(transport, at(server), request(60))
     call = transport.submit(at(server), request(rows))
-    assert not isinstance(call, NixlCall)
+    assert not isinstance(call, LeaseCall)
     assert torch.equal(call.result(10).y_PD, host.forward(request(rows)).y_PD)
 
 
 def test_after_a_write_that_fails_a_host_is_paired_with_anew(
     host: Counting, server: ExpertServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experts.nixl_transport.RETRY_S", 0.1)
+    monkeypatch.setattr("experts.lease_transport.RETRY_S", 0.1)
     transport = make()
     assert transport.wait_ready(at(server), 10)
 
     def fail(*given: object) -> None:
-        raise NixlFailed("the connection is gone")
+        raise PairingFailed("the connection is gone")
 
     with monkeypatch.context() as broken:
-        broken.setattr(Pairing, "write", fail)
+        for kind in (Lane, NixlPairing):
+            broken.setattr(kind, "write", fail)
         call = transport.submit(at(server), request())
-    assert not isinstance(call, NixlCall)
+    assert not isinstance(call, LeaseCall)
     assert torch.equal(call.result(10).y_PD, host.forward(request()).y_PD)
     deadline_s = time.monotonic() + 20
-    while not isinstance(call, NixlCall):
+    while not isinstance(call, LeaseCall):
         assert time.monotonic() < deadline_s, "it went on by gRPC"
         time.sleep(0.05)
         call = transport.submit(at(server), request())
@@ -322,31 +358,29 @@ def test_after_a_write_that_fails_a_host_is_paired_with_anew(
         call.release()
 
 
-def test_a_reply_larger_than_its_slot_is_not_asked_for_by_nixl(
-    host: Counting, server: ExpertServer, make: Make
-) -> None:
+def test_a_reply_larger_than_its_slot_goes_by_grpc(host: Counting, server: ExpertServer, make: Make) -> None:
     transport = make(slot=16 * PAGE_BYTES)
     assert transport.wait_ready(at(server), 10)
     rows, experts = torch.arange(96).int() % 4, torch.arange(96).int() % 16
     many = ForwardRequest(1, 1, 1, torch.randn(4, 256), rows, experts)
     call = transport.submit(at(server), many)
-    assert not isinstance(call, NixlCall)
+    assert not isinstance(call, LeaseCall)
     assert torch.equal(call.result(10).y_PD, host.forward(many).y_PD)
 
 
-def test_a_host_without_nixl_is_asked_by_grpc(host: Counting, make: Make) -> None:
+def test_a_host_without_leases_is_asked_by_grpc(host: Counting, make: Make) -> None:
     server = ExpertServer(host, token=TOKEN)
     server.start()
     transport = make()
     assert not transport.wait_ready(at(server), 10)
     call = transport.submit(at(server), request())
-    assert not isinstance(call, NixlCall)
+    assert not isinstance(call, LeaseCall)
     assert torch.equal(call.result(10).y_PD, host.forward(request()).y_PD)
     server.stop(0)
 
 
 @pytest.mark.parametrize("token", [None, "another"])
-def test_a_lease_needs_the_token(server: ExpertServer, door: NixlDoor, make: Make, token: str | None) -> None:
+def test_a_lease_needs_the_token(server: ExpertServer, door: LeaseDoor, make: Make, token: str | None) -> None:
     stranger = make(token=token)
     assert not stranger.wait_ready(at(server), 10)
     assert door.leases == 0
@@ -372,6 +406,26 @@ def test_another_life_at_the_same_address_gets_no_lease(server: ExpertServer, ma
     assert not transport.wait_ready(Host("host-1", 1, server.address), 10)
 
 
+def announce(pairing: Pairing, slot: int, length: int, correlation: int) -> None:
+    """Say what stands in a slot, whatever that is."""
+    if isinstance(pairing, NixlPairing):
+        pairing.writers[slot].post(PAGE_BYTES, NOTE.pack(slot, length, correlation))
+        pairing.ring()
+    else:
+        pairing.write(slot, length, correlation)
+
+
+def harmful_notes(pairing: Pairing) -> list[Callable[[], None]]:
+    """What a client may not say, and gets no answer to."""
+    if isinstance(pairing, NixlPairing):
+        noise = (b"", b"noise", NOTE.pack(SLOTS, 100, 1), NOTE.pack(2**32 - 2, 100, 1), NOTE.pack(0, 0, 0) + b"x")
+        return [lambda note=note: pairing.notify(note) for note in noise]  # type: ignore[misc]
+    return [
+        lambda: pairing.write(3, (1 << 63) - 1, 1 << 40),
+        lambda: pairing.write(2, 1 << 32, (1 << 63) - 1),
+    ]
+
+
 def test_lies_are_refused_or_dropped_and_neighbours_unharmed(host: Counting, server: ExpertServer, make: Make) -> None:
     liar, neighbour = make(), make()
     assert liar.wait_ready(at(server), 10)
@@ -388,8 +442,7 @@ def test_lies_are_refused_or_dropped_and_neighbours_unharmed(host: Counting, ser
         length = put_request(arena.slots[slot], request(3), correlation)
         assert length is not None
         length, announced = change(slot)
-        lease.pairing.writers[slot].post(PAGE_BYTES, NOTE.pack(slot, length, announced or correlation))
-        lease.pairing.ring()
+        announce(lease.pairing, slot, length, announced or correlation)
         with pytest.raises(HostRefused, match=said) as caught:
             lease.wait(slot, correlation, 10)
         assert caught.value.code == "bad_request"
@@ -405,8 +458,8 @@ def test_lies_are_refused_or_dropped_and_neighbours_unharmed(host: Counting, ser
     lie(lambda slot: (good - 4, 0), "claims")
     lie(lambda slot: (3, 0), "3 bytes was announced")
     lie(lambda slot: (2**32 - 1, 0), "4294967295 bytes was announced")
-    for note in (b"", b"noise", NOTE.pack(SLOTS, 100, 1), NOTE.pack(2**32 - 2, 100, 1), NOTE.pack(0, 0, 0) + b"x"):
-        lease.pairing.notify(note)
+    for harm in harmful_notes(lease.pairing):
+        harm()
         assert torch.equal(ask(neighbour, at(server), request(6)).y_PD, expected)
     assert torch.equal(ask(liar, at(server), request(6)).y_PD, expected)
 
@@ -420,7 +473,7 @@ def test_a_killed_host_fails_its_calls_at_once_and_its_successor_is_reached(
     ask(transport, first.host, request())
     first.freeze()  # so that the call is pending when it dies
     call = transport.submit(first.host, request())
-    assert isinstance(call, NixlCall)
+    assert isinstance(call, LeaseCall)
     first.process.kill()
     started_s = time.monotonic()
     with pytest.raises(HostUnavailable, match="host-0") as caught:
@@ -443,16 +496,16 @@ def test_a_frozen_host_costs_its_timeout_and_its_late_reply_spoils_nothing(
     other.freeze()
     for seed in range(SLOTS):
         call = transport.submit(other.host, request(3, seed))
-        assert isinstance(call, NixlCall)
+        assert isinstance(call, LeaseCall)
         with pytest.raises(HostUnavailable, match=r"no reply in 0\.1 s"):
             call.result(0.1)
         call.release()
     assert slots.free == 0  # it may still write to any of them
-    assert not isinstance(transport.submit(other.host, request()), NixlCall)
+    assert not isinstance(transport.submit(other.host, request()), LeaseCall)
     other.thaw()
     deadline_s = time.monotonic() + 20
     while slots.free < SLOTS and time.monotonic() < deadline_s:
-        transport._leases[other.host].pairing.agent.poll()
+        transport._leases[other.host].pairing.poll()
         time.sleep(0.01)
     assert slots.free == SLOTS
     for seed in (50, 51):
@@ -479,10 +532,11 @@ def footprint() -> tuple[int, int, int]:
     gc.collect()
     maps = Path("/proc/self/maps").read_text().splitlines()
     sizes = [int(end, 16) - int(start, 16) for start, end in (line.split()[0].split("-") for line in maps)]
-    return threading.active_count(), len(os.listdir("/proc/self/fd")), sizes.count(SLOTS * 333 * PAGE_BYTES)
+    arenas = sum(size in (SLOTS * 333 * PAGE_BYTES, (SLOTS * 333 + 1) * PAGE_BYTES) for size in sizes)
+    return threading.active_count(), len(os.listdir("/proc/self/fd")), arenas
 
 
-def test_peers_that_come_and_go_leave_nothing_behind(server: ExpertServer, door: NixlDoor, make: Make) -> None:
+def test_peers_that_come_and_go_leave_nothing_behind(server: ExpertServer, door: LeaseDoor, make: Make) -> None:
     transport = make(slot=333 * PAGE_BYTES)
 
     def come_and_go() -> None:
@@ -507,7 +561,7 @@ def test_peers_that_come_and_go_leave_nothing_behind(server: ExpertServer, door:
         time.sleep(0.05)
 
 
-def test_a_stopped_server_ends_its_leases(host: Counting, door: NixlDoor, make: Make) -> None:
+def test_a_stopped_server_ends_its_leases(host: Counting, door: LeaseDoor, make: Make) -> None:
     server = ExpertServer(host, token=TOKEN, door=door)
     server.start()
     transport = make()

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from experts.bell import Bell
 from experts.client_slots import SlotTable
 from experts.errors import HostSlow, HostUnavailable
-from experts.nixl_agent import NixlFailed
-from experts.nixl_pairing import Pairing
+from experts.pairing import Pairing, PairingFailed
 from experts.patience import Patience
 from router.placement import Host
 
@@ -36,7 +35,7 @@ class Arrival:
         self._bell.enter()
         try:
             return self._wait(pairing, slots, slot, deadline_s, ended)
-        except NixlFailed as error:
+        except PairingFailed as error:
             raise self._lost(str(error)) from error
         finally:
             self._bell.leave()
@@ -47,7 +46,7 @@ class Arrival:
         started_s = time.monotonic()
 
         def look() -> bool:
-            if pairing.agent.poll():
+            if pairing.poll():
                 self._bell.ring_others()
             return slots.length(slot) > 0 or ended() is not None
 

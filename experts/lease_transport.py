@@ -1,26 +1,29 @@
-"""Hosts by NIXL where they can be paired with, and by gRPC where not: each host for itself, each call for itself."""
+"""Hosts by shared memory or NIXL where they can be paired with, else by gRPC: each host and each call for itself."""
 
 import os
 import secrets
 import threading
 import time
+from collections.abc import Sequence
 
 from experts.bell import Bell, current_core
+from experts.client_lease import ClientLease, LeaseSettings
+from experts.flight import Lanes
 from experts.grpc_transport import GrpcTransport
 from experts.messages import ForwardRequest
 from experts.nixl import machine_identity
 from experts.nixl_agent import NixlAgent
-from experts.nixl_lease import LeaseSettings, NixlLease
 from experts.tls import TlsFiles
 from experts.transport import Pending
+from experts.transport_kinds import Ways
 from router.placement import Host
 
 RETRY_S = 5.0  # after a lease was refused or lost, and the host was not forgotten since
 CLOSE_S = 1.0
 
 
-class NixlTransport:
-    """Raises NixlMissing when NIXL is not installed.
+class LeaseTransport:
+    """Hosts of this machine by memory that both map, others by NIXL, where it is installed on both sides.
 
     A lease is made in the background, so no call waits for one: until it is there, and for frames that fit no slot,
     and when all slots are in use, calls go by gRPC.
@@ -32,11 +35,11 @@ class NixlTransport:
         tls: TlsFiles | None,
         request_bytes: int,
         reply_bytes: int,
+        ways: Ways,
         machine: str | None = None,
     ) -> None:
         """Slots of `request_bytes` and `reply_bytes` (see `arena.slot_bytes`); `machine` is for tests."""
-        self._near = self._agent()
-        self._far: NixlAgent | None = None
+        self._agents: dict[bool, NixlAgent] = {}  # for near hosts, and far ones
         self._bell = Bell()
         self._settings = LeaseSettings(
             token=token,
@@ -44,16 +47,19 @@ class NixlTransport:
             machine=machine or machine_identity(),
             request_bytes=request_bytes,
             reply_bytes=reply_bytes,
+            shared=ways.shared,
+            nixl=ways.nixl,
             agent=self._agent_for,
             bell=self._bell,
             crowded=self._crowded,
         )
         self._cores = len(os.sched_getaffinity(0))
-        self._held: dict[NixlLease, None] = {}  # whose hosts were not woken yet
-        self._asked: tuple[NixlLease, ...] = ()  # near ones whose hosts were woken last
+        self._held: dict[ClientLease, None] = {}  # whose hosts were not woken yet
+        self._lanes: Lanes | None = None
+        self._asked: tuple[ClientLease, ...] = ()  # near ones whose hosts were woken last
         self._grpc = GrpcTransport(token, tls)
         self._lock = threading.Lock()
-        self._leases: dict[Host, NixlLease] = {}
+        self._leases: dict[Host, ClientLease] = {}
         self._leaving: dict[Host, threading.Thread] = {}  # of leases closed here, and not yet by the host
 
     def submit(self, host: Host, request: ForwardRequest) -> Pending:
@@ -64,9 +70,22 @@ class NixlTransport:
             if call is not None:
                 self._held[lease] = None
                 return call
-        elif lease is None or (lease.over and time.monotonic() > lease.over_since_s + RETRY_S):
-            self._open(host)
+        else:
+            self._pair(host, lease)
         return self._grpc.submit(host, request)
+
+    def lanes(self, hosts: Sequence[Host]) -> Lanes | None:
+        """The ways to all of these hosts where each is reached by shared memory just now; else None."""
+        known = self._lanes
+        if known is not None and known.hosts is hosts and known.ready:
+            return known
+        leases = [self._leases.get(host) for host in hosts]
+        for host, lease in zip(hosts, leases, strict=True):
+            if lease is None or not lease.ready:
+                self._pair(host, lease)
+        able = [lease for lease in leases if lease is not None and lease.ready and lease.lane is not None]
+        self._lanes = Lanes(hosts, able, self._bell, self._cores) if len(able) == len(hosts) else None
+        return self._lanes
 
     def flush(self) -> None:
         """Wake the hosts that were written to: the one whose core this is last, since it may take it at once."""
@@ -94,6 +113,7 @@ class NixlTransport:
             if lease is not None:
                 self._held.pop(lease, None)
                 self._asked = ()
+                self._lanes = None
                 lease.close()
                 self._leaving[host] = lease.thread
         self._grpc.forget(host)
@@ -101,6 +121,7 @@ class NixlTransport:
     def close(self) -> None:
         with self._lock:
             leases, self._leases = tuple(self._leases.values()), {}
+            self._lanes = None
             for lease in leases:
                 lease.close()
             threads = [*self._leaving.values(), *(lease.thread for lease in leases)]
@@ -114,7 +135,12 @@ class NixlTransport:
     def _crowded(self) -> bool:
         return len(self._asked) >= self._cores and sum(lease.busy for lease in self._asked) >= self._cores
 
-    def _open(self, host: Host) -> NixlLease | None:
+    def _pair(self, host: Host, lease: ClientLease | None) -> None:
+        """Begin to, where there is no lease and it is time to ask for one."""
+        if lease is None or (lease.over and time.monotonic() > lease.over_since_s + RETRY_S):
+            self._open(host)
+
+    def _open(self, host: Host) -> ClientLease | None:
         with self._lock:
             lease = self._leases.get(host)
             if lease is not None and not lease.over:
@@ -124,16 +150,11 @@ class NixlTransport:
                 return None
             if lease is not None and not lease.ended:
                 return None
-            lease = self._leases[host] = NixlLease(host, self._settings)
+            lease = self._leases[host] = ClientLease(host, self._settings)
             return lease
 
     def _agent_for(self, near: bool) -> NixlAgent:
-        if near:
-            return self._near
         with self._lock:
-            if self._far is None:
-                self._far = self._agent(near=False)
-            return self._far
-
-    def _agent(self, near: bool = True) -> NixlAgent:
-        return NixlAgent(f"client-{secrets.token_hex(8)}", near)
+            if near not in self._agents:
+                self._agents[near] = NixlAgent(f"client-{secrets.token_hex(8)}", near)
+            return self._agents[near]

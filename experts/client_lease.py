@@ -11,19 +11,35 @@ import grpc
 
 from experts.arena import SLOTS, Arena
 from experts.arena_frames import get_reply, put_request
+from experts.arrival import Arrival
 from experts.bell import Bell
 from experts.client_slots import SlotTable
 from experts.errors import ExpertError, FrameError, HostSlow, HostUnavailable
 from experts.frames import HEADER
 from experts.grpc_stream import call_metadata, describe, open_channel
-from experts.lease import METHOD, NOTE, PING, VERSION, Accept, Granted, Hello, LeaseRefused, Message, Offer
+from experts.lane import Lane
+from experts.lease import (
+    METHOD,
+    NOTE,
+    PING,
+    VERSION,
+    Accept,
+    Granted,
+    Hello,
+    LeaseRefused,
+    Message,
+    NixlEnd,
+    Offer,
+    SharedEnd,
+)
 from experts.lease import decode as decode_message
 from experts.lease import encode as encode_message
+from experts.lease_call import LeaseCall
 from experts.messages import ForwardReply, ForwardRequest
-from experts.nixl_agent import NixlAgent, NixlFailed
-from experts.nixl_arrival import Arrival
-from experts.nixl_call import NixlCall
-from experts.nixl_pairing import Pairing
+from experts.nixl import NixlMissing
+from experts.nixl_agent import NixlAgent
+from experts.nixl_pairing import NixlPairing
+from experts.pairing import Pairing, PairingFailed
 from experts.tls import TlsFiles
 from experts.wire import identity
 from router.placement import Host
@@ -42,12 +58,14 @@ class LeaseSettings:
     machine: str
     request_bytes: int  # of a slot
     reply_bytes: int  # of a slot
-    agent: Callable[[bool], NixlAgent]  # for near hosts, or far ones
+    shared: bool  # whether hosts of this machine may be reached by shared memory
+    nixl: bool  # whether NIXL may be used
+    agent: Callable[[bool], NixlAgent]  # for near hosts, or far ones; raises NixlMissing
     bell: Bell
     crowded: Callable[[], bool]  # whether near hosts that compute for this client take all cores
 
 
-class NixlLease:
+class ClientLease:
     """Opened in the background: until `ready`, and again when it is over, calls must go another way."""
 
     pairing: Pairing  # while `ready`, and after
@@ -61,6 +79,7 @@ class NixlLease:
         self._pinged = False
         self._arrival = Arrival(host, settings.bell, settings.crowded)
         self._cleanup: Callable[[], None] | None = None
+        self.lane: Lane | None = None  # while `ready`, where memory is shared
         self.slots = SlotTable(SLOTS)
         self.ready = False
         self.reason: str | None = None  # why it is over
@@ -81,13 +100,13 @@ class NixlLease:
         """Whether it is over and cleaned up after."""
         return not self.thread.is_alive()
 
-    def start(self, request: ForwardRequest) -> NixlCall | None:
+    def start(self, request: ForwardRequest) -> LeaseCall | None:
         """Send a request; None when this way cannot take it. Raises FrameError when it is over a frame's caps."""
         reply_numbers = request.pair_row_P.shape[0] * request.x_RD.shape[1]
         if HEADER.size + 4 * reply_numbers > self._settings.reply_bytes:
             return None
         with self._lock:
-            taken = self.slots.take() if self.ready and not self._closing else None
+            taken = self.take() if self.ready and not self._closing else None
             if taken is None:
                 return None
             slot, correlation = taken
@@ -102,12 +121,18 @@ class NixlLease:
             self.pairing.hold()
             try:
                 self.pairing.write(slot, length, correlation)
-            except NixlFailed as error:  # how much was written is not known, so the slot stays taken
+            except PairingFailed as error:  # how much was written is not known, so the slot stays taken
                 self.ready = False
                 self._outbox.put(None)  # the host ends the stream, and the next lease may do better
                 log.debug("%s cannot be written to: %s", self._host.id, error)
                 return None
-        return NixlCall(self, slot, correlation)
+        return LeaseCall(self, slot, correlation)
+
+    def take(self) -> tuple[int, int] | None:
+        """A free slot and the id of its call, or None."""
+        if self.slots.late:  # its reply may have come
+            self.pairing.poll()
+        return self.slots.take()
 
     def flush(self) -> None:
         """Wake the host for what was sent, unless it is over."""
@@ -173,7 +198,7 @@ class NixlLease:
                 continue  # nothing is expected; the end is what it is for
         except grpc.RpcError as error:
             reason = describe(error)
-        except (LeaseRefused, NixlFailed) as error:
+        except (LeaseRefused, PairingFailed, NixlMissing) as error:
             reason = str(error)
             self._messages.cancel()  # no call was made yet, so the host writes nothing
         finally:
@@ -187,26 +212,45 @@ class NixlLease:
             slots=SLOTS,
             request_bytes=settings.request_bytes,
             reply_bytes=settings.reply_bytes,
+            shared=settings.shared,
+            nixl=settings.nixl,
         )
         self._outbox.put(encode_message(hello))
         offer = self._receive(Offer)
         if (offer.host, offer.generation) != (self._host.id, self._host.generation):
             raise LeaseRefused(f"{offer.host} of generation {offer.generation} answers at {self._host.address}")
-        outgoing, incoming = Arena(settings.request_bytes, SLOTS), Arena(settings.reply_bytes, SLOTS)
-        self.pairing = pairing = Pairing(settings.agent(offer.near), offer.near, outgoing, incoming)
-        self._cleanup = pairing.close
-        pairing.connect(offer.agent, offer.metadata, offer.address, offer.bell, self._on_note)
-        accept = Accept(
-            agent=pairing.agent.name,
-            metadata=pairing.metadata(),
-            bell=settings.bell.address if offer.near else None,
-            address=incoming.address,
-        )
-        self._outbox.put(encode_message(accept))
-        self._receive(Granted)
-        self._ping(pairing)
+        if isinstance(offer.end, SharedEnd):
+            self._share(offer.end)
+        else:
+            self._pair(offer.end, offer.near)
         with self._lock:
             self.ready = not self._closing
+
+    def _share(self, end: SharedEnd) -> None:
+        lane = Lane(self._settings.reply_bytes, SLOTS)
+        self._cleanup = lane.close
+        self.pairing = self.lane = lane
+        lane.connect(self._host.id, end.memory, self._settings.request_bytes, end.bell, self._on_note)
+        accept = Accept(end=SharedEnd(memory=lane.memory, bell=self._settings.bell.address))
+        self._outbox.put(encode_message(accept))
+        self._receive(Granted)
+
+    def _pair(self, end: NixlEnd, near: bool) -> None:
+        settings = self._settings
+        outgoing, incoming = Arena(settings.request_bytes, SLOTS), Arena(settings.reply_bytes, SLOTS)
+        pairing = NixlPairing(settings.agent(near), near, outgoing, incoming)
+        self._cleanup = pairing.close
+        self.pairing = pairing
+        pairing.connect(end.agent, end.metadata, end.address, end.bell, self._on_note)
+        accept = NixlEnd(
+            agent=pairing.agent.name,
+            metadata=pairing.metadata(),
+            bell=settings.bell.address if near else None,
+            address=incoming.address,
+        )
+        self._outbox.put(encode_message(Accept(end=accept)))
+        self._receive(Granted)
+        self._ping(pairing)
 
     def _receive(self, kind: type[Message]) -> Message:
         message = next(self._messages, None)
@@ -214,14 +258,14 @@ class NixlLease:
             raise LeaseRefused("the host ended the lease while it was made")
         return decode_message(kind, message)
 
-    def _ping(self, pairing: Pairing) -> None:
+    def _ping(self, pairing: NixlPairing) -> None:
         """One note there and back: the first takes a connection's making, and no call should wait for that."""
         pairing.notify(NOTE.pack(PING, 0, 0))
         deadline_s = time.monotonic() + CONNECT_S
         while not self._pinged:
             if time.monotonic() > deadline_s or self._closing:
                 raise LeaseRefused(f"{self._host.id} did not answer by NIXL in {CONNECT_S:.0f} s")
-            if pairing.agent.poll():
+            if pairing.poll():
                 self._settings.bell.ring_others()
             time.sleep(CONNECT_POLL_S)
 
@@ -241,6 +285,8 @@ class NixlLease:
             self._closing = True
             self.over_since_s = time.monotonic()
             self.reason = reason
+        if self.lane is not None:
+            self.lane.end()
         self._settings.bell.ring()
         if self._cleanup is not None:
             self._cleanup()
