@@ -27,7 +27,8 @@ class HostRefused(ExpertError):
     """A host's own word that it cannot serve a request.
 
     Codes: `wrong_generation` (it is a later life), `not_held` (the expert is elsewhere), `not_ready` (it is not where
-    the training is), `failed` (it tried, and ran out of memory for example), `bad_request`.
+    the training is), `unreachable` (memory that was to be shared), `failed` (it tried, and ran out of memory for
+    example), `bad_request`.
     """
 
     def __init__(self, code: str, message: str) -> None:

@@ -82,10 +82,12 @@ class TrainingClient:
         call = _LayerCall(layer, micro, x_TD.float().cpu(), dout_TD.float().cpu(), routing)
         slots = None if keep_TK is None else keep_TK.reshape(-1).nonzero().squeeze(1).cpu()
         answers: list[tuple[Tensor, BackwardReply]] = []
+        asked: list[_Sent] = []
         wanted: Tensor | None = slots if slots is not None else torch.arange(routing.experts_TK.numel())
         everyone = True
         while wanted is not None:
             sent = self._send(call, slots, wanted, everyone)
+            asked += sent
             lost = []
             for one in sent:
                 try:
@@ -98,7 +100,10 @@ class TrainingClient:
             missing = torch.cat(lost).sort().values if lost else torch.empty(0, dtype=torch.int64)
             wanted = missing if len(missing) else None
             everyone = False
-        return self._combine(call, answers, slots)
+        gradients = self._combine(call, answers, slots)
+        for one in asked:
+            one.pending.release()
+        return gradients
 
     def skip(self, micro: int) -> None:
         """This worker has no rows in a micro-batch; the hosts wait for none."""

@@ -13,8 +13,19 @@ import grpc
 
 from experts.errors import ExpertError, FrameError, HostRefused, TransferFailed
 from experts.frames import refusal_payload
-from experts.training.frames import decode_header, decode_request, encode_refusal, encode_reply
+from experts.training.blocks import Layout, Mapped
+from experts.training.frames import (
+    SHARED,
+    Header,
+    decode_header,
+    decode_request,
+    encode_refusal,
+    encode_reply,
+    encode_shared_reply,
+    shared_address,
+)
 from experts.training.host import TrainingHost
+from experts.training.messages import BackwardReply
 from experts.training.spec import ExpertTraining, as_pairs
 from experts.training.states import decode_state, encode_state, load_states, save_states
 from model.checkpoint import Checkpoint
@@ -85,15 +96,18 @@ class TrainingDoor:
         raise AssertionError("abort raises")
 
     def _backwards(self, frames: Iterator[bytes]) -> Iterator[bytes]:
+        mapped = Mapped()
         for frame in frames:
-            yield self._backward(frame)
+            yield self._backward(frame, mapped)
             self._host.settle()  # gRPC comes back for more once the reply is on its way
 
-    def _backward(self, frame: bytes) -> bytes:
+    def _backward(self, frame: bytes, mapped: Mapped) -> bytes:
         correlation = 0
         try:
             header = decode_header(frame)
             correlation = header.correlation
+            if header.kind == SHARED:
+                return encode_shared_reply(self._backward_shared(header, shared_address(frame), mapped), correlation)
             return encode_reply(self._host.backward(decode_request(header, frame)), correlation)
         except FrameError as error:
             return encode_refusal(HostRefused("bad_request", str(error)), correlation)
@@ -101,6 +115,11 @@ class TrainingDoor:
             return encode_refusal(refusal, correlation)
         except (RuntimeError, MemoryError) as error:  # torch's own: no memory, a device that failed
             return encode_refusal(HostRefused("failed", f"{self._host.host.host_id}: {error}"), correlation)
+
+    def _backward_shared(self, header: Header, address: str, mapped: Mapped) -> BackwardReply:
+        layout = Layout(header.rows, header.hidden, header.pairs)
+        memory = mapped.at(address, layout.nbytes)
+        return self._host.backward(layout.read(memory, header), lambda answered: layout.answer(memory, answered))
 
     def _states(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         try:

@@ -1,14 +1,16 @@
-"""Backward requests and replies on a byte stream: a checked header, then tensors as they lie in memory.
+"""Backward requests and replies on a byte stream: a checked header, then tensors as they lie in memory, or where.
 
 Header, little-endian, 72 bytes: magic, version, kind, layer, generation, step, correlation id, micro-batch, rank, rows,
 pairs, hidden, payload bytes, CRC-32 over all else. The payload of a request is x, dout, and of the pairs the weights,
-rows, experts and whether each is answered; of a reply dx and dweight; of a refusal its code, a newline and its message.
+rows, experts and whether each is answered; of a reply dx and dweight; of a refusal its code, a newline and its message;
+of a request whose tensors lie in memory that both ends map, the address, and of its reply nothing.
 Sizes are checked against caps and the payload's true length before a tensor is made.
 """
 
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +33,8 @@ VERSION = 1
 HEADER = struct.Struct("<4sHHIQQQIIIIIQI4x")
 CRC = struct.Struct("<I")
 CRC_AT = HEADER.size - 8
-BACKWARD, REPLY, REFUSAL = 1, 2, 3
+BACKWARD, REPLY, REFUSAL, SHARED, SHARED_REPLY = 1, 2, 3, 4, 5
+MAX_ADDRESS_BYTES = 256
 NUMBER = 4  # bytes of every number
 
 
@@ -58,6 +61,15 @@ class Header(NamedTuple):
         return self.pairs * (self.hidden + 1)
 
 
+@dataclass(frozen=True, slots=True)
+class SharedAnswer:
+    """How much was answered in a block that both ends map (`experts/training/blocks.py`)."""
+
+    generation: int
+    pairs: int
+    hidden: int
+
+
 def encode_request(request: BackwardRequest, correlation: int) -> bytes:
     """Raises FrameError when it is over a cap."""
     rows, hidden = request.x_RD.shape
@@ -78,6 +90,37 @@ def encode_request(request: BackwardRequest, correlation: int) -> bytes:
     tensors = (request.x_RD, request.dout_RD, request.pair_weight_P)
     indices = (request.pair_row_P, request.pair_expert_P, request.answer_P)
     return _assemble(header, [tensor_bytes(tensor) for tensor in (*tensors, *indices)])
+
+
+def encode_shared(request: BackwardRequest, address: str, correlation: int) -> bytes:
+    """A request whose tensors lie in the block at `address`; raises FrameError when it is over a cap."""
+    rows, hidden = request.x_RD.shape
+    where = address.encode()
+    header = Header(
+        SHARED,
+        request.layer,
+        request.generation,
+        request.step,
+        correlation,
+        request.micro,
+        request.rank,
+        rows,
+        len(request.pair_row_P),
+        hidden,
+        len(where),
+    )
+    return _assemble(header, [memoryview(where)])
+
+
+def encode_shared_reply(reply: BackwardReply, correlation: int) -> bytes:
+    """A reply whose tensors lie in the request's block."""
+    pairs, hidden = reply.dx_AD.shape
+    return _assemble(Header(SHARED_REPLY, 0, reply.generation, 0, correlation, 0, 0, 0, pairs, hidden, 0), [])
+
+
+def shared_address(frame: bytes) -> str:
+    """The block of a shared request, whose frame was checked."""
+    return frame[HEADER.size :].decode(errors="replace")
 
 
 def encode_reply(reply: BackwardReply, correlation: int) -> bytes:
@@ -103,13 +146,15 @@ def decode_header(frame: bytes) -> Header:
         raise FrameError(f"magic is {magic!r}; expected {MAGIC!r}")
     if version != VERSION:
         raise FrameError(f"frame version is {version}; this build speaks {VERSION}")
-    if header.kind not in (BACKWARD, REPLY, REFUSAL):
-        raise FrameError(f"frame kind is {header.kind}; expected {BACKWARD}, {REPLY} or {REFUSAL}")
+    if not BACKWARD <= header.kind <= SHARED_REPLY:
+        raise FrameError(f"frame kind is {header.kind}; expected {BACKWARD} to {SHARED_REPLY}")
     _check_caps(header)
     if header.payload != len(frame) - HEADER.size:
         raise FrameError(f"the header claims {header.payload} payload bytes; {len(frame) - HEADER.size} came")
-    if header.kind != REFUSAL and header.payload != NUMBER * header.numbers:
+    if header.kind in (BACKWARD, REPLY) and header.payload != NUMBER * header.numbers:
         raise FrameError(f"{header} needs {NUMBER * header.numbers} payload bytes")
+    if header.kind in (SHARED, SHARED_REPLY) and header.payload > MAX_ADDRESS_BYTES * (header.kind == SHARED):
+        raise FrameError(f"{header} has no room for {header.payload} payload bytes")
     if _crc(memoryview(frame)[:CRC_AT], [memoryview(frame)[HEADER.size :]]) != crc:
         raise FrameError("the checksum does not fit the frame: it was damaged on the way")
     return header
@@ -144,11 +189,13 @@ def decode_request(header: Header, frame: bytes) -> BackwardRequest:
     )
 
 
-def decode_answer(frame: bytes) -> tuple[int, Callable[[], BackwardReply]]:
+def decode_answer(frame: bytes) -> tuple[int, Callable[[], BackwardReply | SharedAnswer]]:
     """Correlation id, and what gives the reply or raises HostRefused or FrameError; raises FrameError for no frame."""
     header = decode_header(frame)
 
-    def read() -> BackwardReply:
+    def read() -> BackwardReply | SharedAnswer:
+        if header.kind == SHARED_REPLY:
+            return SharedAnswer(header.generation, header.pairs, header.hidden)
         if header.kind == REFUSAL:
             raise parse_refusal(frame[HEADER.size :])
         if header.kind != REPLY:

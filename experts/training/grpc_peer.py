@@ -3,8 +3,9 @@
 import contextlib
 import itertools
 import json
+import sys
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from experts.errors import CallRefused, ExpertError, HostUnavailable
 from experts.frames import parse_refusal
 from experts.grpc_stream import Codec, FrameStream, StreamCall, call_metadata, describe, open_channel
 from experts.tls import TlsFiles
+from experts.training.blocks import LEAST_BYTES, Blocks, PlainCall, SharedCall, layout_of
 from experts.training.door import SERVICE
-from experts.training.frames import decode_answer, encode_request
+from experts.training.frames import SharedAnswer, decode_answer, encode_request, encode_shared
 from experts.training.host import HostState
 from experts.training.messages import BackwardReply, BackwardRequest
+from experts.training.peer import PendingGradients
 from experts.training.spec import ExpertTraining
 from experts.training.waiting import SUSPECT_S, Supervisor, Waiting
 from experts.wire import identity
@@ -28,7 +31,8 @@ from router.placement import Host
 
 CALL_TIMEOUT_S = 3600.0  # a host that dies breaks its calls at once; this is for one that hangs
 LOOK_S = SUSPECT_S  # between looks: hosts of an earlier table are asked, too, and may take that long
-BACKWARD: Codec[BackwardRequest, BackwardReply] = Codec(f"{SERVICE}Backward", encode_request, decode_answer)
+Answer = BackwardReply | SharedAnswer
+BACKWARD: Codec[bytes, Answer] = Codec(f"{SERVICE}Backward", lambda frame, _: frame, decode_answer)
 
 
 class GrpcPeer:
@@ -43,7 +47,8 @@ class GrpcPeer:
         self._tls = tls
         self._channel = open_channel(host, tls)
         self._metadata = call_metadata(token)
-        self._stream: FrameStream[BackwardRequest, BackwardReply] | None = None
+        self._stream: FrameStream[bytes, Answer] | None = None
+        self._blocks: Blocks | None = Blocks() if sys.platform == "linux" else None  # None: it cannot share memory
         self._lock = threading.Lock()
         self._correlations = itertools.count(1)
 
@@ -57,13 +62,28 @@ class GrpcPeer:
     def begin(self, step: int, micros: int, ranks: int, pairs: Collection[Pair]) -> None:
         self._call("Begin", step=step, micros=micros, ranks=ranks, pairs=list(pairs))
 
-    def backward(self, request: BackwardRequest) -> StreamCall[BackwardReply]:
+    def backward(self, request: BackwardRequest) -> PendingGradients:
         """Send without waiting; raises FrameError when the request is over a frame's caps."""
+        layout, blocks = layout_of(request), self._blocks
+        if blocks is None or layout.nbytes < LEAST_BYTES:
+            return PlainCall(self._send(lambda correlation: encode_request(request, correlation)))
+        block = blocks.take(layout.nbytes)
+        layout.write(block.memory, request)
+        call = self._send(lambda correlation: encode_shared(request, block.address, correlation))
+        return SharedCall(call, layout, block, blocks, lambda: self._in_frames(request))
+
+    def _in_frames(self, request: BackwardRequest) -> PendingGradients:
+        """Send the same again, and all that follow, without shared memory, which the host cannot map."""
+        self._blocks = None
+        return self.backward(request)
+
+    def _send(self, encode: Callable[[int], bytes]) -> StreamCall[Answer]:
         with self._lock:
             if self._stream is None or self._stream.broken:
                 self._stream = FrameStream(self._host, BACKWARD, self._token, self._tls)
             stream = self._stream
-        return stream.send(request, next(self._correlations))
+        correlation = next(self._correlations)
+        return stream.send(encode(correlation), correlation)
 
     def squared_norms(self, step: int) -> Mapping[Pair, float]:
         return {(layer, expert): norm for layer, expert, norm in self._call("Norms", step=step)["norms"]}
@@ -98,6 +118,8 @@ class GrpcPeer:
             stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
+        if self._blocks is not None:
+            self._blocks.close()
         self._channel.close()
 
     def _call(self, name: str, **given: Any) -> dict[str, Any]:

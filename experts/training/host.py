@@ -1,7 +1,7 @@
 """An expert host while it trains: forward as ever, and backward, step and state of the experts that it holds."""
 
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -79,10 +79,13 @@ class TrainingHost:
             self._members = frozenset(pairs)
             self.host.closed = None
 
-    def backward(self, request: BackwardRequest) -> BackwardReply:
+    def backward(
+        self, request: BackwardRequest, out: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    ) -> BackwardReply:
         """Gradients for the rows of the answered pairs; the experts' own gradients gain each request once, by `settle`.
 
-        Refused as `bad_request` when it is malformed.
+        `out` says where dx [A, D] and dweight [A], fp32 on CPU, of so many answered pairs are wanted. Refused as
+        `bad_request` when it is malformed.
         """
         self.settle()
         with self.host.computing(), torch.no_grad():
@@ -94,7 +97,10 @@ class TrainingHost:
             answer_P = request.answer_P.bool()
             place_P = torch.cumsum(request.answer_P, 0) - 1
             answered = int(request.answer_P.sum())
-            dx_AD, dweight_A = torch.empty(answered, x_RD.shape[1]), torch.empty(answered)
+            if out is None:
+                dx_AD, dweight_A = torch.empty(answered, x_RD.shape[1]), torch.empty(answered)
+            else:
+                dx_AD, dweight_A = out(answered)
             gains: dict[int, Contribution] = {}
             for expert, pair_N in rows_by_expert(request.pair_expert_P):
                 row_N = pair_row_P[pair_N]

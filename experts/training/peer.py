@@ -18,6 +18,9 @@ class PendingGradients(Protocol):
     def result(self, timeout_s: float) -> BackwardReply:
         """The reply. Raises HostSlow while it has not come, HostUnavailable when the host was lost, or HostRefused."""
 
+    def release(self) -> None:
+        """The reply's tensors are no longer needed, or nobody waits for it any more."""
+
 
 class Peer(Protocol):
     """One life of one host. Every call but `backward` waits for its end.

@@ -24,6 +24,9 @@ class _Call:
     def result(self, timeout_s: float) -> BackwardReply:
         return self.peer.there.backward(self.request)
 
+    def release(self) -> None:
+        pass
+
 
 class LocalPeer:
     """Calls a host directly, if its life is there when it is called."""

@@ -1,15 +1,30 @@
 """Training over gRPC: the bits of one process, states on their way, and strangers and damaged frames kept out."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import grpc
 import pytest
 import torch
 
-from experts.errors import FrameError, HostRefused, HostUnavailable, TransferFailed
-from experts.training.frames import decode_answer, decode_header, decode_request, encode_reply, encode_request
+from experts.errors import FrameError, HostRefused, HostSlow, HostUnavailable, TransferFailed
+from experts.grpc_stream import StreamCall
+from experts.training.blocks import Blocks, Layout, Mapped, SharedCall, layout_of
+from experts.training.frames import (
+    SHARED,
+    SharedAnswer,
+    decode_answer,
+    decode_header,
+    decode_request,
+    encode_reply,
+    encode_request,
+    encode_shared,
+    encode_shared_reply,
+    shared_address,
+)
 from experts.training.grpc_peer import GrpcPeers
 from experts.training.messages import BackwardReply, BackwardRequest
 from experts.training.spec import ExpertTraining, LowRank
@@ -29,14 +44,48 @@ def doors(checkpoint: Callable[[str], Path]) -> Iterator[Doors]:
     made.close()
 
 
+@pytest.fixture
+def replies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was answered to backward calls that offered memory."""
+    seen: list[str] = []
+    result = SharedCall.result
+
+    def watch(this: SharedCall, timeout_s: float) -> BackwardReply:
+        reply = result(this, timeout_s)
+        seen.append("frame" if this._plain is not None else "shared")
+        return reply
+
+    monkeypatch.setattr(SharedCall, "result", watch)
+    return seen
+
+
+@pytest.mark.parametrize("way", ["shared", "frames", "refused"])
 @pytest.mark.parametrize(("hosts", "replicas", "workers"), [(2, 1, 1), (3, 2, 2)])
 def test_the_way_to_the_hosts_changes_no_bit(
-    checkpoint: Callable[[str], Path], doors: Doors, hosts: int, replicas: int, workers: int
+    checkpoint: Callable[[str], Path],
+    doors: Doors,
+    replies: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    hosts: int,
+    replicas: int,
+    workers: int,
 ) -> None:
+    monkeypatch.setattr("experts.training.grpc_peer.LEAST_BYTES", 1 << 40 if way == "frames" else 1)
+    if way == "refused":
+        monkeypatch.setattr("experts.training.blocks.map_shared", lambda address, nbytes: None)
     near = make_rig(checkpoint("mini"), hosts, replicas, workers, clip=1.0)
     far = make_rig(checkpoint("mini"), hosts, replicas, workers, clip=1.0, doors=doors)
     assert train(near, 2) == train(far, 2)
     assert same(weights(near), weights(far))
+    if way == "frames":
+        assert replies == []
+    else:
+        assert set(replies) == {"shared" if way == "shared" else "frame"}
+    if way == "shared":
+        free = [len(doors.peers.peer(host)._blocks._free) for host in far.table.placement.hosts]  # type: ignore[union-attr]
+        assert min(free) >= 1  # they were given back, and used again
+        assert len(replies) > sum(free)
 
 
 def test_a_joining_host_takes_states_from_its_peers(checkpoint: Callable[[str], Path], doors: Doors) -> None:
@@ -141,12 +190,15 @@ def test_frames_say_what_was_meant(rows: int, pairs: int) -> None:
     reply = BackwardReply(7, torch.randn(pairs, 8), torch.randn(pairs))
     correlation, read = decode_answer(encode_reply(reply, 12))
     assert correlation == 12
-    assert torch.equal(read().dx_AD, reply.dx_AD)
-    assert torch.equal(read().dweight_A, reply.dweight_A)
+    got_reply = read()
+    assert isinstance(got_reply, BackwardReply)
+    assert torch.equal(got_reply.dx_AD, reply.dx_AD)
+    assert torch.equal(got_reply.dweight_A, reply.dweight_A)
 
 
-def test_every_damaged_byte_of_a_frame_is_found() -> None:
-    frame = encode_request(request(), 11)
+@pytest.mark.parametrize("sent", [encode_request(request(), 11), encode_shared(request(), "shoal-x/1/2", 11)])
+def test_every_damaged_byte_of_a_frame_is_found(sent: bytes) -> None:
+    frame = sent
     for place in range(len(frame)):
         if 68 <= place < 72:
             continue  # nothing
@@ -157,6 +209,66 @@ def test_every_damaged_byte_of_a_frame_is_found() -> None:
     for length in range(len(frame)):
         with pytest.raises(FrameError):
             decode_header(frame[:length])
+
+
+@pytest.mark.parametrize(("rows", "pairs"), [(3, 5), (1, 1), (0, 0)])
+def test_a_block_says_what_was_meant(rows: int, pairs: int) -> None:
+    sent = request(rows, pairs)
+    layout = layout_of(sent)
+    block = Blocks().take(layout.nbytes)
+    layout.write(block.memory, sent)
+    frame = encode_shared(sent, block.address, 11)
+    header = decode_header(frame)
+    assert (header.kind, header.correlation, shared_address(frame)) == (SHARED, 11, block.address)
+    memory = Mapped().at(block.address, layout.nbytes)
+    got = layout.read(memory, header)
+    for name in ("generation", "step", "micro", "rank", "layer"):
+        assert getattr(got, name) == getattr(sent, name)
+    for name in ("x_RD", "dout_RD", "pair_row_P", "pair_expert_P", "pair_weight_P", "answer_P"):
+        assert torch.equal(getattr(got, name), getattr(sent, name))
+    dx_AD, dweight_A = layout.answer(memory, pairs)
+    dx_AD.copy_(torch.randn(pairs, 8))
+    dweight_A.copy_(torch.randn(pairs))
+    read = layout.answer(block.memory, pairs)
+    assert torch.equal(read[0], dx_AD)
+    assert torch.equal(read[1], dweight_A)
+    assert torch.equal(layout.read(memory, header).x_RD, sent.x_RD)
+    reply = BackwardReply(7, dx_AD, dweight_A)
+    assert decode_answer(encode_shared_reply(reply, 12))[1]() == SharedAnswer(7, pairs, 8)
+
+
+def test_memory_that_is_no_block_is_refused_and_the_next_call_served(
+    checkpoint: Callable[[str], Path], doors: Doors
+) -> None:
+    rig = make_rig(checkpoint("mini"), 1, doors=doors)
+    (host,) = rig.table.placement.hosts
+    sent = replace(request(), generation=1)
+    small, twice = Blocks().take(1), Blocks().take(1)
+    layout_of(sent).write(twice.memory, replace(sent, answer_P=torch.full((5,), 2, dtype=torch.int32)))
+    wide = replace(sent, x_RD=torch.zeros(3, 60_000), dout_RD=torch.zeros(3, 60_000))
+    lies = [
+        (sent, "/etc/passwd", "bad_request.*no address of shared memory"),
+        (sent, "", "bad_request.*no address of shared memory"),
+        (sent, f"shoal-{'0' * 32}/1/2", "unreachable"),
+        (wide, small.address, "unreachable"),
+        (sent, twice.address, "bad_request.*neither 0 nor 1"),
+    ]
+    peer = doors.peers.peer(host)
+    for asked, address, said in lies:
+        with pytest.raises(HostRefused, match=said):
+            peer._send(partial(encode_shared, asked, address)).result(10)
+    assert len(train(rig, 1)) == 1
+
+
+def test_a_block_whose_answer_may_still_come_is_not_used_again() -> None:
+    blocks = Blocks()
+    block = blocks.take(1)
+    future: Future[BackwardReply | SharedAnswer] = Future()
+    call = SharedCall(StreamCall(future, Host("a", 1, "")), Layout(3, 8, 5), block, blocks, pytest.fail)
+    with pytest.raises(HostSlow):
+        call.result(0)
+    call.release()
+    assert blocks.take(1) is not block
 
 
 def test_every_damaged_byte_of_a_state_is_found() -> None:
