@@ -21,6 +21,7 @@ from services.backend import GenerationFailed, Overloaded, Reading, ServedModel
 POLL_S = 10.0
 RETRY_S = 0.2
 MAX_FAILURES = 3  # engines that may fail with a request, before it is thought to be the cause
+MAX_SILENT = 16  # workers that may go, one after another, before a request got anything; as many may go at once
 REPLAY_S = 60.0  # for a worker to be there again, before a request fails
 FRESH_S = 5.0  # a token generated so recently shows that the service works
 PROBE_S = 5.0
@@ -104,11 +105,13 @@ class WorkerPool:
 
     async def _replayed(self, request: GenerateRequest) -> AsyncGenerator[Update, None]:
         replay, failures = Replay(request), 0
+        silent: set[str] = set()
         while True:
             client = await self._choose(request)
             try:
                 async with aclosing(client.generate(replay.begin())) as updates:
                     async for update in updates:
+                        silent.clear()
                         update = replay.take(update)
                         if update.token_ids:
                             self._token_s = time.monotonic()
@@ -120,6 +123,10 @@ class WorkerPool:
                 failures += lost.failed
                 if failures >= MAX_FAILURES:
                     raise GenerationFailed(f"{failures} workers failed with this request: {lost}") from lost
+                silent.add(client.address)
+                if len(silent) >= MAX_SILENT:
+                    gone = f"{len(silent)} workers were lost before this request got anything"
+                    raise GenerationFailed(f"{gone}: {lost}") from lost
 
     async def status(self) -> dict[str, Any]:
         try:

@@ -8,7 +8,7 @@ import pytest
 from attention.requests import GenerateRequest, SamplingParams, Update
 from attention.service_client import WorkerLost
 from services.backend import GenerationFailed
-from services.pool import MAX_FAILURES, WorkerPool
+from services.pool import MAX_FAILURES, MAX_SILENT, WorkerPool
 
 REQUEST = GenerateRequest("a", (1, 2), SamplingParams(max_tokens=3))
 END = Update("a", finish_reason="length")
@@ -24,6 +24,10 @@ class Workers:
 
     async def choose(self, request: GenerateRequest) -> "Workers":
         return self
+
+    @property
+    def address(self) -> str:
+        return f"worker-{len(self.asked)}"
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Update, None]:
         self.asked.append(request)
@@ -59,6 +63,14 @@ def test_engines_that_fail_are_not_tried_without_end(monkeypatch: pytest.MonkeyP
     with pytest.raises(GenerationFailed, match="3 workers failed with this request: no memory"):
         answer(workers, monkeypatch)
     assert len(workers.asked) == MAX_FAILURES
+
+
+def test_a_request_that_takes_every_worker_with_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = ((), WorkerLost("gone"))
+    workers = Workers(*[taken] * (MAX_SILENT - 1), ((Update("a", token_ids=(1,)),), WorkerLost("gone")), *[taken] * 99)
+    with pytest.raises(GenerationFailed, match="16 workers were lost before this request got anything: gone"):
+        answer(workers, monkeypatch)
+    assert len(workers.asked) == MAX_SILENT + MAX_SILENT - 1
 
 
 def test_an_engine_that_fails_once_is_replaced_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
