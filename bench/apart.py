@@ -53,7 +53,8 @@ def measure(path: Path, batches: Sequence[int], repeats: int) -> Table:
     prepare_environment()
     set_threads(threads)
     keep_to(there)  # which the host's process inherits
-    with host_process("computing", path, transport, token, threads) as host:
+    with host_process("computing", path, transport, token, threads) as started:
+        host = started.host
         keep_to(here)
         source = StaticPlacement(initial_placement(config, [host]))
         limits = EngineLimits()

@@ -4,8 +4,10 @@ The host answers with the rows that it got: what is measured is the way, with al
 check and read, and the weighted sum of the answers.
 """
 
+import os
 import secrets
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +18,7 @@ from bench.checkpoint import SHAPES, write_checkpoint
 from bench.child import now_s
 from bench.errors import BenchError
 from bench.host_process import START_TIMEOUT_S, host_process
+from bench.processes import thread_cpu_s
 from bench.results import RoundTrip
 from experts.client import ExpertClient
 from experts.lane import lanes_serve
@@ -31,6 +34,7 @@ from router.placement import initial_placement
 HIDDEN = 1024  # a row is 4 KiB
 LAYER = 1
 WARM_UP_ROUNDS = 30
+SETTLE_S, IDLE_S = 2.0, 5.0  # who has just been busy sleeps lightly for a while
 _CONFIG: dict[str, Any] = {
     **SHAPES["bench"],
     "hidden_size": HIDDEN,
@@ -64,13 +68,15 @@ def _measure(
     directory: Path, transport: TransportKind, payload_bytes: Sequence[int], rounds: int
 ) -> Iterator[RoundTrip]:
     token = secrets.token_hex(16)
-    with host_process("echo", directory, transport, token) as host:
+    with host_process("echo", directory, transport, token) as started:
+        host = started.host
         way = open_transport(transport, token, None, max(payload_bytes) // (4 * HIDDEN), 1, HIDDEN)
         try:
             if isinstance(way, LeaseTransport) and not way.wait_ready(host, START_TIMEOUT_S):
                 raise BenchError(f"the host process did not answer by {transport}")
             source = StaticPlacement(initial_placement(Checkpoint.open(directory).config, [host]))
             client = ExpertClient(way, source)
+            idle_cores = _idle_cores((os.getpid(), started.pid))
             for size in payload_bytes:
                 rows = max(1, size // (4 * HIDDEN))
                 x_TD = torch.randn(rows, HIDDEN)
@@ -84,7 +90,20 @@ def _measure(
                 ordered = sorted(times_s[WARM_UP_ROUNDS:])
                 p50, p99 = ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
                 yield RoundTrip(
-                    transport=transport, payload_bytes=size, rounds=rounds, p50_us=p50 * 1e6, p99_us=p99 * 1e6
+                    transport=transport,
+                    payload_bytes=size,
+                    rounds=rounds,
+                    p50_us=p50 * 1e6,
+                    p99_us=p99 * 1e6,
+                    idle_cores=idle_cores,
                 )
         finally:
             way.close()
+
+
+def _idle_cores(pids: Sequence[int]) -> float:
+    """Cores that both ends use, paired and with nothing to do."""
+    time.sleep(SETTLE_S)
+    before_s = sum(map(thread_cpu_s, pids))
+    time.sleep(IDLE_S)
+    return (sum(map(thread_cpu_s, pids)) - before_s) / IDLE_S

@@ -10,6 +10,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
@@ -59,8 +60,16 @@ class EchoExperts(PackedExperts):
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class HostProcess:
+    host: Host
+    pid: int
+
+
 @contextlib.contextmanager
-def host_process(kind: Kind, directory: Path, transport: TransportKind, token: str, threads: int = 1) -> Iterator[Host]:
+def host_process(
+    kind: Kind, directory: Path, transport: TransportKind, token: str, threads: int = 1
+) -> Iterator[HostProcess]:
     """A host that holds every expert and serves until the block ends; raises BenchError when it does not start."""
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.host_process", kind, str(directory), transport, token, str(threads)],
@@ -75,7 +84,7 @@ def host_process(kind: Kind, directory: Path, transport: TransportKind, token: s
         address = process.stdout.readline().strip() if ready else ""
         if not address:
             raise BenchError("the process of the expert host did not start; its output says why")
-        yield Host("host-0", 1, address)
+        yield HostProcess(Host("host-0", 1, address), process.pid)
     finally:
         process.kill()
         process.wait()

@@ -73,6 +73,7 @@ class RoundTrip(Model):
     rounds: int
     p50_us: float
     p99_us: float
+    idle_cores: float | None = None  # that both processes use together while nothing is sent
 
 
 class Traffic(Model):

@@ -64,6 +64,10 @@ def notes(results: Results) -> Iterator[str]:
         yield f"An idle {PARALLEL}, Ray included, uses {100 * run.idle_service_cores:.1f} % of a core{own}."
     if results.ceiling is not None:
         yield _ceiling(results, results.ceiling)
+    idle = {row.transport: row.idle_cores for row in results.round_trips if row.idle_cores is not None}
+    if idle:
+        said = ", ".join(f"{100 * cores:.1f} % by {transport}" for transport, cores in idle.items())
+        yield f"A paired client and host with nothing to do use, of a core, together and without Ray: {said}."
     if results.round_trips_missing is not None:
         yield f"No dispatch round trips: {results.round_trips_missing}."
 

@@ -96,7 +96,9 @@ def made_by_hand(round_trips_missing: str | None = None) -> Results:
         start_up=(StartUp(contender="shoal-2", first_token_s=spread([17.5, 18.25, 17.0])),),
         round_trips=()
         if round_trips_missing
-        else (RoundTrip(transport="nixl", payload_bytes=65536, rounds=1000, p50_us=57.4, p99_us=103.0),),
+        else (
+            RoundTrip(transport="nixl", payload_bytes=65536, rounds=1000, p50_us=57.4, p99_us=103.0, idle_cores=0.012),
+        ),
         round_trips_missing=round_trips_missing,
         traffic=(
             Traffic(
