@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -21,7 +21,7 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 
-from cluster.remains import leave_nothing
+from cluster.remains import Guard, leave_nothing
 
 LOOPBACK = "127.0.0.1"
 UNWATCHED = {
@@ -35,7 +35,7 @@ UNWATCHED = {
     # not for a dashboard, but Serve's look at its few replicas, 0.1 by default
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
 }
-WATCH_S = 1.0  # whether Ray still is
+WATCH_S = 1.0  # at most, until the thread that waits for the end of Ray sees that nobody cares any more
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Ray carries control messages only
 
 
@@ -72,15 +72,24 @@ def command(pid: int) -> str | None:
     return None
 
 
+def _leave_nothing(directory: Path, guard: Guard) -> None:
+    leave_nothing(directory)
+    guard.dismiss()
+
+
 class LocalCluster:
     """Owns one Ray: own temporary directory, own ports, no dashboard. A context manager."""
 
-    def __init__(self, namespace: str, cpus: int | None = None) -> None:
+    def __init__(
+        self, namespace: str, cpus: int | None = None, last_words: str = "", leftovers: Sequence[Path] = ()
+    ) -> None:
+        """Should this process end without stopping it, `last_words` are said for it, and `leftovers` removed."""
         self._temp_dir = Path(tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp"))  # short: it holds Unix sockets
         keep_private()
         keep_quiet()
         # Ray ends what it started half as the interpreter exits, and last of all comes what was registered before it
-        self._remove = functools.partial(leave_nothing, self._temp_dir)
+        self._guard = Guard(self._temp_dir, last_words, leftovers)
+        self._remove = functools.partial(_leave_nothing, self._temp_dir, self._guard)
         atexit.register(self._remove)
         context = ray.init(
             address="local",
@@ -101,28 +110,38 @@ class LocalCluster:
     @property
     def runs(self) -> bool:
         """Whether its raylet is there: without it, whatever asks Ray may wait for a minute."""
-        return self._raylet is None or not select.select([self._raylet], [], [], 0)[0]
+        return not self.ends_within(0)
 
-    def end_process_with_it(self, over: threading.Event, last: Callable[[], int]) -> None:
+    def ends_within(self, timeout_s: float) -> bool:
+        """Whether its raylet is gone by then; returns as soon as it is."""
+        return self._raylet is not None and bool(select.select([self._raylet], [], [], timeout_s)[0])
+
+    def end_process_with_it(self, over: threading.Event, last: Callable[[], int]) -> threading.Thread:
         """Until `over`, see whether this Ray has ended by itself, and then end the process with the status of `last`.
 
         Whoever ends a service with all of its processes at once, as systemd does, ends Ray as well; what asks it would
-        then wait for a minute, and at last be ended by it.
+        then wait for a minute, and at last be ended by it; and Ray's own threads end the process without a word when
+        they find its object store gone, a tenth of a second later. The thread that sees to it is returned.
         """
 
         def watch() -> None:
-            while not over.wait(WATCH_S):
-                if not self.runs and not over.is_set():
+            while self._raylet is not None and not over.is_set():
+                if self.ends_within(WATCH_S) and not over.is_set():
                     status = 1
                     try:
                         status = last()
+                        self._guard.said()
                     finally:  # also where nobody reads any more what it prints
-                        self.abandon()
-                        with contextlib.suppress(OSError, ValueError):
-                            sys.stdout.flush()
-                        os._exit(status)
+                        try:
+                            self.abandon()
+                            with contextlib.suppress(OSError, ValueError):
+                                sys.stdout.flush()
+                        finally:
+                            os._exit(status)
 
-        threading.Thread(target=watch, name="is-ray-there", daemon=True).start()
+        watching = threading.Thread(target=watch, name="is-ray-there", daemon=True)
+        watching.start()
+        return watching
 
     def keep_logs(self, target: Path) -> Path | None:
         """Copy what its processes wrote, in place of what is there, before it is stopped; None where that fails."""
@@ -134,7 +153,7 @@ class LocalCluster:
 
     def abandon(self) -> None:
         """End what is left of a Ray that does not run, and remove its directory."""
-        for pid in children():
+        for pid in set(children()) - {self._guard.pid}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._leave_nothing()

@@ -1,10 +1,11 @@
 """A doorbell between processes of one machine: sleep until somebody rings, at no cost meanwhile.
 
-NIXL's notifications are found by polling only, and a short sleep costs half a core where timers are slow. So whoever
-sends also rings, and whoever waits sleeps in a futex on a page that both map. A ring carries nothing: it is a hint to
-poll, may be lost or come for nothing. Words of the page say whether anybody sleeps, which spares the call where nobody
-does, and on which core, so that who rings several bells can leave the one on its own core, where it would have to make
-room, for the last. Native code (`kernels/csrc/lane.h`) rings and sleeps on the same page.
+What another process writes here, and NIXL's notifications, are found by looking only, and a short sleep costs half a
+core where timers are slow. So whoever sends also rings, and whoever waits sleeps in a futex on a page that both map. A
+ring carries nothing: it is a hint to poll, may be lost or come for nothing. Words of the page say whether anybody
+sleeps, which spares the call where nobody does, and on which core, so that who rings several bells can leave the one on
+its own core, where it would have to make room, for the last. Native code (`kernels/csrc/lane.h`) rings and sleeps on
+the same page.
 
 A socket would do, but a wake-up through one tells the scheduler that its sender is about to sleep: the woken thread is
 put on the sender's core, and a host that wakes there keeps the worker from sending to the next host.

@@ -5,14 +5,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import grpc
 
 from experts.arena import SLOTS, Arena
 from experts.arena_frames import get_reply, put_request
 from experts.arrival import Arrival
-from experts.bell import Bell
 from experts.client_slots import SlotTable
 from experts.errors import ExpertError, FrameError, HostSlow, HostUnavailable
 from experts.frames import HEADER
@@ -35,34 +33,17 @@ from experts.lease import (
 from experts.lease import decode as decode_message
 from experts.lease import encode as encode_message
 from experts.lease_call import LeaseCall
+from experts.lease_settings import LeaseSettings
 from experts.messages import ForwardReply, ForwardRequest
 from experts.nixl import NixlMissing
-from experts.nixl_agent import NixlAgent
 from experts.nixl_pairing import NixlPairing
 from experts.pairing import Pairing, PairingFailed
-from experts.tls import TlsFiles
 from experts.wire import identity
 from router.placement import Host
 
 CONNECT_S = 5.0
 CONNECT_POLL_S = 200e-6
 log = logging.getLogger("shoal.experts")
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseSettings:
-    """What all leases of a client share."""
-
-    token: str | None
-    tls: TlsFiles | None
-    machine: str
-    request_bytes: int  # of a slot
-    reply_bytes: int  # of a slot
-    shared: bool  # whether hosts of this machine may be reached by shared memory
-    nixl: bool  # whether NIXL may be used
-    agent: Callable[[bool], NixlAgent]  # for near hosts, or far ones; raises NixlMissing
-    bell: Bell
-    crowded: Callable[[], bool]  # whether near hosts that compute for this client take all cores
 
 
 class ClientLease:
@@ -82,6 +63,8 @@ class ClientLease:
         self.lane: Lane | None = None  # while `ready`, where memory is shared
         self.slots = SlotTable(SLOTS)
         self.ready = False
+        self.was_ready = False
+        self.unshareable = False  # whether the host's memory cannot be mapped here
         self.reason: str | None = None  # why it is over
         self.over_since_s = 0.0
         self._channel = open_channel(host, settings.tls)
@@ -130,8 +113,13 @@ class ClientLease:
 
     def take(self) -> tuple[int, int] | None:
         """A free slot and the id of its call, or None."""
-        if self.slots.late:  # its reply may have come
-            self.pairing.poll()
+        if self.slots.late:  # its reply may have come, or another thread's
+            try:
+                if self.pairing.poll():
+                    self._settings.bell.ring_others()
+            except PairingFailed as error:  # the lease is about to say so
+                log.debug("%s: %s", self._host.id, error)
+                return None
         return self.slots.take()
 
     def flush(self) -> None:
@@ -224,13 +212,17 @@ class ClientLease:
         else:
             self._pair(offer.end, offer.near)
         with self._lock:
-            self.ready = not self._closing
+            self.ready = self.was_ready = not self._closing
 
     def _share(self, end: SharedEnd) -> None:
         lane = Lane(self._settings.reply_bytes, SLOTS)
         self._cleanup = lane.close
         self.pairing = self.lane = lane
-        lane.connect(self._host.id, end.memory, self._settings.request_bytes, end.bell, self._on_note)
+        try:
+            lane.connect(self._host.id, end.memory, self._settings.request_bytes, end.bell, self._on_note)
+        except PairingFailed:
+            self.unshareable = True
+            raise
         accept = Accept(end=SharedEnd(memory=lane.memory, bell=self._settings.bell.address))
         self._outbox.put(encode_message(accept))
         self._receive(Granted)

@@ -153,6 +153,9 @@ def take_off(
     """
     library = native()
     assert library is not None
+    assert experts_TK.dtype is torch.int64
+    assert experts_TK.is_contiguous()
+    assert owner_E.dtype is torch.int32
     numbers: list[int] = []
     for host, lease in zip(lanes.hosts, lanes.leases, strict=True):
         taken = lease.take()

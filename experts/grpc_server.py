@@ -1,6 +1,6 @@
 """An expert host's door on gRPC: one stream a client, many requests in flight on it, replies as they are ready.
 
-The same door pairs clients for NIXL, whose requests then go past it to the same loop, and hands weights to other hosts.
+The same door gives leases, by which requests then go past it to the same loop, and hands weights to other hosts.
 """
 
 import hmac

@@ -267,11 +267,12 @@ class ExpertHost:
 
     def _layer(self, layer: int) -> ExpertStore:
         if layer not in self._layers:
+            held_E = self._held_E[layer] = np.zeros(self._config.n_routed_experts, np.bool_)
+            self._held_address[layer] = held_E.ctypes.data
+            # last: who computes looks for this first
             self._layers[layer] = self._make_store(
                 self._config.hidden_size, self._config.moe_intermediate_size, self.device
             )
-            held_E = self._held_E[layer] = np.zeros(self._config.n_routed_experts, np.bool_)
-            self._held_address[layer] = held_E.ctypes.data
         return self._layers[layer]
 
     def _check_pair(self, layer: int, expert: int) -> None:

@@ -77,7 +77,10 @@ class HostLease:
         return Arrived(self, slot, correlation, request, out)
 
     def end(self) -> None:
-        """Write no more to the client, whose memory is its own again when this returns."""
+        """Write no more to the client, whose memory is its own again when this returns.
+
+        To a lane a reply that is being computed is written all the same: its memory is not used again.
+        """
         with self._lock:
             self.ended = True
             self.pairing.close()

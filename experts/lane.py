@@ -6,10 +6,12 @@ The arithmetic's native library has the fences that this takes, and both ends of
 """
 
 import ctypes
+import platform
 import sys
 from collections.abc import Callable
 
 from experts.arena import PAGE_BYTES, Arena
+from experts.bell import SYS_FUTEX
 from experts.lease import NOTE
 from experts.pairing import Pairing, PairingFailed
 from experts.shared_memory import SharedMemory, map_shared
@@ -19,7 +21,7 @@ from kernels.native import native
 
 def lanes_serve() -> bool:
     """Whether this process can have lanes."""
-    return sys.platform == "linux" and native() is not None
+    return sys.platform == "linux" and platform.machine() in SYS_FUTEX and native() is not None
 
 
 class Lane(Pairing):
@@ -55,6 +57,8 @@ class Lane(Pairing):
         if pages is None:
             raise PairingFailed(f"the memory of {peer} cannot be mapped here")
         self._hear(bell)
+        if bell is not None and (self._ringer is None or self._ringer.page is None):
+            raise PairingFailed(f"the bell of {peer} cannot be mapped here")
         self._pages.append(pages)
         self.outgoing = Arena(slot_bytes, count, pages, PAGE_BYTES)
         self.native.out_lines = self.outgoing.address - PAGE_BYTES

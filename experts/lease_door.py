@@ -174,7 +174,10 @@ class LeaseDoor:
         """How long to sleep when nothing has come for `idle_s` seconds, as NIXL's notes ring no bell."""
         if time.monotonic() < self._connecting_until_s:
             return 1e-3
-        if all(lease.pairing.near for lease in tuple(self._leases)):
+        leases = tuple(self._leases)
+        if not leases:
+            return MAX_SLEEP_S
+        if all(lease.pairing.near for lease in leases):
             return 5e-3 if idle_s < 1.0 else 50e-3  # the bell wakes; this is for a note that was still on its way
         if idle_s < 1e-3:
             return 20e-6

@@ -5,11 +5,13 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from experts.bell import Bell, current_core
-from experts.client_lease import ClientLease, LeaseSettings
+from experts.client_lease import ClientLease
 from experts.flight import Lanes
 from experts.grpc_transport import GrpcTransport
+from experts.lease_settings import LeaseSettings
 from experts.messages import ForwardRequest
 from experts.nixl import machine_identity
 from experts.nixl_agent import NixlAgent
@@ -18,7 +20,9 @@ from experts.transport import Pending
 from experts.transport_kinds import Ways
 from router.placement import Host
 
-RETRY_S = 5.0  # after a lease was refused or lost, and the host was not forgotten since
+RETRY_S = 5.0  # after a lease was lost, and the host was not forgotten since; twice as long after each refusal
+MAX_RETRY_S = 300.0
+MOST_REFUSED = 16  # that are counted
 CLOSE_S = 1.0
 
 
@@ -56,6 +60,7 @@ class LeaseTransport:
         self._cores = len(os.sched_getaffinity(0))
         self._held: dict[ClientLease, None] = {}  # whose hosts were not woken yet
         self._lanes: Lanes | None = None
+        self._refused: dict[Host, int] = {}  # leases of each host, one after another
         self._asked: tuple[ClientLease, ...] = ()  # near ones whose hosts were woken last
         self._grpc = GrpcTransport(token, tls)
         self._lock = threading.Lock()
@@ -114,6 +119,7 @@ class LeaseTransport:
                 self._held.pop(lease, None)
                 self._asked = ()
                 self._lanes = None
+                self._refused.pop(host, None)
                 lease.close()
                 self._leaving[host] = lease.thread
         self._grpc.forget(host)
@@ -137,8 +143,11 @@ class LeaseTransport:
 
     def _pair(self, host: Host, lease: ClientLease | None) -> None:
         """Begin to, where there is no lease and it is time to ask for one."""
-        if lease is None or (lease.over and time.monotonic() > lease.over_since_s + RETRY_S):
+        if lease is None or (lease.over and time.monotonic() > lease.over_since_s + self._retry_s(host)):
             self._open(host)
+
+    def _retry_s(self, host: Host) -> float:
+        return float(min(RETRY_S * 2 ** self._refused.get(host, 0), MAX_RETRY_S))
 
     def _open(self, host: Host) -> ClientLease | None:
         with self._lock:
@@ -150,7 +159,13 @@ class LeaseTransport:
                 return None
             if lease is not None and not lease.ended:
                 return None
-            lease = self._leases[host] = ClientLease(host, self._settings)
+            settings = self._settings
+            if lease is not None:
+                self._refused[host] = 0 if lease.was_ready else min(self._refused.get(host, 0) + 1, MOST_REFUSED)
+                if lease.unshareable:
+                    settings = replace(settings, shared=False)
+            lease = self._leases[host] = ClientLease(host, settings)
+            lease.unshareable = settings.shared != self._settings.shared
             return lease
 
     def _agent_for(self, near: bool) -> NixlAgent:

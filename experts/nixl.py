@@ -1,6 +1,7 @@
 """Whether NIXL is here, and what must be known before its first agent. It is optional, and light to ask about."""
 
 import importlib
+import importlib.util
 import logging
 import logging.config
 import os
@@ -34,6 +35,11 @@ def find_nixl() -> Any | None:
         except ImportError:
             continue
     return None
+
+
+def nixl_is_installed() -> bool:
+    """Whether there is one to import, which takes a while."""
+    return any(importlib.util.find_spec(name) is not None for name in MODULES)
 
 
 @contextmanager

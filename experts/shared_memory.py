@@ -6,6 +6,7 @@ import mmap
 import os
 import re
 import secrets
+import weakref
 
 ADDRESS = re.compile(r"(shoal-[0-9a-f]{32})/([0-9]{1,10})/([0-9]{1,10})")
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # else a peer could take pages away that we read
@@ -16,17 +17,16 @@ class SharedMemory:
 
     def __init__(self, nbytes: int) -> None:
         name = f"shoal-{secrets.token_hex(16)}"
-        self._file: int | None = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._file, nbytes)
-        fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, SEALS)
-        self.memory = mmap.mmap(self._file, nbytes)
-        self.address = f"{name}/{os.getpid()}/{self._file}"
+        file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._close = weakref.finalize(self, os.close, file)
+        os.ftruncate(file, nbytes)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, SEALS)
+        self.memory = mmap.mmap(file, nbytes)
+        self.address = f"{name}/{os.getpid()}/{file}"
 
     def close(self) -> None:
-        """Nobody else can map it from now on; who did keeps it."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        """Nobody else can map it from now on; who did keeps it. Twice is once, and who forgets it does it."""
+        self._close()
 
 
 def map_shared(address: str, nbytes: int) -> mmap.mmap | None:

@@ -6,7 +6,7 @@ from experts.grpc_transport import GrpcTransport
 from experts.lane import lanes_serve
 from experts.lease_door import LeaseDoor
 from experts.lease_transport import LeaseTransport
-from experts.nixl import find_nixl
+from experts.nixl import nixl_is_installed
 from experts.tls import TlsFiles
 from experts.transport_kinds import TransportKind, Ways, check_transport
 
@@ -43,7 +43,6 @@ def ways_of(kind: TransportKind) -> Ways | None:
         raise ValueError(
             "transport shared: it takes Linux and the native kernels (python -m kernels.build); use auto, nixl or grpc"
         )
-    # NIXL is not even looked for before somebody needs it
-    if kind == "grpc" or (kind == "auto" and not lanes_serve() and find_nixl() is None):
-        return None
-    return Ways(shared=kind != "nixl" and lanes_serve(), nixl=kind != "shared")
+    # NIXL is not imported before somebody needs it
+    ways = Ways(kind in ("auto", "shared") and lanes_serve(), kind in ("auto", "nixl") and nixl_is_installed())
+    return ways if ways.shared or ways.nixl else None

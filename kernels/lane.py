@@ -28,20 +28,17 @@ class NativeLane(ctypes.Structure):
 class Asked(ctypes.Structure):
     """What came in a slot. `whole`: it is a forward request as long as its tensors, and the rest was read from it."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_long)
-        for name in (
-            "lane",
-            "slot",
-            "length",
-            "correlation",
-            "whole",
-            "layer",
-            "generation",
-            "rows",
-            "pairs",
-            "hidden",
-        )
+    _fields_ = (
+        ("lane", ctypes.c_long),
+        ("slot", ctypes.c_long),
+        ("length", ctypes.c_long),  # below 0 where a peer announced more than that
+        ("correlation", ctypes.c_uint64),
+        ("whole", ctypes.c_long),
+        ("layer", ctypes.c_long),
+        ("generation", ctypes.c_long),
+        ("rows", ctypes.c_long),
+        ("pairs", ctypes.c_long),
+        ("hidden", ctypes.c_long),
     )
     lane: int
     slot: int

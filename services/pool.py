@@ -111,8 +111,9 @@ class WorkerPool:
             try:
                 async with aclosing(client.generate(replay.begin())) as updates:
                     async for update in updates:
-                        silent.clear()
                         update = replay.take(update)
+                        if update.token_ids or update.prompt_logprobs:  # not what an earlier worker gave already
+                            silent.clear()
                         if update.token_ids:
                             self._token_s = time.monotonic()
                         yield update

@@ -94,8 +94,10 @@ class Blocks:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free: list[SharedMemory] = []
+        self._closed = False
 
     def take(self, nbytes: int) -> SharedMemory:
+        """Raises OSError where the system gives none."""
         with self._lock:
             for place, block in enumerate(self._free):
                 if len(block.memory) >= nbytes:
@@ -107,14 +109,14 @@ class Blocks:
     def give_back(self, block: SharedMemory) -> None:
         """Nobody reads it any more, here or at the host."""
         with self._lock:
-            if len(self._free) < KEPT:
+            if len(self._free) < KEPT and not self._closed:
                 self._free.append(block)
                 return
         block.close()
 
     def close(self) -> None:
         with self._lock:
-            free, self._free = self._free, []
+            free, self._free, self._closed = self._free, [], True
         for block in free:
             block.close()
 

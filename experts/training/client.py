@@ -85,25 +85,24 @@ class TrainingClient:
         asked: list[_Sent] = []
         wanted: Tensor | None = slots if slots is not None else torch.arange(routing.experts_TK.numel())
         everyone = True
-        while wanted is not None:
-            sent = self._send(call, slots, wanted, everyone)
-            asked += sent
-            lost = []
-            for one in sent:
-                try:
-                    answers.append((one.slot_A, self._receive(one, x_TD.shape[1])))
-                except (HostUnavailable, HostRefused, FrameError) as error:
-                    if isinstance(error, HostRefused) and not error.may_pass:
-                        raise
-                    self.fail(one.host, str(error))
-                    lost.append(one.slot_A)
-            missing = torch.cat(lost).sort().values if lost else torch.empty(0, dtype=torch.int64)
-            wanted = missing if len(missing) else None
-            everyone = False
-        gradients = self._combine(call, answers, slots)
-        for one in asked:
-            one.pending.release()
-        return gradients
+        try:
+            while wanted is not None:
+                lost = []
+                for one in self._send(call, slots, wanted, everyone, asked):
+                    try:
+                        answers.append((one.slot_A, self._receive(one, x_TD.shape[1])))
+                    except (HostUnavailable, HostRefused, FrameError) as error:
+                        if isinstance(error, HostRefused) and not error.may_pass:
+                            raise
+                        self.fail(one.host, str(error))
+                        lost.append(one.slot_A)
+                missing = torch.cat(lost).sort().values if lost else torch.empty(0, dtype=torch.int64)
+                wanted = missing if len(missing) else None
+                everyone = False
+            return self._combine(call, answers, slots)
+        finally:
+            for one in asked:
+                one.pending.release()
 
     def skip(self, micro: int) -> None:
         """This worker has no rows in a micro-batch; the hosts wait for none."""
@@ -112,7 +111,7 @@ class TrainingClient:
             nothing = torch.empty(0, 1, dtype=torch.int64)
             x_TD = torch.empty(0, self._hidden)
             call = _LayerCall(layer, micro, x_TD, x_TD, Routing(nothing, nothing.float()))
-            for one in self._send(call, None, torch.empty(0, dtype=torch.int64), everyone=True):
+            for one in self._send(call, None, torch.empty(0, dtype=torch.int64), True, []):
                 try:
                     self._receive(one, self._hidden)
                 except (HostUnavailable, HostRefused) as error:
@@ -124,8 +123,13 @@ class TrainingClient:
         self._peers.forget(host)
         self._source.report(host, reason)
 
-    def _send(self, call: _LayerCall, slots: Tensor | None, wanted: Tensor, everyone: bool) -> list[_Sent]:
-        """Ask for the wanted slots; at first everyone is told of all that it holds, afterwards only who is asked."""
+    def _send(
+        self, call: _LayerCall, slots: Tensor | None, wanted: Tensor, everyone: bool, asked: list[_Sent]
+    ) -> list[_Sent]:
+        """Ask for the wanted slots; at first everyone is told of all that it holds, afterwards only who is asked.
+
+        What is sent is added to `asked`, also where an error ends it.
+        """
         hosts = self.hosts
         owner_E = hosts.tables.owners(call.layer, hosts.step, hosts.failed)
         expert_S = call.routing.experts_TK.reshape(-1).cpu()
@@ -144,6 +148,7 @@ class TrainingClient:
             if everyone or answer_P.any():
                 request = self._request(call, host, owned, answer_P)
                 sent.append(_Sent(host, owned.slot_P[answer_P], self._peers.peer(host).backward(request)))
+                asked.append(sent[-1])
         return sent
 
     def _request(self, call: _LayerCall, host: Host, owned: OwnedSlots, answer_P: Tensor) -> BackwardRequest:

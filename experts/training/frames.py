@@ -29,7 +29,7 @@ from experts.frames import (
 from experts.training.messages import BackwardReply, BackwardRequest
 
 MAGIC = b"SHTR"
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct("<4sHHIQQQIIIIIQI4x")
 CRC = struct.Struct("<I")
 CRC_AT = HEADER.size - 8

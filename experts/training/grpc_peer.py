@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from experts.errors import CallRefused, ExpertError, HostUnavailable
-from experts.frames import parse_refusal
+from experts.frames import MAX_PAYLOAD_BYTES, parse_refusal
 from experts.grpc_stream import Codec, FrameStream, StreamCall, call_metadata, describe, open_channel
 from experts.tls import TlsFiles
 from experts.training.blocks import LEAST_BYTES, Blocks, PlainCall, SharedCall, layout_of
@@ -65,15 +65,18 @@ class GrpcPeer:
     def backward(self, request: BackwardRequest) -> PendingGradients:
         """Send without waiting; raises FrameError when the request is over a frame's caps."""
         layout, blocks = layout_of(request), self._blocks
-        if blocks is None or layout.nbytes < LEAST_BYTES:
+        if blocks is None or not LEAST_BYTES <= layout.nbytes <= MAX_PAYLOAD_BYTES:
             return PlainCall(self._send(lambda correlation: encode_request(request, correlation)))
-        block = blocks.take(layout.nbytes)
+        try:
+            block = blocks.take(layout.nbytes)
+        except OSError:
+            return self._in_frames(request)
         layout.write(block.memory, request)
         call = self._send(lambda correlation: encode_shared(request, block.address, correlation))
         return SharedCall(call, layout, block, blocks, lambda: self._in_frames(request))
 
     def _in_frames(self, request: BackwardRequest) -> PendingGradients:
-        """Send the same again, and all that follow, without shared memory, which the host cannot map."""
+        """Send the same again, and all that follow, without shared memory, which cannot be had or mapped."""
         self._blocks = None
         return self.backward(request)
 

@@ -84,7 +84,7 @@ inline long now_ns() {
 // Until `found`: looking for `look_ns`, then asleep by the bell, for `timeout_ns` in all. Whether it was found.
 template <class Found>
 bool wait_at(Bell* bell, long look_ns, long timeout_ns, bool& slept, const Found& found) {
-  constexpr long NAP_NS = 50'000'000;  // a ring ends it; this is for what ends without one
+  constexpr long NAP_NS = 100'000'000;  // a ring ends it, and no peer that spoils a bell can make it longer
   slept = false;
   if (found()) return true;
   long began = now_ns(), look_until = began + std::min(look_ns, timeout_ns), until = began + timeout_ns;

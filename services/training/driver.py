@@ -28,6 +28,7 @@ from services.training.outcome import STOP, begin_outcome, read_outcome, told
 from services.training.recipe import Recipe
 from services.training.result import with_yarn
 from services.training.session import (
+    RAY_GONE,
     RUN_PREFIX,
     check_room,
     check_service,
@@ -100,11 +101,10 @@ def _train_alone(recipe: Recipe, checkpoint: Checkpoint, data: TrainingData, ste
         shared.unlink(missing_ok=True)
         stop_file.unlink(missing_ok=True)
         console.show_cursor()  # which a bar hides
-        gone = "Ray has ended, and this run with it; the same command goes on from the newest snapshot"
-        print(f"shoal: {gone}", file=sys.stderr, flush=True)
+        print(f"shoal: {RAY_GONE}", file=sys.stderr, flush=True)
 
     try:
-        with ray_of_run(service, on_end, on_gone), _signals(stop_file, console):
+        with ray_of_run(service, on_end, on_gone, (shared, stop_file)), _signals(stop_file, console):
             if service is not None:
                 check_service(service, recipe.experts.hosts)
             elif not on_cluster():

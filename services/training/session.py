@@ -4,7 +4,8 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from cluster.session import LOOPBACK, LocalCluster, keep_private  # before anything that imports ray
@@ -15,7 +16,9 @@ from services.training.recipe import Recipe
 
 ANSWER_S = 20.0
 FOLLOW_S = 0.25
+ENDING_S = 1.0  # from the first call to a Ray that ends which fails, until its raylet is gone
 GONE_S = 2.0  # after a service, in which a run that uses its Ray may have noticed by itself
+RAY_GONE = "Ray has ended, and this run with it; the same command goes on from the newest snapshot"
 RUN_PREFIX = "train-"  # of the names under which runs keep their hosts
 
 
@@ -24,12 +27,15 @@ class ServiceUnusable(ValueError):
 
 
 @contextlib.contextmanager
-def ray_of_run(service: str | None, on_end: Callable[[], None], on_gone: Callable[[], None]) -> Iterator[None]:
+def ray_of_run(
+    service: str | None, on_end: Callable[[], None], on_gone: Callable[[], None], leftovers: Sequence[Path]
+) -> Iterator[None]:
     """The Ray of a job, or of a service that runs here, or a private one for as long as this lasts.
 
     Where the Ray is a service's, and ends with it within seconds, `on_end` is called in a thread when that begins to.
     Where it is gone before the run has ended, as a private one may be by itself, `on_gone` is, and the process ends
-    with status 1.
+    with status 1. Should this process be ended as well, without a chance to, that is said and done for it, and
+    `leftovers` are removed.
     Raises ServiceUnusable where there is no Ray that `service` may be on.
     """
     import ray
@@ -48,7 +54,9 @@ def ray_of_run(service: str | None, on_end: Callable[[], None], on_gone: Callabl
             threading.Thread(target=_follow, args=(record, left, on_end, on_gone), name="service", daemon=True).start()
         else:
             keep_private()
-            cluster = stack.enter_context(LocalCluster("shoal-train"))
+            cluster = stack.enter_context(
+                LocalCluster("shoal-train", last_words=f"shoal: {RAY_GONE}", leftovers=leftovers)
+            )
             over = threading.Event()
             stack.callback(over.set)
 
@@ -56,7 +64,14 @@ def ray_of_run(service: str | None, on_end: Callable[[], None], on_gone: Callabl
                 on_gone()
                 return 1
 
-            cluster.end_process_with_it(over, last)
+            watching = cluster.end_process_with_it(over, last)
+            try:
+                yield
+            except Exception:  # of which the end of Ray may be the cause, and then nobody wants Ray's own words
+                if cluster.ends_within(ENDING_S):
+                    watching.join(ANSWER_S)  # with the process
+                raise
+            return
         yield
 
 

@@ -1,6 +1,7 @@
 """Of a Ray that was ended nothing stays: no process that hangs, and no directory, whoever still writes into it."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from cluster import remains
 
+ROOT = Path(__file__).parent.parent.parent
 HANGS = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
 ENDS = "import time; print(1, flush=True); time.sleep(0.4)"
 
@@ -81,3 +83,48 @@ def test_what_is_made_anew_meanwhile_goes_too(tmp_path: Path, monkeypatch: pytes
     remains.remove_for_good(directory)
     assert not directory.exists()
     assert len(looks) == 5 + remains.QUIET_LOOKS - 1  # gone for the last time at the fifth look, and quiet since
+
+
+GUARDED = """
+import os, signal, sys
+from pathlib import Path
+from cluster.remains import Guard
+guard = Guard(Path(sys.argv[1]), "the last words", [Path(sys.argv[2])])
+print(guard.pid, flush=True)
+sys.stdin.readline()
+if sys.argv[3] == "dismiss":
+    guard.dismiss()
+    guard.dismiss()
+    guard.said()
+elif sys.argv[3] == "say":
+    guard.said()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("end", ["dismiss", "say", "without a word"])
+def test_a_guard_tidies_up_after_a_process_that_did_not(tmp_path: Path, end: str) -> None:
+    directory, leftover = tmp_path / "session", tmp_path / "leftover"
+    directory.mkdir()
+    leftover.touch()
+    command = [sys.executable, "-c", GUARDED, str(directory), str(leftover), end]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        guard = int(process.stdout.readline())
+        wait_for_signals_to_be_ignored(guard)
+        for number in (signal.SIGTERM, signal.SIGINT):  # as whoever ends all processes at once sends
+            os.kill(guard, number)
+        _, said = process.communicate("now\n", timeout=30)  # the guard holds standard error, and is waited for
+    assert ("the last words" in said) == (end == "without a word")
+    assert directory.exists() == leftover.exists() == (end == "dismiss")
+
+
+def wait_for_signals_to_be_ignored(pid: int) -> None:
+    deadline_s = time.monotonic() + 20
+    ignored = 0
+    while not ignored >> (signal.SIGHUP - 1) & 1:  # the last one
+        assert time.monotonic() < deadline_s
+        status = Path(f"/proc/{pid}/status").read_text()
+        ignored = int(next(line for line in status.splitlines() if line.startswith("SigIgn:")).split()[1], 16)

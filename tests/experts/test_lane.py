@@ -3,6 +3,7 @@
 import ctypes
 import os
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,8 +133,32 @@ def test_memory_that_could_shrink_or_is_too_small_is_not_mapped() -> None:
     os.close(file)
     with pytest.raises(PairingFailed, match="cannot be mapped"):
         Lane(SLOT_BYTES, SLOTS).connect("the host", small.address, SLOT_BYTES, None, lambda note: None)
+    silent = Bell()
+    silent.close()
+    large = SharedMemory(SLOT_BYTES * SLOTS + PAGE_BYTES)
+    with pytest.raises(PairingFailed, match="the bell of the host cannot be mapped"):
+        Lane(SLOT_BYTES, SLOTS).connect("the host", large.address, SLOT_BYTES, silent.address, lambda note: None)
     with pytest.raises(PairingFailed, match="no address"):
         Lane(SLOT_BYTES, SLOTS).connect("the host", "/etc/passwd", SLOT_BYTES, None, lambda note: None)
+
+
+def test_memory_that_is_forgotten_leaves_no_file_open() -> None:
+    def ours() -> int:
+        links = [Path(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        return sum("memfd:shoal" in os.readlink(link) for link in links if link.is_symlink())
+
+    before = ours()
+    kept = SharedMemory(PAGE_BYTES)
+    address, memory = kept.address, kept.memory
+    assert map_shared(address, PAGE_BYTES) is not None
+    kept.close()
+    kept.close()
+    assert map_shared(address, PAGE_BYTES) is None
+    memory[0] = 7  # which stays mapped
+    del kept, memory
+    assert ours() == before
+    assert SharedMemory(PAGE_BYTES).memory[0] == 0  # forgotten at once
+    assert ours() == before
 
 
 def test_native_code_and_python_mean_the_same_bytes() -> None:

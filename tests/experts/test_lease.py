@@ -91,5 +91,8 @@ def test_shared_memory_that_cannot_be_is_said_so(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(not lanes_serve(), reason="no native kernels are built")
 def test_nixl_is_not_looked_for_where_memory_can_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experts.nixl.MODULES", ("no_such_module",))
+    assert ways_of("auto") == ways_of("shared") == Ways(shared=True, nixl=False)
+    monkeypatch.setattr("experts.nixl.MODULES", ("no_such_module", "json"))  # which is there, and is not imported
+    monkeypatch.setattr("experts.nixl.importlib.import_module", pytest.fail)
     assert ways_of("auto") == Ways(shared=True, nixl=True)
     assert ways_of("shared") == Ways(shared=True, nixl=False)

@@ -358,6 +358,39 @@ def test_after_a_write_that_fails_a_host_is_paired_with_anew(
         call.release()
 
 
+@pytest.mark.skipif(find_nixl() is None, reason="NIXL is not installed")
+def test_a_host_whose_memory_cannot_be_mapped_is_reached_by_nixl(
+    host: Counting, server: ExpertServer, make: Make, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experts.lease_transport.RETRY_S", 0.05)
+    monkeypatch.setattr("experts.lane.map_shared", lambda address, nbytes: None)
+    transport = make()
+    deadline_s = time.monotonic() + 20
+    while not transport.wait_ready(at(server), 10):
+        assert time.monotonic() < deadline_s, "it went on by gRPC"
+        transport.submit(at(server), request()).result(10)
+        time.sleep(0.02)
+    assert isinstance(transport._leases[at(server)].pairing, NixlPairing)
+    assert torch.equal(ask(transport, at(server), request()).y_PD, host.forward(request()).y_PD)
+
+
+def test_who_is_refused_asks_less_and_less_often(host: Counting, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ExpertServer(host, token=TOKEN)  # without a door for leases
+    server.start()
+    transport = make()
+    waits: list[float] = []
+    monkeypatch.setattr("experts.lease_transport.RETRY_S", 0.01)
+    for _ in range(6):
+        assert not transport.wait_ready(at(server), 10)
+        waits.append(transport._retry_s(at(server)))
+        assert transport._leases[at(server)].join(10)
+        transport._open(at(server))
+    assert waits == [0.01 * 2**tries for tries in range(6)]
+    monkeypatch.setattr("experts.lease_transport.RETRY_S", 1000.0)
+    assert transport._retry_s(at(server)) == 300.0
+    server.stop(0)
+
+
 def test_a_reply_larger_than_its_slot_goes_by_grpc(host: Counting, server: ExpertServer, make: Make) -> None:
     transport = make(slot=16 * PAGE_BYTES)
     assert transport.wait_ready(at(server), 10)
@@ -423,6 +456,8 @@ def harmful_notes(pairing: Pairing) -> list[Callable[[], None]]:
     return [
         lambda: pairing.write(3, (1 << 63) - 1, 1 << 40),
         lambda: pairing.write(2, 1 << 32, (1 << 63) - 1),
+        lambda: pairing.write(1, 100, 1 << 63),
+        lambda: pairing.write(1, 1 << 63, (1 << 64) - 1),
     ]
 
 

@@ -66,7 +66,7 @@ def test_engines_that_fail_are_not_tried_without_end(monkeypatch: pytest.MonkeyP
 
 
 def test_a_request_that_takes_every_worker_with_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = ((), WorkerLost("gone"))
+    taken = ((Update("a", prompt_logprobs=(None,)),), WorkerLost("gone"))  # which nobody gets a second time
     workers = Workers(*[taken] * (MAX_SILENT - 1), ((Update("a", token_ids=(1,)),), WorkerLost("gone")), *[taken] * 99)
     with pytest.raises(GenerationFailed, match="16 workers were lost before this request got anything: gone"):
         answer(workers, monkeypatch)

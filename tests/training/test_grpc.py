@@ -29,6 +29,7 @@ from experts.training.grpc_peer import GrpcPeers
 from experts.training.messages import BackwardReply, BackwardRequest
 from experts.training.spec import ExpertTraining, LowRank
 from experts.training.states import decode_state, encode_state
+from experts.training.step_hosts import StepLost
 from model.checkpoint import Checkpoint
 from model.snapshots.attempt import begin, commit
 from model.snapshots.manifest import Manifest
@@ -258,6 +259,25 @@ def test_memory_that_is_no_block_is_refused_and_the_next_call_served(
         with pytest.raises(HostRefused, match=said):
             peer._send(partial(encode_shared, asked, address)).result(10)
     assert len(train(rig, 1)) == 1
+
+
+def test_a_step_that_is_lost_leaves_no_block_behind(
+    checkpoint: Callable[[str], Path], doors: Doors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experts.training.grpc_peer.LEAST_BYTES", 1)
+    rig = make_rig(checkpoint("mini"), 2, doors=doors)
+    released: list[SharedCall] = []
+    release = SharedCall.release
+    monkeypatch.setattr(SharedCall, "release", lambda call: (released.append(call), release(call)))
+
+    def lose(this: SharedCall, timeout_s: float) -> BackwardReply:
+        raise HostUnavailable("gone")
+
+    monkeypatch.setattr(SharedCall, "result", lose)
+    with pytest.raises(StepLost):
+        train(rig, 1)
+    assert len(released) == 2
+    assert all(call._block is None for call in released)
 
 
 def test_a_block_whose_answer_may_still_come_is_not_used_again() -> None:
