@@ -28,7 +28,7 @@ class ServiceUnusable(ValueError):
 
 @contextlib.contextmanager
 def ray_of_run(
-    service: str | None, on_end: Callable[[], None], on_gone: Callable[[], None], leftovers: Sequence[Path]
+    service: str | None, on_end: Callable[[], None], on_gone: Callable[[], None], leftovers: Sequence[Path] = ()
 ) -> Iterator[None]:
     """The Ray of a job, or of a service that runs here, or a private one for as long as this lasts.
 

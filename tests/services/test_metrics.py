@@ -163,7 +163,7 @@ def test_an_answer_that_goes_on_with_another_worker_is_counted(
         yield Update(request.id, finish_reason="stop")
 
     async def choose(pool: WorkerPool, request: GenerateRequest) -> SimpleNamespace:
-        return SimpleNamespace(generate=generate)
+        return SimpleNamespace(generate=generate, address="127.0.0.1:9")
 
     def nobody(namespace: str) -> None:
         raise ValueError("there is no controller")
