@@ -26,7 +26,7 @@ from router.placement import Host
 if TYPE_CHECKING:
     from experts.client_lease import ClientLease
 
-SLOT, CORRELATION, FIRST, PAIRS, ROWS = 0, 1, 3, 4, 5  # of the numbers of a leg
+SLOT, PAIRS, ROWS = 0, 4, 5  # of the numbers of a leg
 
 
 class Lanes:
@@ -39,8 +39,8 @@ class Lanes:
         self.cores = cores
         self.patience = Patience()
         # what native code is given by address is kept by the leases and the bell
-        self._lanes = [lease.lane for lease in leases if lease.lane is not None]
-        self.array = (ctypes.c_void_p * len(self._lanes))(*(lane.address for lane in self._lanes))
+        addresses = [lease.lane.address for lease in leases if lease.lane is not None]
+        self.array = (ctypes.c_void_p * len(addresses))(*addresses)
         self.bell_page = bell.page
 
     @property

@@ -32,7 +32,6 @@ class Lane(Pairing):
     def __init__(self, slot_bytes: int, count: int) -> None:
         super().__init__()
         self._shared = SharedMemory(PAGE_BYTES + slot_bytes * count)
-        self._pages = [self._shared.memory]
         self.incoming = Arena(slot_bytes, count, self._shared.memory, PAGE_BYTES)
         self.memory = self._shared.address
         self.native = NativeLane(
@@ -59,7 +58,6 @@ class Lane(Pairing):
         self._hear(bell)
         if bell is not None and (self._ringer is None or self._ringer.page is None):
             raise PairingFailed(f"the bell of {peer} cannot be mapped here")
-        self._pages.append(pages)
         self.outgoing = Arena(slot_bytes, count, pages, PAGE_BYTES)
         self.native.out_lines = self.outgoing.address - PAGE_BYTES
         self.native.out = self.outgoing.address

@@ -9,14 +9,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from experts.errors import FrameError, HostRefused
 from experts.grpc_stream import StreamCall
 from experts.shared_memory import SharedMemory, map_shared
-from experts.training.frames import NUMBER, Header, SharedAnswer
+from experts.training.frames import NUMBER, SharedAnswer
 from experts.training.messages import BackwardReply, BackwardRequest
 from experts.training.peer import PendingGradients
 
@@ -52,29 +51,6 @@ class Layout:
         floats[at : at + pairs] = request.pair_weight_P
         for place, column in enumerate((request.pair_row_P, request.pair_expert_P, request.answer_P), start=1):
             ints[at + place * pairs : at + (place + 1) * pairs] = column
-
-    def read(self, memory: mmap.mmap, header: Header) -> BackwardRequest:
-        """The request, whose x, dout and weights are views; raises FrameError when it is none."""
-        floats = torch.frombuffer(memory, dtype=torch.float32)
-        numbers, pairs = self.rows * self.hidden, self.pairs
-        at = 2 * numbers
-        columns = np.frombuffer(memory, "<i4", 3 * pairs, NUMBER * (at + pairs)).copy().reshape(3, pairs)
-        if ((columns[2] != 0) & (columns[2] != 1)).any():
-            raise FrameError("a pair is to be answered neither 0 nor 1 times")
-        row_P, expert_P, answer_P = map(torch.from_numpy, columns)
-        return BackwardRequest(
-            generation=header.generation,
-            step=header.step,
-            micro=header.micro,
-            rank=header.rank,
-            layer=header.layer,
-            x_RD=floats[:numbers].view(self.rows, self.hidden),
-            dout_RD=floats[numbers:at].view(self.rows, self.hidden),
-            pair_row_P=row_P,
-            pair_expert_P=expert_P,
-            pair_weight_P=floats[at : at + pairs],
-            answer_P=answer_P,
-        )
 
     def answer(self, memory: mmap.mmap, answered: int) -> tuple[Tensor, Tensor]:
         """Where dx [A, D] and dweight [A] of so many answered pairs belong."""

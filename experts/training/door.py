@@ -22,6 +22,7 @@ from experts.training.frames import (
     encode_refusal,
     encode_reply,
     encode_shared_reply,
+    request_in,
     shared_address,
 )
 from experts.training.host import TrainingHost
@@ -119,7 +120,7 @@ class TrainingDoor:
     def _backward_shared(self, header: Header, address: str, mapped: Mapped) -> BackwardReply:
         layout = Layout(header.rows, header.hidden, header.pairs)
         memory = mapped.at(address, layout.nbytes)
-        return self._host.backward(layout.read(memory, header), lambda answered: layout.answer(memory, answered))
+        return self._host.backward(request_in(header, memory), lambda answered: layout.answer(memory, answered))
 
     def _states(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         try:

@@ -7,6 +7,7 @@ of a request whose tensors lie in memory that both ends map, the address, and of
 Sizes are checked against caps and the payload's true length before a tensor is made.
 """
 
+import mmap
 import struct
 import zlib
 from collections.abc import Callable
@@ -72,44 +73,26 @@ class SharedAnswer:
 
 def encode_request(request: BackwardRequest, correlation: int) -> bytes:
     """Raises FrameError when it is over a cap."""
-    rows, hidden = request.x_RD.shape
-    pairs = len(request.pair_row_P)
-    header = Header(
-        BACKWARD,
-        request.layer,
-        request.generation,
-        request.step,
-        correlation,
-        request.micro,
-        request.rank,
-        rows,
-        pairs,
-        hidden,
-        NUMBER * (2 * rows * hidden + 4 * pairs),
-    )
     tensors = (request.x_RD, request.dout_RD, request.pair_weight_P)
     indices = (request.pair_row_P, request.pair_expert_P, request.answer_P)
+    header = _request_header(BACKWARD, request, correlation)
+    header = header._replace(payload=NUMBER * header.numbers)
     return _assemble(header, [tensor_bytes(tensor) for tensor in (*tensors, *indices)])
 
 
 def encode_shared(request: BackwardRequest, address: str, correlation: int) -> bytes:
     """A request whose tensors lie in the block at `address`; raises FrameError when it is over a cap."""
-    rows, hidden = request.x_RD.shape
     where = address.encode()
-    header = Header(
-        SHARED,
-        request.layer,
-        request.generation,
-        request.step,
-        correlation,
-        request.micro,
-        request.rank,
-        rows,
-        len(request.pair_row_P),
-        hidden,
-        len(where),
-    )
+    header = _request_header(SHARED, request, correlation)._replace(payload=len(where))
     return _assemble(header, [memoryview(where)])
+
+
+def _request_header(kind: int, request: BackwardRequest, correlation: int) -> Header:
+    """But for the bytes of its payload."""
+    rows, hidden = request.x_RD.shape
+    pairs = len(request.pair_row_P)
+    place = (request.layer, request.generation, request.step, correlation, request.micro, request.rank)
+    return Header(kind, *place, rows, pairs, hidden, 0)
 
 
 def encode_shared_reply(reply: BackwardReply, correlation: int) -> bytes:
@@ -164,14 +147,20 @@ def decode_request(header: Header, frame: bytes) -> BackwardRequest:
     """The request in a frame whose header was checked; raises FrameError when it is none."""
     if header.kind != BACKWARD:
         raise FrameError(f"frame kind is {header.kind}; expected {BACKWARD}, a backward request")
+    return request_in(header, bytearray(memoryview(frame)[HEADER.size :]))  # torch wants writable memory, aligned
+
+
+def request_in(header: Header, memory: bytearray | mmap.mmap) -> BackwardRequest:
+    """The request whose tensors lie in memory; x, dout and weights are views of it, and the rest is read once.
+
+    Raises FrameError when it is none.
+    """
     rows, hidden, pairs = header.rows, header.hidden, header.pairs
     numbers = rows * hidden
-    data = bytearray(memoryview(frame)[HEADER.size :])  # torch wants writable memory, aligned
-    floats, ints = np.frombuffer(data, "<f4"), np.frombuffer(data, "<i4")
     at = 2 * numbers
-    row_P, expert_P, answer_P = (
-        torch.from_numpy(ints[at + place * pairs : at + (place + 1) * pairs]) for place in (1, 2, 3)
-    )
+    floats = np.frombuffer(memory, "<f4")
+    columns = np.frombuffer(memory, "<i4", 3 * pairs, NUMBER * (at + pairs)).copy().reshape(3, pairs)
+    row_P, expert_P, answer_P = map(torch.from_numpy, columns)
     if ((answer_P != 0) & (answer_P != 1)).any():
         raise FrameError("a pair is to be answered neither 0 nor 1 times")
     return BackwardRequest(

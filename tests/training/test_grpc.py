@@ -23,6 +23,7 @@ from experts.training.frames import (
     encode_request,
     encode_shared,
     encode_shared_reply,
+    request_in,
     shared_address,
 )
 from experts.training.grpc_peer import GrpcPeers
@@ -222,7 +223,7 @@ def test_a_block_says_what_was_meant(rows: int, pairs: int) -> None:
     header = decode_header(frame)
     assert (header.kind, header.correlation, shared_address(frame)) == (SHARED, 11, block.address)
     memory = Mapped().at(block.address, layout.nbytes)
-    got = layout.read(memory, header)
+    got = request_in(header, memory)
     for name in ("generation", "step", "micro", "rank", "layer"):
         assert getattr(got, name) == getattr(sent, name)
     for name in ("x_RD", "dout_RD", "pair_row_P", "pair_expert_P", "pair_weight_P", "answer_P"):
@@ -233,7 +234,7 @@ def test_a_block_says_what_was_meant(rows: int, pairs: int) -> None:
     read = layout.answer(block.memory, pairs)
     assert torch.equal(read[0], dx_AD)
     assert torch.equal(read[1], dweight_A)
-    assert torch.equal(layout.read(memory, header).x_RD, sent.x_RD)
+    assert torch.equal(request_in(header, memory).x_RD, sent.x_RD)
     reply = BackwardReply(7, dx_AD, dweight_A)
     assert decode_answer(encode_shared_reply(reply, 12))[1]() == SharedAnswer(7, pairs, 8)
 
