@@ -48,6 +48,8 @@ def keep_private() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Each event of a stream passes from the ingress to Serve's proxy: as a message of gRPC, not as an object of Ray's.
     os.environ.setdefault("RAY_SERVE_PROXY_USE_GRPC", "1")
+    # And within the proxy by one event loop, not from one thread's to another's.
+    os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
     # A proxy that is not ready in time is killed, and Serve's start fails with it: 5 s are too few for a busy machine.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

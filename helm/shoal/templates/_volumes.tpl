@@ -11,6 +11,8 @@
   value: "0"
 - name: RAY_SERVE_PROXY_USE_GRPC # from the ingress to Serve's proxies: an event of a stream costs less
   value: "1"
+- name: RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP # nor does it pass from one of a proxy's threads to another
+  value: "0"
 - name: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S # Serve kills a proxy that is not ready by then; 5 s are few on a busy node
   value: "30"
 - name: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO
