@@ -25,6 +25,9 @@ class Tokenizer:
         self._template = template
         self._special = {token for token, added in fast.get_added_tokens_decoder().items() if added.special}
         self._byte_of_char = {char: byte for byte, char in enumerate(byte_alphabet())}
+        self._alone: dict[
+            int, str
+        ] = {}  # of single tokens: answers with log-probabilities ask for a few again and again
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":
@@ -73,9 +76,12 @@ class Tokenizer:
 
     def token_text(self, token: int) -> str:
         """What the token alone decodes to, special ones by name; "" for an id the tokenizer lacks."""
-        if token in self._special:
-            return str(self._fast.id_to_token(token))
-        return self.decode([token], skip_special_tokens=False)
+        text = self._alone.get(token)
+        if text is None:
+            special = token in self._special
+            text = str(self._fast.id_to_token(token)) if special else self.decode([token], skip_special_tokens=False)
+            self._alone[token] = text
+        return text
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for, also when they are part of a character."""

@@ -37,14 +37,14 @@ def create_app(
         plan = await asyncio.to_thread(plan_chat, body, backend)  # a long text takes a tokenizer seconds
         if body.stream:
             return await stream(stream_chat(plan, backend))
-        return JSONResponse(await unless_gone(request, complete_chat(plan, backend)))
+        return await _written(await unless_gone(request, complete_chat(plan, backend)))
 
     @app.post("/v1/completions", responses=generating)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         plan = await asyncio.to_thread(plan_completion, body, backend)
         if body.stream:
             return await stream(stream_completion(plan, body, backend))
-        return JSONResponse(await unless_gone(request, complete(plan, body, backend)))
+        return await _written(await unless_gone(request, complete(plan, body, backend)))
 
     @app.exception_handler(ClientGone)
     async def client_gone(request: Request, error: Exception) -> Response:
@@ -54,6 +54,11 @@ def create_app(
     add_admin_routes(app, backend)
     add_metrics_route(app, backend, ingress)
     return app
+
+
+async def _written(answer: dict[str, Any]) -> Response:
+    """As JSON, which is megabytes where log-probabilities were asked for, beside what other streams are told."""
+    return await asyncio.to_thread(JSONResponse, answer)
 
 
 def _add_small_routes(app: FastAPI, backend: Backend) -> None:

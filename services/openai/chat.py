@@ -1,5 +1,6 @@
 """POST /v1/chat/completions."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -8,7 +9,7 @@ from uuid import uuid4
 
 from model.tokenizer import Tokenizer
 from services.backend import Backend
-from services.openai.choice import Plan, collect, run_choices, usage
+from services.openai.choice import ChoicePiece, Plan, collect, run_choices, usage
 from services.openai.params import (
     chat_max_tokens,
     chat_prompt,
@@ -36,6 +37,10 @@ def plan_chat(request: ChatRequest, backend: Backend) -> Plan:
 async def complete_chat(plan: Plan, backend: Backend) -> dict[str, Any]:
     """The whole answer at once."""
     choices = await collect(backend, plan)
+    return await asyncio.to_thread(_whole, plan, backend, choices)  # log-probabilities of long answers take a while
+
+
+def _whole(plan: Plan, backend: Backend, choices: list[list[ChoicePiece]]) -> dict[str, Any]:
     tokenizer = backend.model.tokenizer
     return _head("chat.completion", backend) | {
         "choices": [

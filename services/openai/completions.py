@@ -1,5 +1,6 @@
 """POST /v1/completions, with echo and log-probabilities of the prompt."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -42,6 +43,14 @@ def plan_completion(request: CompletionRequest, backend: Backend) -> Plan:
 async def complete(plan: Plan, request: CompletionRequest, backend: Backend) -> dict[str, Any]:
     """All choices of all prompts at once."""
     choices = await collect(backend, plan)
+    return await asyncio.to_thread(
+        _whole, plan, request, backend, choices
+    )  # thousands of log-probabilities take a while
+
+
+def _whole(
+    plan: Plan, request: CompletionRequest, backend: Backend, choices: list[list[ChoicePiece]]
+) -> dict[str, Any]:
     bodies = []
     for index, pieces in enumerate(choices):
         echo = _echo(plan, index, pieces) if request.echo else Echo()
@@ -72,12 +81,13 @@ async def stream_completion(
         async for piece in pieces:
             index = piece.index
             generated[index], cached[index] = piece.completion_tokens, piece.cached_tokens
-            scores[index].append(piece)
+            if request.echo and index not in prompts:
+                scores[index].append(piece)
             if not (piece.text or piece.tokens or piece.finish_reason):
                 continue
             if request.echo and index not in prompts:
                 prompts[index] = echo = _echo(plan, index, scores[index])
-                logprobs = _logprobs(echo, (), tokenizer, request.logprobs)
+                logprobs = await asyncio.to_thread(_logprobs, echo, (), tokenizer, request.logprobs)
                 yield head | {"choices": [_choice(index, echo.text, logprobs, None)]}
             shift = len(prompts[index].text) if index in prompts else 0
             logprobs = _logprobs(Echo(), piece.tokens, tokenizer, request.logprobs, shift)

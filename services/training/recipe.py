@@ -7,126 +7,22 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from experts.training.spec import ParameterDtype
-from experts.transport_kinds import TransportKind
-from services.training.part import Amount, Part
-from services.training.schedule import BatchStage, LearningRate, check_schedule
+from services.training.part import Part
+from services.training.recipe_sections import Balance, Data, Esft, Experts, Lora, Optimizer, Snapshots, Workers, Yarn
+from services.training.schedule import (
+    DECAY,
+    DECAYS_AT,
+    LOWEST,
+    BatchStage,
+    Kind,
+    LearningRate,
+    check_decays,
+    check_schedule,
+)
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; names the field, what was given and what was expected."""
-
-
-class Data(Part):
-    """What is learned from."""
-
-    files: tuple[Path, ...] = Field(min_length=1)
-    format: Literal["auto", "messages", "alpaca", "sharegpt", "text"] = "auto"
-    ignore: tuple[str, ...] = Field((), description="a record's keys that are not looked at")
-    sequence_length: int = Field(1024, ge=2, description="tokens of a row, into which samples are packed")
-    packing: bool = True
-    overlong: Literal["error", "drop", "truncate", "split"] = "error"
-
-
-class Lora(Part):
-    """Low-rank factors, for method `lora`."""
-
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    targets: tuple[str, ...] = Field(
-        ("attention", "shared", "experts"),
-        min_length=1,
-        description="`attention`, `dense`, `shared` or `experts` for all of them, or names of layers such as q_b_proj",
-    )
-
-
-class Esft(Part):
-    """Which experts are trained, for method `esft` (arXiv 2407.01906): in each layer the fewest that reach `share`."""
-
-    by: Literal["gate", "token"] = Field("gate", description="average gate score, or share of tokens that chose it")
-    share: float = Field(0.2, gt=0, le=1)
-    samples: int = Field(32, ge=1, description="of the data, to look at")
-
-
-class Balance(Part):
-    """Coefficients of the balance losses; V2 has 0.003, 0.05 and 0.02, Lite 0.001 for the experts alone."""
-
-    expert: float = Field(0.0, ge=0)
-    device: float = Field(0.0, ge=0)
-    communication: float = Field(0.0, ge=0)
-
-
-class Optimizer(Part):
-    """AdamW; `clip` is of the global gradient norm."""
-
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip: float | None = Field(1.0, gt=0)
-
-
-class Yarn(Part):
-    """Context extension: the trained model's rope_scaling, written to its config.json, too."""
-
-    factor: float = Field(gt=1, le=10_000)
-    original_max_position_embeddings: int = Field(ge=1, lt=2**31)
-    beta_fast: float = Field(32.0, gt=0)
-    beta_slow: float = Field(1.0, gt=0)
-    mscale: float = Field(0.707, ge=0)
-    mscale_all_dim: float = Field(0.707, ge=0)
-
-    @model_validator(mode="after")
-    def _check(self) -> "Yarn":
-        if self.beta_fast < self.beta_slow:
-            raise ValueError(f"beta_fast is {self.beta_fast}; expected at least beta_slow ({self.beta_slow})")
-        return self
-
-
-class Experts(Part):
-    """Expert hosts of the run: processes of its own, or guests in those of a running service's hosts."""
-
-    service: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Serve application whose expert hosts take them in; `shoal serve --port 8000` is p8000",
-    )
-    hosts: int = Field(2, ge=1)
-    replicas: int = Field(1, ge=1, description="hosts that hold each expert; 2: one may die, and no step is lost")
-    threads: int | None = Field(None, ge=1)
-    cpus: float = Field(0.0, ge=0, description="Ray CPUs that each reserves")
-    gpus: float = Field(0.0, ge=0)
-    resources: dict[str, Amount] = Field(default_factory=dict)
-    transport: TransportKind = "auto"
-
-    @model_validator(mode="after")
-    def _check(self) -> "Experts":
-        owners = ("threads", "cpus", "gpus", "resources")
-        given = [f"{name}={getattr(self, name)}" for name in owners if getattr(self, name)]
-        if self.service is not None and given:
-            raise ValueError(
-                f"service is {self.service!r} and {', '.join(given)}; expected service alone: its hosts compute with "
-                "what that service gave them"
-            )
-        return self
-
-
-class Workers(Part):
-    """Data-parallel workers; with `most` above `least` Ray Train starts as many as there is room for."""
-
-    least: int = Field(1, ge=1)
-    most: int | None = Field(None, ge=1)
-    threads: int | None = Field(None, ge=1)
-    cpus: float = Field(1.0, ge=0)
-    gpus: float = Field(0.0, ge=0)
-    restarts: int = Field(10, ge=0, description="of all workers, after one died")
-
-
-class Snapshots(Part):
-    """Written beside the training, after every so many steps, and at the end."""
-
-    every_steps: int = Field(100, ge=1)
-    keep: int = Field(2, ge=1)
-    at_end: bool = Field(True, description="of the last step, too; without, an interrupted run keeps one all the same")
 
 
 class Recipe(Part):
@@ -149,7 +45,10 @@ class Recipe(Part):
     micro_batch_tokens: int = Field(2048, ge=2, description="of one forward and backward on one worker")
     lr: float = Field(1e-5, gt=0)
     warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["steps", "cosine", "constant"] = "steps"
+    schedule: Kind = "steps"
+    lr_decays_at: tuple[float, ...] = Field(DECAYS_AT, description="shares of all steps; for `steps`")
+    lr_decay: float = Field(DECAY, gt=0, le=1, description="what lr is multiplied by at each; for `steps`")
+    lr_lowest: float = Field(LOWEST, ge=0, le=1, description="share of lr at the end; for `cosine`")
     optimizer: Optimizer = Optimizer()
     dtype: ParameterDtype = "float32"
     balance: Balance = Balance()
@@ -177,6 +76,7 @@ class Recipe(Part):
                 f"yarn is given and method is {self.method}; expected method full: an adapter or a delta has no "
                 "config.json to tell of it, and would be served beside the context that the model had before"
             )
+        check_decays(self.lr_decays_at)
         self._check_batches()
         self._check_unused()
         return self
@@ -198,10 +98,13 @@ class Recipe(Part):
 
     def _check_unused(self) -> None:
         """What would change nothing is refused, unless it is the default, as in a recipe that `--dry-run` wrote out."""
+        shape = f"schedule is {self.schedule}"
         unused = {
             "lora": "" if self.method == "lora" else f"method is {self.method}, which has no factors",
             "esft": "" if self.method == "esft" else f"method is {self.method}, which chooses no experts",
             "init_std": "" if self.init == "random" else f"init is {self.init}, which draws no weights",
+            **dict.fromkeys(("lr_decays_at", "lr_decay"), "" if self.schedule == "steps" else f"{shape}, of no decays"),
+            "lr_lowest": "" if self.schedule == "cosine" else f"{shape}, which approaches nothing",
             "batch_tokens": "batch_stages say how many tokens a step has" if self.batch_stages else "",
         }
         for name, why in unused.items():
@@ -215,7 +118,14 @@ class Recipe(Part):
 
     @property
     def learning_rate(self) -> LearningRate:
-        return LearningRate(peak=self.lr, warmup_steps=self.warmup_steps, schedule=self.schedule)
+        return LearningRate(
+            peak=self.lr,
+            warmup_steps=self.warmup_steps,
+            schedule=self.schedule,
+            decays_at=self.lr_decays_at,
+            decay=self.lr_decay,
+            lowest=self.lr_lowest,
+        )
 
 
 def parse_recipe(raw: dict[str, Any]) -> Recipe:

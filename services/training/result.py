@@ -31,7 +31,8 @@ from model.tensors import expected_tensors
 from router.holding import Pair
 from router.placement import Placement
 from services.training.method import Method
-from services.training.recipe import Recipe, Yarn
+from services.training.recipe import Recipe
+from services.training.recipe_sections import Yarn
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -4,12 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from services.training.part import Part
 
 Kind = Literal["steps", "cosine", "constant"]
-DECAY = 0.316  # the paper's, at 60 % and 90 % of the steps
+DECAY = 0.316  # the paper's
+DECAYS_AT = (0.6, 0.9)
+LOWEST = 0.1
 
 
 class LearningRate(Part):
@@ -18,15 +20,9 @@ class LearningRate(Part):
     peak: float = Field(gt=0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Kind = "steps"
-    decays_at: tuple[float, ...] = Field((0.6, 0.9), description="shares of all steps; for `steps`")
+    decays_at: tuple[float, ...] = Field(DECAYS_AT, description="shares of all steps; for `steps`")
     decay: float = Field(DECAY, gt=0, le=1)
-    lowest: float = Field(0.1, ge=0, le=1, description="share of the peak at the end; for `cosine`")
-
-    @model_validator(mode="after")
-    def _check(self) -> "LearningRate":
-        if list(self.decays_at) != sorted(self.decays_at) or not all(0 < share < 1 for share in self.decays_at):
-            raise ValueError(f"decays_at is {list(self.decays_at)}; expected rising shares between 0 and 1")
-        return self
+    lowest: float = Field(LOWEST, ge=0, le=1, description="share of the peak at the end; for `cosine`")
 
     def at(self, step: int, steps: int) -> float:
         """Of the step after `step` steps, of `steps` in all."""
@@ -50,6 +46,12 @@ class BatchStage(Part):
 def batch_tokens(stages: Sequence[BatchStage], step: int) -> int:
     """Tokens of the step after `step` steps; the first stage begins at 0 and the others rise."""
     return [stage.tokens for stage in stages if stage.from_step <= step][-1]
+
+
+def check_decays(shares: Sequence[float]) -> None:
+    """Raises ValueError for shares of a run at which its learning rate cannot decay one after another."""
+    if list(shares) != sorted(set(shares)) or not all(0 < share < 1 for share in shares):
+        raise ValueError(f"lr_decays_at is {list(shares)}; expected rising shares of the steps, between 0 and 1")
 
 
 def check_schedule(steps: int, warmup_steps: int, stages: Sequence[BatchStage]) -> None:

@@ -1,6 +1,7 @@
 """Recipes: what is wrong is named, what is left out has a value, and each method trains what it says."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from services.training.driver import absolute, service_spec
 from services.training.forecast import forecast
 from services.training.inputs import count_steps, load_data
 from services.training.method import make_method
-from services.training.recipe import Data, RecipeError, parse_recipe
+from services.training.recipe import RecipeError, parse_recipe
 from services.training.recipe_file import load_recipe
+from services.training.recipe_sections import Data
 from services.training.result import raw_with_yarn, with_yarn
 from services.training.schedule import LearningRate, batch_tokens
 from tests.checkpoints import SHAPES
@@ -222,6 +224,29 @@ def test_the_learning_rate_has_the_papers_shape() -> None:
     assert [cosine.at(step, 100) for step in (0, 50, 100)] == pytest.approx([2.0, 1.1, 0.2])
     constant = LearningRate(peak=2.0, schedule="constant", warmup_steps=2)
     assert [constant.at(step, 100) for step in (0, 1, 2, 99)] == [1.0, 2.0, 2.0, 2.0]
+
+
+def test_a_recipe_shapes_its_learning_rate(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    steps = load_recipe(path, ["lr=1.0", "schedule=steps", "lr_decays_at=[0.25, 0.5, 0.75]", "lr_decay=0.5"])
+    assert [steps.learning_rate.at(step, 100) for step in (24, 25, 50, 99)] == [1.0, 0.5, 0.25, 0.125]
+    cosine = load_recipe(path, ["lr=1.0", "schedule=cosine", "lr_lowest=0.0"]).learning_rate
+    assert [cosine.at(step, 100) for step in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule=cosine", "lr_decay=0.5"], "lr_decay is 0.5; expected it left out: schedule is cosine"),
+        (["schedule=steps", "lr_lowest=0.5"], "lr_lowest is 0.5; expected it left out: schedule is steps"),
+        (["schedule=steps", "lr_decays_at=[0.9, 0.6]"], "expected rising shares of the steps"),
+        (["schedule=steps", "lr_decays_at=[0.5, 0.5]"], "expected rising shares of the steps"),
+        (["schedule=steps", "lr_decays_at=[0.5, 1.0]"], "between 0 and 1"),
+    ],
+)
+def test_a_learning_rate_of_no_shape_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(write(tmp_path), overrides)
 
 
 def test_the_batch_grows_by_stages(tmp_path: Path) -> None:
