@@ -56,4 +56,4 @@ format: env
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 clean:
-	rm -rf .venv models/bench kernels/_build
+	rm -rf .venv models/bench

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.actions import Abandon, Load, Probe, Retire, StartHost, StopHost
 from cluster.conductor import Conductor
-from cluster.nodes import living_nodes
+from cluster.nodes import living_nodes, with_cores
 from cluster.pool import Pool, Process
 from cluster.resident import HostInfo
 from cluster.spec import ServiceSpec
@@ -139,7 +139,8 @@ class Fleet:
         self._pool.stop()
 
     def _threads(self, hosts: int) -> int:
-        return self._spec.threads or host_threads(max(1, hosts), max(1, len(living_nodes(self._spec.node_resource))))
+        nodes = len(with_cores(living_nodes(self._spec.node_resource)))
+        return self._spec.threads or host_threads(max(1, hosts), max(1, nodes))
 
     def _start(self, action: StartHost) -> None:
         threads = self._threads(len(self._conductor.roster.views))

@@ -16,13 +16,14 @@ class Node:
     cpus: float
 
 
-def least_crowded(nodes: Collection[Node], crowd: Mapping[str | None, int]) -> str | None:
-    """The node with the fewest of a `crowd` of actors for its cores; None where there is no node.
+def with_cores(nodes: Collection[Node]) -> Collection[Node]:
+    """Those that actors are put on: one that was given no cores is to be left alone, as long as another has some."""
+    return [node for node in nodes if node.cpus > 0] or nodes
 
-    One that was given no cores is to be left alone, as long as another has some.
-    """
-    with_cores = [node for node in nodes if node.cpus > 0] or nodes
-    crowding = {node.id: (crowd.get(node.id, 0) + 1) / max(1.0, node.cpus) for node in with_cores}
+
+def least_crowded(nodes: Collection[Node], crowd: Mapping[str | None, int]) -> str | None:
+    """The node `with_cores` that has the fewest of a `crowd` of actors for them; None where there is no node."""
+    crowding = {node.id: (crowd.get(node.id, 0) + 1) / max(1.0, node.cpus) for node in with_cores(nodes)}
     return min(crowding, key=lambda node: crowding[node], default=None)
 
 

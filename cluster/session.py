@@ -52,6 +52,8 @@ def keep_private() -> None:
     os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
     # A proxy that is not ready in time is killed, and Serve's start fails with it: 5 s are too few for a busy machine.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
+    # One that has ended is known by three checks that fail, 10 s apart by default, in which nobody is answered.
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tokens are on, as they should be
 
@@ -60,6 +62,20 @@ def keep_quiet() -> None:
     """Have a Ray without a dashboard not collect, ten times a second, what nobody looks at; before it starts."""
     for name, value in UNWATCHED.items():
         os.environ.setdefault(name, value)
+
+
+def check_authentication() -> None:
+    """Raises ValueError where Ray would ask nobody for a token: whoever can call it runs code as its user."""
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode != "token":
+        raise ValueError(f"RAY_AUTH_MODE is {mode!r}, which lets everybody use this Ray: unset it, or set it to token")
+
+
+def keep_token() -> None:
+    """Ray's token is for its user alone; Ray makes it for all to read."""
+    token = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):  # there is none, or it is another's
+        token.chmod(0o600)
 
 
 def children() -> list[int]:
@@ -85,7 +101,11 @@ class LocalCluster:
     def __init__(
         self, namespace: str, cpus: int | None = None, last_words: str = "", leftovers: Sequence[Path] = ()
     ) -> None:
-        """Should this process end without stopping it, `last_words` are said for it, and `leftovers` removed."""
+        """Should this process end without stopping it, `last_words` are said for it, and `leftovers` removed.
+
+        Raises ValueError where the environment has Ray let everybody in.
+        """
+        check_authentication()
         self._temp_dir = Path(tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp"))  # short: it holds Unix sockets
         keep_private()
         keep_quiet()
@@ -104,6 +124,7 @@ class LocalCluster:
             _node_ip_address=LOOPBACK,
             _temp_dir=str(self._temp_dir),
         )
+        keep_token()
         self.address: str = context.address_info["gcs_address"]
         raylets = (pid for pid in children() if command(pid) == "raylet")
         self._raylet = next(map(os.pidfd_open, raylets), None)  # readable once it has ended, open until this one has

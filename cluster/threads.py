@@ -5,11 +5,14 @@ cores are busy, Linux wakes a thread on the core of whoever woke it or where it 
 one: two hosts that are woken for one layer then compute one after the other on one core. So each keeps to its own.
 """
 
+import contextlib
+import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # of the container
 TOPOLOGY = Path("/sys/devices/system/cpu")
 PASSES = 5  # over a process's threads, until none was begun meanwhile
 
@@ -58,8 +61,19 @@ def _position(core: int) -> tuple[int, int, int]:
 
 
 def node_threads() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Cores this process may use: those that it may run on, or fewer where its container has a quota of less."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, int(min(cores, _quota())))
+
+
+def _quota() -> float:
+    """Cores' worth of time that the container of this process gets, as control groups of version 2 or 1 have it."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((CONTROL_GROUP / file).read_text() for file in files).split()
+            if quota not in ("max", "-1"):
+                return int(quota) / int(period)
+    return math.inf
 
 
 def host_threads(hosts: int, nodes: int) -> int:

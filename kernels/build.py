@@ -9,12 +9,15 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
-BUILT = Path(__file__).parent / "_build"
+# Beside what is installed, not beside the sources: a copy of these that a job brings along finds the same libraries.
+SCHEMES = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+PLACES = tuple(Path(sysconfig.get_path("data", scheme)) / "share" / "shoal" for scheme in SCHEMES)
 
 # A contraction that the compiler makes in a loop's body and not in its tail would give equal numbers unequal bits.
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno")
@@ -34,13 +37,19 @@ def buildable() -> tuple[str, ...]:
     return tuple(INSTRUCTION_SETS) if platform.machine() in ("x86_64", "AMD64") else ("portable",)
 
 
-def library(instruction_set: str) -> Path:
-    """Where the library of one instruction set lies; its name follows the sources, so a stale one is never loaded."""
+def library(instruction_set: str) -> Path | None:
+    """The library of one instruction set, None where it was not built; a stale one has another name."""
+    name = library_name(instruction_set)
+    return next((place / name for place in PLACES if (place / name).is_file()), None)
+
+
+def library_name(instruction_set: str) -> str:
+    """It follows the sources and how they are compiled."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     digest.update(" ".join((*FLAGS, *INSTRUCTION_SETS[instruction_set])).encode())
-    return BUILT / f"shoal-{digest.hexdigest()[:16]}-{instruction_set}.so"
+    return f"shoal-{digest.hexdigest()[:16]}-{instruction_set}.so"
 
 
 def compiler() -> str | None:
@@ -51,12 +60,13 @@ def compiler() -> str | None:
 
 
 def build(instruction_set: str, cxx: str) -> Path:
-    """Compile one library unless it is there; raises BuildError with the compiler's words."""
-    target = library(instruction_set)
-    if target.exists():
-        return target
-    BUILT.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILT) as scratch:
+    """Compile one library unless it is there; raises BuildError with the compiler's words, or the system's."""
+    found = library(instruction_set)
+    if found is not None:
+        return found
+    place = _writable()
+    target = place / library_name(instruction_set)
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
         made = Path(scratch) / target.name
         sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
         command = [cxx, *FLAGS, *INSTRUCTION_SETS[instruction_set], *sources, "-o", str(made)]
@@ -67,6 +77,21 @@ def build(instruction_set: str, cxx: str) -> Path:
     return target
 
 
+def _writable() -> Path:
+    """The first of the places that this user may write to; raises BuildError where there is none."""
+    reasons = []
+    for place in PLACES:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reasons.append(f"{place}: {error.strerror}")
+            continue
+        if os.access(place, os.W_OK):
+            return place
+        reasons.append(f"{place} is not writable")
+    raise BuildError("; ".join(reasons))
+
+
 def main() -> int:
     cxx = compiler()
     if cxx is None:
@@ -74,12 +99,10 @@ def main() -> int:
         return 0
     try:
         with ThreadPoolExecutor() as pool:
-            current = set(pool.map(lambda name: build(name, cxx), buildable()))
+            list(pool.map(lambda name: build(name, cxx), buildable()))
     except BuildError as error:
         print(f"kernels: {cxx} cannot build them, so the slower torch kernels serve\n{error}", file=sys.stderr)
         return 0
-    for stale in set(BUILT.glob("shoal-*.so")) - current:
-        stale.unlink()
     print(f"kernels: {', '.join(buildable())}")
     return 0
 

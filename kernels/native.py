@@ -42,7 +42,7 @@ def instruction_set() -> str:
 
     The environment's SHOAL_KERNELS names another; raises ValueError when that one cannot serve here.
     """
-    able = [name for name in buildable() if runs_here(name) and library(name).exists()]
+    able = [name for name in buildable() if runs_here(name) and library(name) is not None]
     asked = os.environ.get(CHOICE)
     if asked is None:
         return able[0] if able else "torch"

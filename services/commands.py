@@ -47,6 +47,7 @@ def serve(options: argparse.Namespace) -> int:
         port=options.port,
         served_name=options.served_name,
         api_key=options.api_key,
+        admin_token=os.environ.get("SHOAL_ADMIN_TOKEN") or None,
         max_length=options.max_length,
         cache_tokens=options.cache_tokens,
         threads=options.threads,
@@ -68,7 +69,7 @@ def _detach(options: argparse.Namespace) -> int:
     directory = state_dir()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = directory / f"{options.port}.log"
-    command = [sys.executable, "-m", "services.cli", *[a for a in sys.argv[1:] if a != "--detach"]]
+    command = [sys.executable, "-m", "services.cli", *again(sys.argv[1:])]
     environment = os.environ | {"SHOAL_LOG": str(log)}
     if options.api_key:
         environment["SHOAL_API_KEY"] = options.api_key
@@ -82,17 +83,36 @@ def _detach(options: argparse.Namespace) -> int:
             env=environment,
         )
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            lines = log.read_text(errors="replace").strip().splitlines()
-            raise CommandError(f"the service did not start: {lines[-1] if lines else 'no output'} (log: {log})")
-        record = read_record(options.port)
-        if record is not None and _healthy(record.url):
-            print(f"ready at {record.url} (pid {process.pid}, log {log})")
-            return 0
-        time.sleep(0.3)
+    try:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                lines = log.read_text(errors="replace").strip().splitlines()
+                raise CommandError(f"the service did not start: {lines[-1] if lines else 'no output'} (log: {log})")
+            record = read_record(options.port)
+            if record is not None and _healthy(record.url):
+                print(f"ready at {record.url} (pid {process.pid}, log {log})")
+                return 0
+            time.sleep(0.3)
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGTERM)
+        raise
     process.send_signal(signal.SIGTERM)
     raise CommandError(f"the service was not ready in {START_TIMEOUT_S:.0f} s; see {log}")
+
+
+def again(arguments: list[str]) -> list[str]:
+    """The command line of the service itself: in the foreground, and its key, which everybody here could read, left out.
+
+    The key goes by the environment.
+    """
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        key = argument == "--api-key"
+        if not (skip or key or argument == "--detach" or argument.startswith("--api-key=")):
+            kept.append(argument)
+        skip = key
+    return kept
 
 
 def chat(options: argparse.Namespace) -> int:

@@ -39,7 +39,7 @@ def serve_foreground(options: LaunchOptions, console: Console) -> int:
 
     directory = Path(options.model).resolve()
     url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{options.port}"
-    admin_token = secrets.token_urlsafe(24)
+    admin_token = options.admin_token or secrets.token_urlsafe(24)
     console.print(f"Shoal: {directory.name}, {options.expert_hosts} expert hosts, {url}")
     record = ServiceRecord(options.port, url, os.getpid(), str(directory), admin_token, options.log)
     write_record(record)

@@ -13,6 +13,9 @@ from model.tokenizer import Tokenizer
 from services.app_args import AppArgs
 
 
+SECRET = {"api_key": "--api-key or $SHOAL_API_KEY", "admin_token": "$SHOAL_ADMIN_TOKEN"}  # whose values are not printed
+
+
 class LaunchError(Exception):
     """The service cannot start; the message says why and what to do."""
 
@@ -30,6 +33,7 @@ class LaunchOptions:
     port: int = 8000
     served_name: str | None = None
     api_key: str | None = None
+    admin_token: str | None = None  # one is made up without
     max_length: int = 4096
     cache_tokens: int = 32768
     threads: int | None = None
@@ -63,10 +67,12 @@ def check(options: LaunchOptions) -> Checkpoint:
     if options.gpus:
         check_gpus(options)
     try:
-        application_args(options, "not-yet-known")
+        application_args(options, options.admin_token or "not-yet-known")
     except ValidationError as error:
         first = error.errors()[0]
         name = "--" + str(first["loc"][-1]).replace("_", "-")
+        if first["loc"][-1] in SECRET:
+            raise LaunchError(f"{SECRET[str(first['loc'][-1])]}: {first['msg'].lower()}") from error
         raise LaunchError(f"{name} {first['input']}: {first['msg'].lower()}") from error
     return checkpoint
 

@@ -27,10 +27,10 @@ from services.training.inputs import count_steps, load_data, share_data
 from services.training.outcome import STOP, begin_outcome, read_outcome, told
 from services.training.recipe import Recipe
 from services.training.result import with_yarn
+from services.training.room import lacking
 from services.training.session import (
     RAY_GONE,
     RUN_PREFIX,
-    check_room,
     check_service,
     ray_of_run,
 )  # nothing above imports ray, which this must do first
@@ -107,8 +107,10 @@ def _train_alone(recipe: Recipe, checkpoint: Checkpoint, data: TrainingData, ste
         with ray_of_run(service, on_end, on_gone, (shared, stop_file)), _signals(stop_file, console):
             if service is not None:
                 check_service(service, recipe.experts.hosts)
-            elif not on_cluster():
-                check_room(recipe)
+            if lack := lacking(recipe):
+                if not on_cluster():  # it never will be: this Ray does not grow
+                    raise ValueError(lack)
+                console.print(f"waiting for room: {lack}", soft_wrap=True)
             return fit(recipe, service_spec(recipe, checkpoint), steps, console)
     finally:
         shared.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from cluster.session import LOOPBACK, LocalCluster, keep_private  # before anyth
 from cluster.spec import CONTROLLER_NAME, namespace_of
 from services.on_cluster import on_cluster
 from services.state import ServiceRecord, read_record, running_services
-from services.training.recipe import Recipe
 
 ANSWER_S = 20.0
 FOLLOW_S = 0.25
@@ -110,28 +109,6 @@ def check_service(service: str, hosts: int) -> None:
     except (RayActorError, GetTimeoutError) as error:
         raise ServiceUnusable(f"the service {service} does not answer: {str(error).splitlines()[0]}") from error
     check_status(service, hosts, status)
-
-
-def check_room(recipe: Recipe) -> None:
-    """Whether this machine's Ray ever has what the run reserves; raises ValueError, where Ray would wait for ever."""
-    import ray
-
-    there = ray.cluster_resources()
-    workers, experts = recipe.workers, recipe.experts
-    wanted = {
-        "CPU": ("cpus", workers.least * workers.cpus + experts.hosts * experts.cpus),
-        "GPU": ("gpus", workers.least * workers.gpus + experts.hosts * experts.gpus),
-    }
-    for kind, (name, amount) in wanted.items():
-        if amount > there.get(kind, 0.0):
-            raise ValueError(
-                f"{workers.least} workers with workers.{name} {getattr(workers, name):g} and {experts.hosts} hosts "
-                f"with experts.{name} {getattr(experts, name):g} reserve {amount:g} {kind}s; this machine has "
-                f"{there.get(kind, 0.0):g}: lower one of them"
-            )
-    for name, amount in experts.resources.items():
-        if amount * experts.hosts > there.get(name, 0.0):
-            raise ValueError(f"experts.resources asks for {name}, which a private Ray does not have; leave it out")
 
 
 def check_status(service: str, hosts: int, status: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from cluster.spec import ServiceSpec
 from model.snapshots.history import snapshots
 from model.snapshots.layout import step_of
+from services.on_cluster import on_cluster
 from services.training.outcome import SNAPSHOTS, read_outcome
 from services.training.progress import follow
 from services.training.recipe import Recipe
@@ -34,10 +35,11 @@ def fit(recipe: Recipe, service: ServiceSpec, steps: int, console: Console) -> i
     from cluster.discovery import get_or_start_controller
     from cluster.threads import node_threads, thread_environment
     from services.training.ray_loop import train_worker
+    from services.training.room import most_workers
 
     controller = get_or_start_controller(service)
     workers = recipe.workers
-    most = workers.most or workers.least
+    most = (workers.most or workers.least) if on_cluster() else most_workers(recipe)
     resources = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
     trainer = TorchTrainer(
         train_worker,

@@ -1,6 +1,6 @@
 """On which node the next expert actor goes."""
 
-from cluster.nodes import Node, least_crowded
+from cluster.nodes import Node, least_crowded, with_cores
 
 
 def node(name: str, cpus: float) -> Node:
@@ -19,4 +19,5 @@ def test_nodes_that_were_given_no_cores_are_left_alone_while_others_have_some() 
     nodes = [node("head", 0), node("attention", 2)]
     assert least_crowded(nodes, {"attention": 7}) == "attention"
     assert least_crowded(nodes[:1], {"head": 7}) == "head"
+    assert [list(with_cores(some)) for some in (nodes, nodes[:1])] == [nodes[1:], nodes[:1]]
     assert least_crowded([], {}) is None

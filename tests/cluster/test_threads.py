@@ -12,7 +12,7 @@ import pytest
 import cluster.threads
 from cluster.expert_actor import ExpertActor
 from cluster.spec import ServiceSpec, WorkerSpec
-from cluster.threads import Share, host_threads, thread_environment
+from cluster.threads import Share, host_threads, node_threads, thread_environment
 from services.replicas import AttentionReplica
 
 
@@ -25,6 +25,30 @@ def test_hosts_share_the_cores_of_their_node(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     assert host_threads(hosts, nodes) == each
+
+
+@pytest.mark.parametrize(
+    ("files", "threads"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "200000 100000"}, 2),
+        ({"cpu.max": "350000 100000"}, 3),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "6400000 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+    ],
+)
+def test_a_containers_quota_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str], threads: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(cluster.threads, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert node_threads() == threads
 
 
 @pytest.mark.parametrize(("cores", "hosts"), [(8, 2), (8, 3), (5, 2), (16, 16), (64, 7)])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.cli import main
+from services.commands import again
 from services.launch_options import LaunchError, LaunchOptions, application_args, check
 from services.state import ServiceRecord, identity, read_record, remove_record, running_services, write_record
 
@@ -92,6 +93,25 @@ def test_values_out_of_range_are_refused_before_ray_starts(
 ) -> None:
     message = fails(capsys, "serve", bundled, "--port", _free(), *arguments, *detach)
     assert arguments[0].removeprefix("--").replace("-", "_") in message.replace("-", "_")
+
+
+@pytest.mark.parametrize("given", [["--api-key", "a-secret-key"], ["--api-key=a-secret-key"]])
+def test_a_key_is_not_shown_to_others_who_list_processes(given: list[str]) -> None:
+    line = ["serve", "MODEL", *given, "--detach", "--port", "8100"]
+    assert again(line) == ["serve", "MODEL", "--port", "8100"]
+
+
+def test_a_secret_that_is_too_short_is_not_printed(
+    capsys: pytest.CaptureFixture[str], bundled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = fails(capsys, "serve", bundled, "--port", _free(), "--api-key", "short")
+    assert "--api-key or $SHOAL_API_KEY" in message
+    monkeypatch.setenv("SHOAL_ADMIN_TOKEN", "brief")
+    other = fails(capsys, "serve", bundled, "--port", _free())
+    assert "$SHOAL_ADMIN_TOKEN" in other
+    assert "at least 8 characters" in message
+    assert "short" not in message
+    assert "brief" not in other
 
 
 def test_a_missing_shard_is_named(capsys: pytest.CaptureFixture[str], bundled: Path, tmp_path: Path) -> None:
