@@ -9,22 +9,30 @@ from tokenizers import processors
 
 from model.chat_template import ChatTemplate, ChatTemplateError, load_chat_template, named_token
 from model.json_file import read_object
+from model.least_tokens import longest_token
 from model.safetensors_header import CheckpointError
 
 __all__ = ["ChatTemplateError", "Detokenizer", "Tokenizer"]
 
 
 CHARACTER_BYTES = 4  # UTF-8's longest
+LONG_TEXT = 4096  # characters; those of a shorter one take a millisecond or two
+LONG_IDS = 4096
 
 
 class Tokenizer:
-    """A fast tokenizer, its special tokens and its chat template."""
+    """A fast tokenizer, its special tokens and its chat template.
+
+    What is long goes to the fast tokenizer as a batch of one: for that it lets other threads go on, an event loop's
+    among them. Its batches wait for each other, so what is short does not go with them.
+    """
 
     def __init__(self, fast: FastTokenizer, template: ChatTemplate) -> None:
         self._fast = fast
         self._template = template
         self._special = {token for token, added in fast.get_added_tokens_decoder().items() if added.special}
         self._byte_of_char = {char: byte for byte, char in enumerate(byte_alphabet())}
+        self._longest_token = longest_token(fast, byte_alphabet())  # characters
         self._alone: dict[
             int, str
         ] = {}  # of single tokens: answers with log-probabilities ask for a few again and again
@@ -52,11 +60,21 @@ class Tokenizer:
         return int(self._fast.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+        if len(text) < LONG_TEXT:
+            return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+        [encoding] = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)  # without offsets
+        return list(encoding.ids)
+
+    def least_tokens(self, text: str) -> int:
+        """As many tokens `encode` makes of it at least, told without encoding; 0 where that cannot be told."""
+        return -(-len(text) // self._longest_token) if self._longest_token else 0
 
     def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
         """Token ids, and the character of the text at which each token's own text begins."""
-        encoding = self._fast.encode(text, add_special_tokens=add_special_tokens)
+        if len(text) < LONG_TEXT:
+            encoding = self._fast.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            [encoding] = self._fast.encode_batch([text], add_special_tokens=add_special_tokens)
         offsets: list[int] = []
         covered = 0
         for begin, end in encoding.offsets:  # which may leave out spaces, and are (0, 0) for a token that was added
@@ -65,7 +83,9 @@ class Tokenizer:
         return list(encoding.ids), offsets
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        if len(ids) < LONG_IDS:
+            return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        return str(self._fast.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0])
 
     def is_special(self, token: int) -> bool:
         return token in self._special
@@ -92,11 +112,15 @@ class Tokenizer:
             return bytes(self._byte_of_char[char] for char in name)
         return self.token_text(token).encode()
 
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """A conversation's text, special tokens included; raises ChatTemplateError when the template refuses it."""
+        return self._template.render(messages, add_generation_prompt)
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of a conversation; raises ChatTemplateError when the template refuses it."""
-        return self.encode(self._template.render(messages, add_generation_prompt), add_special_tokens=False)
+        return self.encode(self.chat_text(messages, add_generation_prompt), add_special_tokens=False)
 
 
 class Detokenizer:

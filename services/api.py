@@ -14,7 +14,8 @@ from services.openai import errors
 from services.openai.chat import complete_chat, plan_chat, stream_chat
 from services.openai.completions import complete, plan_completion, stream_completion
 from services.openai.errors import ApiError, error_response
-from services.openai.params import chat_prompt, check_model, check_token_ids
+from services.openai.large_json import LargeResponse
+from services.openai.params import chat_text, check_model, check_token_ids
 from services.openai.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from services.openai.sse import ClientGone, stream, unless_gone
 from services.openapi import BODY, STREAM, refusals
@@ -57,8 +58,7 @@ def create_app(
 
 
 async def _written(answer: dict[str, Any]) -> Response:
-    """As JSON, which is megabytes where log-probabilities were asked for, beside what other streams are told."""
-    return await asyncio.to_thread(JSONResponse, answer)
+    return await asyncio.to_thread(LargeResponse, answer)
 
 
 def _add_small_routes(app: FastAPI, backend: Backend) -> None:
@@ -81,14 +81,15 @@ def _add_small_routes(app: FastAPI, backend: Backend) -> None:
         check_model(model_id, backend.model)
         return card()
 
-    @app.post("/tokenize", responses=refusals(*BODY, 401, 404))
-    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    @app.post("/tokenize", response_model=dict[str, Any], responses=refusals(*BODY, 401, 404))
+    def tokenize(body: TokenizeRequest) -> Response:
         check_model(body.model, backend.model)
         tokenizer = backend.model.tokenizer
         if body.messages is not None:
-            tokens = chat_prompt(body.messages, backend.model, body.add_generation_prompt)
+            text, special = chat_text(body.messages, backend.model, body.add_generation_prompt), False
         else:
-            tokens = tokenizer.encode(body.prompt or "", body.add_special_tokens)
+            text, special = body.prompt or "", body.add_special_tokens
+        tokens = tokenizer.encode(text, special)
         answer: dict[str, Any] = {
             "count": len(tokens),
             "max_model_len": backend.model.max_length,
@@ -96,7 +97,7 @@ def _add_small_routes(app: FastAPI, backend: Backend) -> None:
         }
         if body.return_token_strs:
             answer["token_strs"] = [tokenizer.token_text(token) for token in tokens]
-        return answer
+        return LargeResponse(answer)
 
     @app.post("/detokenize", responses=refusals(*BODY, 401, 404))
     def detokenize(body: DetokenizeRequest) -> dict[str, Any]:

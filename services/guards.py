@@ -1,4 +1,4 @@
-"""What a request meets before any route: the keys that open a path, and the cap on bodies.
+"""What a request meets before any route: the keys that open a path, and the caps on bodies.
 
 Plain ASGI: a middleware that is a function of request and response would pass every event of a stream through two
 tasks more.
@@ -6,6 +6,7 @@ tasks more.
 
 import contextlib
 import hmac
+import re
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers
@@ -15,6 +16,10 @@ from services.metrics import METRICS_PATH
 from services.openai.errors import ApiError, error_response
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
+MAX_COMMAS = (1 << 20) + (1 << 16)  # the longest list of token ids, and what is sent with it
+MAX_SIGNS = 1 << 17  # 4096 messages of one part each have a third
+LONG_NUMBER = 256  # digits; to read a longer one takes time by their square
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)  # of JSON
 OPEN_PATHS = ("/health",)
 ADMIN_PREFIX = "/admin/"
 
@@ -57,36 +62,85 @@ class KeyGuard:
         return (self._api_key,)
 
 
-class BodyCap:
-    """Refuses a body over the cap while it is read, whatever its Content-Length said."""
+class JsonCount:
+    """Counts what a JSON text is made of, outside of its strings, as the text comes.
 
-    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> None:
+    The event loop waits while JSON is read, longer for many values than for long ones. `commas` stand between values;
+    `signs` are brackets, colons, points, the letters of words, and most of the digits of long numbers.
+    """
+
+    def __init__(self) -> None:
+        self.commas = 0
+        self.signs = 0
+        self._before = b""  # what the next part goes on with: a string, and perhaps an escape in it
+
+    def add(self, part: bytes) -> None:
+        text = self._before + part
+        cut = (len(text) - len(text.rstrip(b"\\"))) % 2  # an escape whose character is still to come
+        plain = STRING.sub(b"", text[: len(text) - cut] + b'"')  # which ends a string, or begins one and stays
+        within = not plain.endswith(b'"')
+        self._before = b'"' * within + b"\\" * cut
+        blocks = (plain[at : at + LONG_NUMBER] for at in range(0, len(plain) - LONG_NUMBER, LONG_NUMBER))
+        self.commas += plain.count(b",")
+        self.signs += len(plain.translate(None, b"0123456789,- \t\r\n")) - (not within)
+        self.signs += LONG_NUMBER * sum(block.isdigit() for block in blocks)
+
+
+class BodyCap:
+    """Refuses a body over the caps while it is read, whatever its Content-Length said."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int = MAX_BODY_BYTES,
+        max_commas: int = MAX_COMMAS,
+        max_signs: int = MAX_SIGNS,
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_commas = max_commas
+        self._max_signs = max_signs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         seen = 0
-        too_large = ApiError(f"the body is over {self._max_bytes} bytes; send less at once", 413, code="body_too_large")
+        made_of = JsonCount()
+        refusal: ApiError | None = None
 
         async def counted() -> Message:
-            nonlocal seen
+            nonlocal seen, refusal
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._max_bytes:
-                raise too_large
+            body = message.get("body", b"")
+            seen += len(body)
+            if len(body) < seen or message.get("more_body", False) or seen > self._max_signs:
+                made_of.add(body)
+            refusal = refusal or self._refusal(seen, made_of)
+            if refusal is not None:
+                raise refusal
             return message
 
-        async def unless_too_large(message: Message) -> None:
-            if seen <= self._max_bytes:  # else the application answers that it could not read the body
+        async def unless_refused(message: Message) -> None:
+            if refusal is None:  # else the application answers that it could not read the body
                 await send(message)
 
         with contextlib.suppress(ApiError):
-            await self._app(scope, counted, unless_too_large)
+            await self._app(scope, counted, unless_refused)
+        if refusal is not None:
+            await error_response(refusal)(scope, receive, send)
+
+    def _refusal(self, seen: int, made_of: JsonCount) -> ApiError | None:
         if seen > self._max_bytes:
-            await error_response(too_large)(scope, receive, send)
+            fault = f"is over {self._max_bytes} bytes"
+        elif made_of.commas > self._max_commas:
+            fault = f"has over {self._max_commas} commas outside its strings"
+        elif made_of.signs > self._max_signs:
+            named = "brackets, colons, points, letters and digits of long numbers"
+            fault = f"has over {self._max_signs} {named} outside its strings"
+        else:
+            return None
+        return ApiError(f"the body {fault}; send less at once", 413, code="body_too_large")
 
 
 def _route_path(scope: Mapping[str, object]) -> str:

@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -12,13 +13,15 @@ from services.backend import Backend
 from services.openai.choice import ChoicePiece, Plan, collect, run_choices, usage
 from services.openai.params import (
     chat_max_tokens,
-    chat_prompt,
+    chat_text,
     check_choices,
     check_model,
     check_prompt,
+    encode_fitting,
     sampling_params,
 )
 from services.openai.schema import ChatRequest
+from services.openai.sse import Event, event_of
 from services.openai.text import ShownToken
 
 
@@ -27,7 +30,8 @@ def plan_chat(request: ChatRequest, backend: Backend) -> Plan:
     model = backend.model
     check_model(request.model, model)
     check_choices(request.n or 1, backend.most_in_flight)
-    prompt = chat_prompt(request.messages, model, request.add_generation_prompt)
+    text = chat_text(request.messages, model, request.add_generation_prompt)
+    prompt = encode_fitting(text, model, add_special_tokens=False)  # the template writes them
     max_tokens = check_prompt(prompt, model, chat_max_tokens(request), None)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     params = sampling_params(request, model, max_tokens, logprobs, None)
@@ -37,7 +41,7 @@ def plan_chat(request: ChatRequest, backend: Backend) -> Plan:
 async def complete_chat(plan: Plan, backend: Backend) -> dict[str, Any]:
     """The whole answer at once."""
     choices = await collect(backend, plan)
-    return await asyncio.to_thread(_whole, plan, backend, choices)  # log-probabilities of long answers take a while
+    return await asyncio.to_thread(_whole, plan, backend, choices)  # thousands of tokens take a while
 
 
 def _whole(plan: Plan, backend: Backend, choices: list[list[ChoicePiece]]) -> dict[str, Any]:
@@ -64,12 +68,17 @@ def _whole(plan: Plan, backend: Backend, choices: list[list[ChoicePiece]]) -> di
     }
 
 
-async def stream_chat(plan: Plan, backend: Backend) -> AsyncGenerator[dict[str, Any], None]:
+async def stream_chat(plan: Plan, backend: Backend) -> AsyncGenerator[Event, None]:
     """Chunks of the answer as they come; the first event waits for the first piece."""
     head = _head("chat.completion.chunk", backend)
     tokenizer = backend.model.tokenizer
     generated, cached = [0] * plan.choices, [0] * plan.choices
     opened: set[int] = set()
+
+    def content(piece: ChoicePiece) -> dict[str, Any]:
+        logprobs = _logprobs(piece.tokens, tokenizer, plan)
+        return head | {"choices": [_chunk(piece.index, {"content": piece.text}, logprobs)]}
+
     async with aclosing(run_choices(backend, plan)) as pieces:
         async for piece in pieces:
             generated[piece.index], cached[piece.index] = piece.completion_tokens, piece.cached_tokens
@@ -77,8 +86,7 @@ async def stream_chat(plan: Plan, backend: Backend) -> AsyncGenerator[dict[str, 
                 opened.add(piece.index)
                 yield head | {"choices": [_chunk(piece.index, {"role": "assistant", "content": ""})]}
             if piece.text or piece.tokens:
-                logprobs = _logprobs(list(piece.tokens), tokenizer, plan)
-                yield head | {"choices": [_chunk(piece.index, {"content": piece.text}, logprobs)]}
+                yield await event_of(len(piece.tokens), partial(content, piece))
             if piece.finish_reason is not None:
                 yield head | {"choices": [_chunk(piece.index, {}, None, piece.finish_reason)]}
     if plan.body.include_usage:
@@ -101,7 +109,8 @@ def _chunk(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _logprobs(tokens: list[ShownToken], tokenizer: Tokenizer, plan: Plan) -> dict[str, Any] | None:
+def _logprobs(tokens: Sequence[ShownToken], tokenizer: Tokenizer, plan: Plan) -> dict[str, Any] | None:
+    """As they are answered, the list of them as an iterator."""
     if plan.params[0].logprobs is None:
         return None
 
@@ -113,11 +122,11 @@ def _logprobs(tokens: list[ShownToken], tokenizer: Tokenizer, plan: Plan) -> dic
         }
 
     return {
-        "content": [
+        "content": (
             entry(token.token_id, token.logprob.logprob)
             | {"top_logprobs": [entry(other, value) for other, value in token.logprob.top]}
             for token in tokens
             if token.logprob is not None
-        ],
+        ),
         "refusal": None,
     }

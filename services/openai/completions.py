@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -23,6 +24,7 @@ from services.openai.params import (
     sampling_params,
 )
 from services.openai.schema import CompletionRequest
+from services.openai.sse import Event, event_of
 from services.openai.text import ShownToken
 
 
@@ -31,8 +33,8 @@ def plan_completion(request: CompletionRequest, backend: Backend) -> Plan:
     model = backend.model
     check_model(request.model, model)
     given = given_prompts(request)
+    check_choices(len(given) * (request.n or 1), backend.most_in_flight)
     prompts = [prompt_tokens(one, request, model) for one in given]
-    check_choices(len(prompts) * (request.n or 1), backend.most_in_flight)
     budgets = [check_prompt(prompt, model, request.max_tokens, COMPLETION_MAX_TOKENS) for prompt in prompts]
     scored = request.logprobs if request.echo else None
     params = [sampling_params(request, model, budget, request.logprobs, scored) for budget in budgets]
@@ -43,9 +45,7 @@ def plan_completion(request: CompletionRequest, backend: Backend) -> Plan:
 async def complete(plan: Plan, request: CompletionRequest, backend: Backend) -> dict[str, Any]:
     """All choices of all prompts at once."""
     choices = await collect(backend, plan)
-    return await asyncio.to_thread(
-        _whole, plan, request, backend, choices
-    )  # thousands of log-probabilities take a while
+    return await asyncio.to_thread(_whole, plan, request, backend, choices)  # thousands of tokens take a while
 
 
 def _whole(
@@ -68,15 +68,23 @@ def _whole(
     return _head(backend) | {"choices": bodies, "usage": usage(plan, generated, cached)}
 
 
-async def stream_completion(
-    plan: Plan, request: CompletionRequest, backend: Backend
-) -> AsyncGenerator[dict[str, Any], None]:
+async def stream_completion(plan: Plan, request: CompletionRequest, backend: Backend) -> AsyncGenerator[Event, None]:
     """Chunks as they come; with echo, a choice's first chunk is its prompt."""
     head = _head(backend)
     tokenizer = backend.model.tokenizer
     generated, cached = [0] * plan.choices, [0] * plan.choices
     scores: list[list[ChoicePiece]] = [[] for _ in range(plan.choices)]
     prompts: dict[int, Echo] = {}
+
+    def chunk(piece: ChoicePiece) -> dict[str, Any]:
+        shift = len(prompts[piece.index].text) if piece.index in prompts else 0
+        logprobs = _logprobs(Echo(), piece.tokens, tokenizer, request.logprobs, shift)
+        return head | {"choices": [_choice(piece.index, piece.text, logprobs, piece.finish_reason)]}
+
+    def echoed(index: int) -> dict[str, Any]:
+        logprobs = _logprobs(prompts[index], (), tokenizer, request.logprobs)
+        return head | {"choices": [_choice(index, prompts[index].text, logprobs, None)]}
+
     async with aclosing(run_choices(backend, plan)) as pieces:
         async for piece in pieces:
             index = piece.index
@@ -86,12 +94,9 @@ async def stream_completion(
             if not (piece.text or piece.tokens or piece.finish_reason):
                 continue
             if request.echo and index not in prompts:
-                prompts[index] = echo = _echo(plan, index, scores[index])
-                logprobs = await asyncio.to_thread(_logprobs, echo, (), tokenizer, request.logprobs)
-                yield head | {"choices": [_choice(index, echo.text, logprobs, None)]}
-            shift = len(prompts[index].text) if index in prompts else 0
-            logprobs = _logprobs(Echo(), piece.tokens, tokenizer, request.logprobs, shift)
-            yield head | {"choices": [_choice(index, piece.text, logprobs, piece.finish_reason)]}
+                prompts[index] = _echo(plan, index, scores[index])
+                yield await event_of(len(prompts[index].tokens), partial(echoed, index))
+            yield await event_of(len(piece.tokens), partial(chunk, piece))
     if plan.body.include_usage:
         yield head | {"choices": [], "usage": usage(plan, generated, cached)}
 
@@ -110,6 +115,7 @@ def _echo(plan: Plan, index: int, pieces: Sequence[ChoicePiece]) -> Echo:
 def _logprobs(
     echo: Echo, tokens: Sequence[ShownToken], tokenizer: Tokenizer, wanted: int | None, shift: int = 0
 ) -> dict[str, Any] | None:
+    """As they are answered, the lists of them as iterators."""
     if wanted is None:
         return None
     shift = shift or len(echo.text)
@@ -118,10 +124,10 @@ def _logprobs(
         *((token.token_id, token.offset + shift, token.logprob) for token in tokens),
     ]
     return {
-        "tokens": [tokenizer.token_text(token) for token, _, _ in entries],
-        "token_logprobs": [None if score is None else score.logprob for _, _, score in entries],
-        "top_logprobs": [None if score is None else _top(score, tokenizer) for _, _, score in entries],
-        "text_offset": [offset for _, offset, _ in entries],
+        "tokens": (tokenizer.token_text(token) for token, _, _ in entries),
+        "token_logprobs": (None if score is None else score.logprob for _, _, score in entries),
+        "top_logprobs": (None if score is None else _top(score, tokenizer) for _, _, score in entries),
+        "text_offset": (offset for _, offset, _ in entries),
     }
 
 

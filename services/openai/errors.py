@@ -1,6 +1,7 @@
 """Every error in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -93,7 +94,7 @@ def _from_validation(error: RequestValidationError) -> ApiError:
             "send the body as JSON, with Content-Type: application/json", 415, code="unsupported_media_type"
         )
     if first["type"] == "extra_forbidden":
-        param = ".".join([*_path(first["loc"][:-1]), str(first["loc"][-1])])  # its name may be anything
+        param = ".".join([*_path(first["loc"][:-1]), str(first["loc"][-1])[:100]])  # its name may be anything
         return ApiError(f"unknown parameter {param!r}: remove it", param=param, code="unknown_parameter")
     if first["type"] == UNSUPPORTED:
         return ApiError(f"{param} {first['msg']}", param=param, code=UNSUPPORTED)
@@ -104,7 +105,18 @@ def _from_validation(error: RequestValidationError) -> ApiError:
 
 def _shown(value: object) -> str:
     """The beginning of what was given, which may be millions of numbers long."""
-    return repr(value[:100] if isinstance(value, (str, list)) else value)[:100]
+    return repr(_beginning(value, 3))[:100]
+
+
+def _beginning(value: object, depth: int) -> object:
+    """A few of what a value holds, `depth` deep, which is all that a hundred characters can show."""
+    if isinstance(value, str):
+        return value[:100]
+    if isinstance(value, list):
+        return [_beginning(item, depth - 1) for item in value[:20]] if depth else []
+    if isinstance(value, dict):
+        return {key[:100]: _beginning(item, depth - 1) for key, item in islice(value.items(), 10)} if depth else {}
+    return value
 
 
 def _plainest(found: Sequence[Any]) -> Any:

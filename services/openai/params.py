@@ -32,11 +32,11 @@ def check_choices(choices: int, most: int) -> None:
         )
 
 
-def chat_prompt(messages: list[Message], model: ServedModel, add_generation_prompt: bool) -> list[int]:
-    """Token ids of a conversation; a refusal by the template is the request's fault."""
+def chat_text(messages: list[Message], model: ServedModel, add_generation_prompt: bool) -> str:
+    """A conversation as the template writes it, special tokens included; its refusal is the request's fault."""
     plain = [{"role": message.role.replace("developer", "system"), "content": message.text} for message in messages]
     try:
-        return model.tokenizer.apply_chat_template(plain, add_generation_prompt)
+        return model.tokenizer.chat_text(plain, add_generation_prompt)
     except ChatTemplateError as error:
         raise ApiError(str(error), param="messages", code="invalid_messages") from error
 
@@ -51,7 +51,19 @@ def given_prompts(request: CompletionRequest) -> list[str | list[int]]:
 
 
 def prompt_tokens(given: str | list[int], request: CompletionRequest, model: ServedModel) -> list[int]:
-    return model.tokenizer.encode(given, request.add_special_tokens) if isinstance(given, str) else given
+    return encode_fitting(given, model, request.add_special_tokens) if isinstance(given, str) else given
+
+
+def encode_fitting(text: str, model: ServedModel, add_special_tokens: bool) -> list[int]:
+    """Token ids; raises ApiError without making them where the text is too long for the context, whatever they are."""
+    least = model.tokenizer.least_tokens(text)
+    if least > model.max_length:
+        raise ApiError(
+            f"the context is {model.max_length} tokens; the prompt has {least} or more: shorten it",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    return model.tokenizer.encode(text, add_special_tokens)
 
 
 def check_prompt(tokens: list[int], model: ServedModel, max_tokens: int | None, default: int | None) -> int:
@@ -89,7 +101,7 @@ def sampling_params(
     for key, value in (request.logit_bias or {}).items():
         if not (TOKEN_ID.fullmatch(key) and int(key) < model.vocab_size):
             raise ApiError(
-                f"logit_bias names token {key!r}; expected an id below {model.vocab_size}",
+                f"logit_bias names token {key[:100]!r}; expected an id below {model.vocab_size}",
                 param="logit_bias",
                 code="invalid_value",
             )

@@ -1,11 +1,14 @@
-"""Request bodies of the OpenAI routes: strict types, caps on everything, unknown fields refused by name."""
+"""Request bodies of the OpenAI routes: strict types, caps on everything, unknown fields refused by name.
+
+A list is read up to its first fault: an error for each of a hundred thousand items takes the event loop seconds.
+"""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from services.openai.hints import ChatHints, Hints, StreamOptions
-from services.openai.strict import Absent, EmptyList, EmptyText, Strict, lacks
+from services.openai.strict import Absent, EmptyList, EmptyText, Strict, at_most, lacks
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 64
@@ -21,7 +24,9 @@ Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_TOKENS)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+ModelId = Annotated[str, Field(max_length=1024)]
 
 
 class TextFormat(Strict):
@@ -31,7 +36,7 @@ class TextFormat(Strict):
 class Sampling(Hints):
     """Fields that both kinds of completion share. Absent sampling fields take the checkpoint's own defaults."""
 
-    model: Annotated[str, Field(max_length=1024)]
+    model: ModelId
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
@@ -44,12 +49,10 @@ class Sampling(Hints):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASED)] | None = (
-        None
-    )
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASED), at_most(MAX_BIASED)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: Stop | Stops | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=256)] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -81,7 +84,7 @@ class Message(Strict):
         Literal["system", "developer", "user", "assistant"],
         lacks("tool", "function", instead="these models call no tools; send 'system', 'user' or 'assistant'"),
     ]
-    content: Text | Annotated[list[TextPart], Field(max_length=1024)]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=1024)]
     type: Literal["text"] | None = None  # lm-eval puts it here
     name: Annotated[str, Field(max_length=256)] | None = None
     # An answer has these, and clients send it back as it came; empty, they say nothing.
@@ -96,10 +99,13 @@ class Message(Strict):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
+
+
 class ChatRequest(Sampling, ChatHints):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -154,9 +160,9 @@ class CompletionRequest(Sampling):
 class TokenizeRequest(Strict):
     """POST /tokenize: a prompt, or messages rendered by the chat template."""
 
-    model: str | None = None
+    model: ModelId | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -171,5 +177,5 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     """POST /detokenize"""
 
-    model: str | None = None
+    model: ModelId | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_TOKENS)]

@@ -1,8 +1,7 @@
 """Server-sent events, and work that ends when its client goes away."""
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -11,7 +10,9 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from services.openai.errors import as_api_error, error_body
+from services.openai.large_json import EVENT, json_parts
 
+Event = dict[str, Any] | bytes  # its data, or all of it as it is sent
 T = TypeVar("T")
 
 
@@ -19,16 +20,30 @@ class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
-LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+LINE_ENDS = {char: f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+MANY_TOKENS = 16  # log-probabilities of so many take a few milliseconds to write
 
 
 def event(data: dict[str, Any] | str) -> str:
     """One event. What Unicode knows as line ends is escaped: many clients split the stream there, httpx among them."""
-    if not isinstance(data, str):
-        data = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-        if not data.isascii():  # a look at each character costs more than all else here
-            data = data.translate(LINE_ENDS)
-    return f"data: {data}\n\n"
+    return f"data: {data if isinstance(data, str) else _one_line(EVENT.encode(data))}\n\n"
+
+
+async def event_of(tokens: int, make: Callable[[], dict[str, Any]]) -> Event:
+    """What `make` makes of so many tokens; of many, it makes it beside the event loop, and it is written there."""
+    return make() if tokens <= MANY_TOKENS else await asyncio.to_thread(lambda: _large_event(make()))
+
+
+def _large_event(data: dict[str, Any]) -> bytes:
+    """The bytes of `event`."""
+    return b"".join([b"data: ", *(_one_line(part).encode() for part in json_parts(data, EVENT)), b"\n\n"])
+
+
+def _one_line(text: str) -> str:
+    for char, escape in LINE_ENDS.items():
+        if char in text:
+            text = text.replace(char, escape)
+    return text
 
 
 class _EventStream(StreamingResponse):
@@ -38,7 +53,7 @@ class _EventStream(StreamingResponse):
     until the garbage collector comes by.
     """
 
-    def __init__(self, body: AsyncGenerator[str, None], events: AsyncGenerator[dict[str, Any], None]) -> None:
+    def __init__(self, body: AsyncGenerator[str | bytes, None], events: AsyncGenerator[Event, None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(body, media_type="text/event-stream", headers=headers)
         self._body = body
@@ -49,15 +64,15 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def stream(events: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:
+async def stream(events: AsyncGenerator[Event, None]) -> StreamingResponse:
     """A streaming response. What fails before the first event is raised, to be answered with its own status."""
     first = await anext(events)
 
-    async def body() -> AsyncGenerator[str, None]:
-        yield event(first)
+    async def body() -> AsyncGenerator[str | bytes, None]:
+        yield _sent(first)
         try:
             async for item in events:
-                yield event(item)
+                yield _sent(item)
         except Exception as error:  # noqa: BLE001  the status line is gone: say it in the stream
             known = as_api_error(error)
             yield event(error_body(known.message, known.status, known.param, known.code))
@@ -65,6 +80,10 @@ async def stream(events: AsyncGenerator[dict[str, Any], None]) -> StreamingRespo
         yield event("[DONE]")
 
     return _EventStream(body(), events)
+
+
+def _sent(item: Event) -> str | bytes:
+    return item if isinstance(item, bytes) else event(item)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

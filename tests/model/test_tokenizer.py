@@ -12,7 +12,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model.checkpoint import CheckpointError
-from model.tokenizer import Detokenizer, Tokenizer
+from model.tokenizer import LONG_IDS, LONG_TEXT, Detokenizer, Tokenizer
 
 TEXTS = [
     "",
@@ -72,6 +72,47 @@ def test_ids_of_any_text_are_transformers(ours: Tokenizer, theirs: PreTrainedTok
 @given(text=st.text())
 def test_bytes_of_tokens_joined_are_the_text(ours: Tokenizer, text: str) -> None:
     assert b"".join(ours.token_bytes(token) for token in ours.encode(text)) == text.encode()
+
+
+LONG = [*TEXTS, "the whale <bos>swims — 東京 🐟 " * 400]
+
+
+@pytest.mark.parametrize("text", LONG)
+@pytest.mark.parametrize("special", [True, False])
+def test_long_texts_have_the_ids_offsets_and_words_of_short_ones(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, text: str, special: bool
+) -> None:
+    """They go to the fast tokenizer another way, also where tokens are added to them."""
+    configure(copy, add_bos_token=True, add_eos_token=True)
+    tokenizer = Tokenizer.load(copy)
+    found = []
+    for longest in (0, 1 << 30):
+        monkeypatch.setattr("model.tokenizer.LONG_TEXT", longest)
+        monkeypatch.setattr("model.tokenizer.LONG_IDS", longest)
+        ids = tokenizer.encode(text, special)
+        words = [tokenizer.decode(ids, skip) for skip in (True, False)]
+        found.append((ids, tokenizer.encode_with_offsets(text, special), words))
+    assert found[0] == found[1]
+    assert (found[0][0][-1:] == [1]) is special
+
+
+def test_what_is_long_keeps_no_thread_waiting(ours: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast tokenizer lets other threads go on during its batches alone."""
+
+    class Watched:
+        """A fast tokenizer that takes nothing long in its other methods."""
+
+        def __init__(self, fast: FastTokenizer) -> None:
+            self.encode_batch, self.encode_batch_fast = fast.encode_batch, fast.encode_batch_fast
+            self.decode_batch = fast.decode_batch
+
+    text = "the whale swims " * 1000
+    ids, offsets = ours.encode_with_offsets(text)
+    assert min(len(text), len(ids)) > max(LONG_TEXT, LONG_IDS)
+    monkeypatch.setattr(ours, "_fast", Watched(ours._fast))
+    assert (ours.encode(text), ours.encode_with_offsets(text), ours.decode(ids)) == (ids, (ids, offsets), text)
+    with pytest.raises(AttributeError):
+        ours.encode("short")
 
 
 def test_special_tokens_are_known_by_name(ours: Tokenizer) -> None:

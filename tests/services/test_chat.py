@@ -1,12 +1,14 @@
 """/v1/chat/completions, whole and streamed, as the openai client sees it."""
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 
 from model.tokenizer import Tokenizer
+from services.openai.sse import MANY_TOKENS
 from tests.services.conftest import SAID
 from tests.services.script import MODEL, Script, chat_body, openai_client, post
 
@@ -130,6 +132,27 @@ def test_logprobs_name_every_token(app: FastAPI, script: Script) -> None:
     assert all(len(entry.top_logprobs) == 2 for entry in content)
     streamed = [chunk.choices[0].logprobs for chunk in listen(app, logprobs=True)]
     assert sum(len(part.content) for part in streamed if part) == len(script.answer)
+
+
+def test_many_tokens_without_text_are_told_at_the_end(
+    app: FastAPI, script: Script, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once: they are written beside the event loop."""
+    text_of, threads = tokenizer.token_text, set[int]()
+
+    def watched(token: int) -> str:
+        threads.add(threading.get_ident())
+        return text_of(token)
+
+    monkeypatch.setattr(tokenizer, "token_text", watched)
+    script.answer = [0] * 40
+    assert len(script.answer) > MANY_TOKENS
+    whole = ask(app, logprobs=True, top_logprobs=1).choices[0].logprobs.content
+    streamed = [chunk.choices[0].logprobs for chunk in listen(app, logprobs=True, top_logprobs=1)]
+    assert [len(part.content) for part in streamed if part] == [40]
+    assert next(part.content for part in streamed if part) == whole
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 def test_sampling_fields_reach_the_engine_and_defaults_are_the_checkpoints(app: FastAPI, script: Script) -> None:

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 
 from model.tokenizer import Tokenizer
+from services.openai.sse import MANY_TOKENS
 from tests.services.conftest import SAID
 from tests.services.script import MODEL, Script, openai_client, post
 from tests.words import BOS, EOS
@@ -105,6 +107,31 @@ def test_echo_with_logprobs_scores_the_prompt(app: FastAPI, script: Script, toke
         assert logprobs["tokens"][:2] == [" the", " fish"]
         assert logprobs["text_offset"][:4] == [0, 4, 9, 13]
         assert len(logprobs["tokens"]) == len(tokens)
+
+
+def test_a_long_prompts_echo_is_streamed_as_it_is_answered(
+    app: FastAPI, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written beside the event loop."""
+    text_of, beside = tokenizer.token_text, list[str]()
+
+    def watched(token: int) -> str:
+        if threading.current_thread() is not threading.main_thread():
+            beside.append(text_of(token))
+        return text_of(token)
+
+    monkeypatch.setattr(tokenizer, "token_text", watched)
+    prompt = [0, *tokenizer.encode(" the fish — swim\x85far" * 5)]
+    assert len(prompt) > MANY_TOKENS
+    fields: Any = {"prompt": [prompt, [5]], "echo": True, "logprobs": 2}
+    whole = [choice.model_dump() for choice in ask(app, **fields).choices]
+    beside.clear()
+    chunks = stream(app, **fields)
+    assert beside[: len(prompt)] == list(map(text_of, prompt))
+    for index, choice in enumerate(whole):
+        own = [chunk for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert joined(own) == choice["logprobs"]
+        assert "".join(chunk["choices"][0]["text"] for chunk in own) == choice["text"]
 
 
 def joined(chunks: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -7,9 +7,10 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from services.openai.schema import CompletionRequest
+from model.tokenizer import Tokenizer
+from services.openai.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from tests.services.conftest import SAID
 from tests.services.script import MAX_LENGTH, MODEL, Script, call, chat_body, make_app, post
 
@@ -160,8 +161,8 @@ def test_a_suffix_is_said_not_to_be_supported(app: FastAPI) -> None:
         (b'{"model": "\xff\xfe"}', ""),
         (b'{"model": "scripted", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}', ""),
         (b'{"model": "scripted", "messages": [{"role": "user", "content": "a"}], "temperature": Infinity}', ""),
-        (b"[" * 100_000 + b"]" * 100_000, ""),
-        (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, ""),
+        (b"[" * 50_000 + b"]" * 50_000, ""),
+        (b'{"a":' * 25_000 + b"1" + b"}" * 25_000, ""),
         (b'{"model": "scripted", "max_tokens": 1' + b"0" * 5000 + b"}", ""),
     ],
     ids=["cut", "empty", "list", "string", "null", "utf-8", "nan", "infinity", "deep list", "deep", "long number"],
@@ -179,12 +180,103 @@ def test_a_body_that_does_not_say_it_is_json_is_told_how(app: FastAPI, kind: str
     assert_error(answer, 415, "Content-Type: application/json")
 
 
-@pytest.mark.parametrize("prompt", [[1.5] * 5000, [[1.5] * 5000] * 64, [None] * 5000, [["a"]] * 64])
+@pytest.mark.parametrize("prompt", [[1.5] * 5000, [[1.5] * 2000] * 64, [None] * 5000, [["a"]] * 64])
 def test_a_long_wrong_prompt_is_not_faulted_item_by_item(app: FastAPI, prompt: list[object]) -> None:
     with pytest.raises(ValidationError) as refused:
         CompletionRequest.model_validate({"model": MODEL, "prompt": prompt})
     assert refused.value.error_count() < 10
     assert len(assert_error(post(app, TEXT, {"prompt": prompt}), 400, "prompt")["message"]) < 300
+
+
+PARTS = [{"role": "user", "content": [{}] * 300}] * 100
+KEYS = {f"x{n}": 1 for n in range(5000)}
+SAYS = {"role": "user", "content": "hi"}
+FAULTS: list[tuple[type[BaseModel], dict[str, Any], int, str]] = [
+    (ChatRequest, {"messages": PARTS}, 3, "messages.0.content.0.type"),
+    (ChatRequest, {"messages": [{}] * 4096}, 2, "messages.0.role"),
+    (ChatRequest, {"messages": [SAYS, *[5] * 1000]}, 1, "messages.1"),
+    (ChatRequest, {"messages": [SAYS]} | KEYS, 1, "'x0'"),
+    (ChatRequest, {"messages": [SAYS | KEYS] * 9}, 1, "'messages.0.x0'"),
+    (ChatRequest, {"messages": [SAYS | {"content": [{"type": "text", "text": "a"} | KEYS] * 9}]}, 2, "0.x0'"),
+    (ChatRequest, {"messages": [SAYS], "stream": True, "stream_options": KEYS}, 1, "'stream_options.x0'"),
+    (ChatRequest, {"messages": [SAYS], "response_format": {"type": "text"} | KEYS}, 1, "'response_format.x0'"),
+    (ChatRequest, {"messages": [SAYS], "prompt_cache_options": KEYS}, 1, "'prompt_cache_options.x0'"),
+    (ChatRequest, {"messages": [SAYS], "logit_bias": {str(n): "x" for n in range(5000)}}, 1, "1024 items"),
+    (ChatRequest, {"messages": [SAYS], "stop": [""] * 5000}, 2, "stop.0"),
+    (ChatRequest, {"messages": [SAYS], "stop_token_ids": [-1] * 5000}, 1, "stop_token_ids.0"),
+    (CompletionRequest, {"prompt": [""] * 5000, "stop": [5] * 5000}, 9, "stop"),
+    (CompletionRequest, {"prompt": [[]] * 5000}, 9, "prompt"),
+    (TokenizeRequest, {"messages": PARTS}, 3, "messages.0.content.0.type"),
+    (TokenizeRequest, {"prompt": "a"} | KEYS, 1, "'x0'"),
+    (DetokenizeRequest, {"tokens": [-1] * 5000}, 1, "tokens.0"),
+    (DetokenizeRequest, {"tokens": [1]} | KEYS, 1, "'x0'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields", "most", "named"), FAULTS, ids=[named for _, _, _, named in FAULTS])
+def test_one_fault_of_thousands_is_looked_into(
+    app: FastAPI, kind: type[BaseModel], fields: dict[str, Any], most: int, named: str
+) -> None:
+    """Each is an error of its own, made on the event loop: seconds, and gigabytes, for some hundred thousand."""
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate({"model": MODEL} | fields)
+    assert refused.value.error_count() <= most
+    path = {ChatRequest: CHAT, CompletionRequest: TEXT, TokenizeRequest: "/tokenize"}.get(kind, "/detokenize")
+    assert_error(post(app, path, fields), 400, named)
+
+
+def test_of_many_keys_the_first_unknown_one_is_named_and_known_ones_are_looked_at(app: FastAPI) -> None:
+    body = chat_body(**{f"x{n}": 1 for n in range(1000, 0, -1)})
+    error = assert_error(post(app, CHAT, body), 400, "unknown parameter 'x1000'", "x1000")
+    assert error["code"] == "unknown_parameter"
+    assert_error(post(app, CHAT, body | {"temperature": 3}), 400, "temperature: Input should be less", "temperature")
+    assert_error(post(app, CHAT, body | {"tools": [TOOL]}), 400, "tools is not supported", "tools")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(CHAT, chat_body(messages=[SAYS | {"content": "x" * 100_000}])), (TEXT, {"prompt": ["a", "x" * 100_000]})],
+)
+def test_text_that_cannot_fit_is_refused_without_being_tokenised(
+    app: FastAPI, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    encode = tokenizer.encode
+
+    def short(text: str, add_special_tokens: bool = True) -> list[int]:
+        assert len(text) < 100_000
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "encode", short)
+    error = assert_error(post(app, path, body), 400, f"the context is {MAX_LENGTH} tokens", "prompt")
+    assert error["code"] == "context_length_exceeded"
+    assert "or more: shorten it" in error["message"]
+
+
+def test_text_that_fits_to_the_last_token_is_answered(app: FastAPI, tokenizer: Tokenizer) -> None:
+    longest = max((tokenizer.token_text(token) for token in range(tokenizer.vocab_size)), key=len)
+    text = longest * MAX_LENGTH
+    assert tokenizer.least_tokens(text) == len(tokenizer.encode(text)) == MAX_LENGTH
+    assert post(app, TEXT, {"prompt": text, "echo": True, "max_tokens": 0, "logprobs": 0}).status_code == 200
+    assert_error(
+        post(app, TEXT, {"prompt": text + "a", "echo": True, "max_tokens": 0, "logprobs": 0}), 400, "the context is"
+    )
+
+
+def test_more_answers_than_there_is_room_for_are_refused_before_a_prompt_is_tokenised(
+    app: FastAPI, script: Script, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.most_in_flight = 5
+    monkeypatch.setattr(tokenizer, "encode", None)
+    assert_error(post(app, TEXT, {"prompt": ["a"] * 6}), 400, "6 answers are asked for", "n")
+
+
+@pytest.mark.parametrize("name", ["n" * 1025, "n" * 100_000])
+@pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [5]})])
+def test_a_long_name_is_not_repeated_whole(app: FastAPI, path: str, body: dict[str, Any], name: str) -> None:
+    answer = post(app, path, body | {"model": name})
+    assert len(assert_error(answer, 400, "at most 1024 characters", "model")["message"]) < 300
+    answer = post(app, CHAT, chat_body(logit_bias={name: 1}))
+    assert len(assert_error(answer, 400, "expected an id below", "logit_bias")["message"]) < 300
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
