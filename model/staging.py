@@ -1,6 +1,8 @@
 """A directory that appears under its name only when all of it is written."""
 
 import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -9,6 +11,9 @@ from pathlib import Path
 
 from model.safetensors_header import CheckpointError
 from model.snapshots.disk import FULL
+
+UNFINISHED = "unfinished"  # `.NAME.unfinished.abcd1234` is written to become NAME
+LOCK = ".lock"  # in that directory, held by the process that writes there
 
 
 class NotWritten(CheckpointError):
@@ -25,7 +30,7 @@ class NotWritten(CheckpointError):
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A new directory beside `out` to write into; it is synced and becomes `out` when the block ends well.
+    """A new directory to write into; it is synced and becomes `out` when the block ends well.
 
     Whatever the block raises, `out` stays as it was. Raises CheckpointError when `out` is in use, and NotWritten
     when the disk is full.
@@ -33,8 +38,17 @@ def staged(out: Path) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty directory: give a new one")
     try:
-        with _written(out) as staging:
+        with hidden_beside(out) as hidden:
+            staging = hidden / out.name
+            staging.mkdir()
+            staging.chmod(0o755)
             yield staging
+            for path in [*staging.iterdir(), staging]:
+                _sync(path)
+            if out.exists():
+                out.rmdir()
+            staging.rename(out)
+            _sync(out.parent)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -42,20 +56,44 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _written(out: Path) -> Iterator[Path]:
+def hidden_beside(out: Path) -> Iterator[Path]:
+    """A new hidden directory for what becomes `out`, removed when the block ends.
+
+    What processes that were ended left of such directories is removed first.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    staging.chmod(0o755)
+    sweep(out)
+    hidden = Path(tempfile.mkdtemp(prefix=".", dir=out.parent))
     try:
-        yield staging
-        for path in [*staging.iterdir(), staging]:
-            _sync(path)
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
-        _sync(out.parent)
+        with _locked(hidden):
+            hidden = hidden.rename(hidden.with_name(f".{out.name}.{UNFINISHED}{hidden.name}"))  # what `sweep` looks for
+            yield hidden
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def sweep(out: Path) -> None:
+    """Remove what processes that were ended left of attempts at `out`; one that is written now stays."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.{UNFINISHED}.*"):
+        with contextlib.suppress(OSError):  # it is gone, or another user's
+            with _locked(left) as nobodys:
+                pass
+            if nobodys:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Whether this process holds the directory until the block ends: another may, or the file system has no locks."""
+    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    held = False
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        yield held
+    finally:
+        os.close(lock)
 
 
 def _sync(path: Path) -> None:

@@ -24,7 +24,7 @@ class Behind(ExpertError):
 
 
 class Coordinator:
-    """Used by one thread, which asks many hosts at once."""
+    """Used by one thread, `save` aside, which asks many hosts at once."""
 
     LOST = (HostUnavailable, HostRefused)  # what a host raises that does not take part, and another life may
 
@@ -111,7 +111,9 @@ class Coordinator:
     def save(self, hosts: StepHosts, staging: Path, step: int) -> list[Shard]:
         """Have every expert written once, by one of its holders that made the step; raises StepLost for one with none.
 
-        Raises what `begin` raises when a host does not do it, and SnapshotError.
+        May be called beside the rest, in a thread of its own, while the next step computes: every host is asked at
+        once, since one that has stepped refuses, in threads that nothing else waits for. Raises what `begin` raises
+        when a host does not do it, and SnapshotError.
         """
         writers: dict[Host, list[Pair]] = {}
         for layer, owners in hosts.placement.owners.items():
@@ -121,7 +123,8 @@ class Coordinator:
                 if not able:
                     raise StepLost(f"no holder of expert {(layer, expert)} is left to save it")
                 writers.setdefault(able[0], []).append((layer, expert))
-        parts = self._ask(list(writers), lambda host, peer: peer.save(staging, writers[host], step))
+        with ThreadPoolExecutor(max(1, len(writers)), "save") as pool:
+            parts = self._ask(list(writers), lambda host, peer: peer.save(staging, writers[host], step), pool)
         return [shard for part in parts for shard in part]
 
     def _configured(self, host: Host, peer: Peer) -> HostState:
@@ -136,8 +139,10 @@ class Coordinator:
             failures = "; ".join(hosts.failed.values())
             raise StepLost(f"step {hosts.step}: {len(missing)} experts, {min(missing)} first, are lost: {failures}")
 
-    def _ask(self, hosts: Sequence[Host], call: Callable[[Host, Peer], Result]) -> list[Result]:
-        return [future.result() for future in self._submit(hosts, call)]
+    def _ask(
+        self, hosts: Sequence[Host], call: Callable[[Host, Peer], Result], pool: ThreadPoolExecutor | None = None
+    ) -> list[Result]:
+        return [future.result() for future in self._submit(hosts, call, pool)]
 
     def _ask_alive(self, hosts: StepHosts, call: Callable[[Host, Peer], Result]) -> list[tuple[Host, Result]]:
         """Who answers; who does not takes no part any more."""
@@ -151,8 +156,10 @@ class Coordinator:
                 self._peers.forget(host)
         return answers
 
-    def _submit(self, hosts: Sequence[Host], call: Callable[[Host, Peer], Result]) -> "list[Future[Result]]":
+    def _submit(
+        self, hosts: Sequence[Host], call: Callable[[Host, Peer], Result], pool: ThreadPoolExecutor | None = None
+    ) -> "list[Future[Result]]":
         def ask(host: Host) -> Result:
             return call(host, self._peers.peer(host))
 
-        return [self._pool.submit(ask, host) for host in hosts]
+        return [(pool or self._pool).submit(ask, host) for host in hosts]

@@ -45,14 +45,17 @@ class TrainingHost:
         host.closed = CLOSED
 
     def configure(self, training: ExpertTraining) -> None:
-        """Begin a run with the weights that are held now, at version 0. The same run again is left as it is."""
+        """Begin a run with the weights held now, at version 0. The same run again is left as it is, without waiting."""
+        if self._training == training:
+            return  # as before each step, while whoever reads states may hold the lock
         with self._reading, self.host.computing():
             if self._training == training:
                 return
-            self._training = training
+            self._training = None
             self._close()
             for pair in self.host.held:
                 self.expert(pair).configure(pair, training)
+            self._training = training  # only now may a call pass by
 
     def status(self) -> HostState:
         held = self.host.held

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from model.adapters.errors import AdapterError
-from model.adapters.identity import base_identity
+from model.adapters.identity import SECOND, base_identities, base_identity
 from model.checkpoint import Checkpoint
 from model.safetensors_header import TensorEntry, read_header
 from model.staging import staged
@@ -70,9 +70,10 @@ def write_delta(
 
     `tensors` go by Hugging Face's names and are taken one by one; in the order of `delta_names` each is written as it
     comes. `metadata` is anything that JSON can hold. `out` appears only when all of it is written. Raises AdapterError
-    when a tensor is missing, unknown, misshaped, given twice or not finite, and CheckpointError when `out` is in use.
+    when a tensor is missing, unknown, misshaped, given twice or not finite, and CheckpointError when it is not in the
+    base's dtype or `out` is in use.
     """
-    from model.adapters.tensor_file import DTYPES, TensorFile  # torch is loaded only where something is written
+    from model.adapters.tensor_file import DTYPES, TensorFile, rounded  # torch is loaded only where it is needed
 
     out = Path(out).absolute()
     expected = expected_tensors(base.config)
@@ -93,7 +94,8 @@ def write_delta(
     with staged(out) as staging:
         (staging / FILE).write_text(encoded, encoding="utf-8")
         with (staging / WEIGHTS).open("wb") as raw:
-            file = TensorFile(raw, {name: (DTYPES[base.entries[name].dtype], expected[name]) for name in missing})
+            dtypes = {name: DTYPES[base.entries[name].dtype] for name in missing}
+            file = TensorFile(raw, {name: (dtype, expected[name]) for name, dtype in dtypes.items()})
             for name, tensor in tensors:
                 if name not in missing:
                     raise AdapterError(f"{name} was given twice, or is none of the delta's")
@@ -102,7 +104,7 @@ def write_delta(
                 if not tensor.isfinite().all():
                     raise AdapterError(f"{name} has numbers that are not finite: training diverged before this")
                 del missing[name]
-                file.put(name, tensor)
+                file.put(name, rounded(name, tensor, dtypes[name]))
         if missing:
             raise AdapterError(f"tensors were not given: {_some(missing)}")
     return out
@@ -125,10 +127,11 @@ def read_delta(directory: Path | str, base: Checkpoint) -> Delta:
     """
     directory = Path(directory)
     document = _read_document(directory / FILE)
-    if document["base"] != (identity := base_identity(base)):
+    given, (now, first) = document["base"], base_identities(base)
+    if given not in (now, first):
         raise AdapterError(
-            f"{directory} was trained on the base {document['base']}; {base.directory} is {identity}: "
-            "give the base that it was trained on"
+            f"{directory} was trained on the base {given}; {base.directory} is "
+            f"{now if given.startswith(SECOND) else first}: give the base that it was trained on"
         )
     if not (directory / WEIGHTS).is_file():
         raise AdapterError(f"{directory} has no {WEIGHTS}")

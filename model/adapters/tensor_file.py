@@ -9,6 +9,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from model.safetensors_header import CheckpointError
 from model.tensors import Shape
 
 Index = tuple[slice, ...]
@@ -48,6 +49,17 @@ class TensorFile:
                 return
             self._file.write(self._parts.pop(name).view(torch.uint8).numpy().data)
             del self._missing[name]
+
+
+def rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in the dtype that they are to be stored in; raises CheckpointError where one becomes infinite in it."""
+    narrow = values.detach().to(dtype)
+    if not narrow.isfinite().all() and values.isfinite().all():
+        raise CheckpointError(
+            f"{name} has numbers of up to {values.abs().max().item():g}, and {NAMES[dtype]} none beyond "
+            f"{torch.finfo(dtype).max:g}: begin again with a base in BF16 or F32, or with a lower lr"
+        )
+    return narrow
 
 
 def _header(tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> bytes:

@@ -64,9 +64,10 @@ def choose_once(output_dir: Path, identity: Identity, look: Callable[[], tuple[P
 
     Another choice, model or data is looked at anew; raises SnapshotError where there are snapshots of the earlier one.
     """
-    path, now = output_dir / CHOSEN, _chosen_by(identity)
+    path = output_dir / CHOSEN
     kept = read_kept(path)
     known = isinstance(kept, dict) and isinstance(kept.get("by"), dict) and "pairs" in kept
+    now = _chosen_by(identity, identity.model_as(str(kept["by"].get("model"))) if known else identity.model)
     changed = next(differences(kept["by"], now, ()), None) if known else None
     if known and changed is None:
         return as_pairs(kept["pairs"])
@@ -74,9 +75,9 @@ def choose_once(output_dir: Path, identity: Identity, look: Callable[[], tuple[P
         why = f"were chosen otherwise: {changed}" if changed else "are not known any more"
         raise SnapshotError(f"the experts of {output_dir} {why}; give the same recipe, or another output_dir")
     pairs = look()
-    write_whole(path, json.dumps({"by": now, "pairs": pairs}))
+    write_whole(path, json.dumps({"by": _chosen_by(identity, identity.model), "pairs": pairs}))
     return pairs
 
 
-def _chosen_by(identity: Identity) -> dict[str, Any]:
-    return {**identity.recipe["esft"], "data": identity.data, "model": identity.model}
+def _chosen_by(identity: Identity, model: str) -> dict[str, Any]:
+    return {**identity.recipe["esft"], "data": identity.data, "model": model}

@@ -17,24 +17,25 @@ from cluster.spec import ServiceSpec
 from experts.transport_kinds import check_transport
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig, read_config
+from model.staging import sweep
 from services.on_cluster import on_cluster
 from services.training.checks import check_recipe
 from services.training.data.training_data import TrainingData
 from services.training.directory import alone_in
 from services.training.identity import identify, other_result
-from services.training.initial import initial_checkpoint
+from services.training.initial import INITIAL, initial_checkpoint
 from services.training.inputs import count_steps, load_data, share_data
 from services.training.outcome import STOP, begin_outcome, read_outcome, told
 from services.training.recipe import Recipe
-from services.training.result import with_yarn
-from services.training.room import lacking
+from services.training.result import RESULTS, with_yarn
+from services.training.room import lacking, look, most_workers
 from services.training.session import (
     RAY_GONE,
     RUN_PREFIX,
     check_service,
     ray_of_run,
 )  # nothing above imports ray, which this must do first
-from services.training.trainer import fit, plain
+from services.training.trainer import TrainingFailed, fit, plain
 
 UPLOADED = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` sent
 IDLE_END_S = 120.0  # the hosts of a run that has no worker any more end so long after it
@@ -73,6 +74,8 @@ def train(recipe: Recipe, console: Console) -> int:
     console.print(f"{len(data):,} samples of {data.samples.tokens:,} tokens, {steps:,} steps", highlight=False)
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
     with alone_in(recipe.output_dir):
+        for name in (*RESULTS, INITIAL):
+            sweep(recipe.output_dir / name)
         return _train_alone(recipe, first_weights(recipe), data, steps, console)
 
 
@@ -83,11 +86,11 @@ def _train_alone(recipe: Recipe, checkpoint: Checkpoint, data: TrainingData, ste
             raise ValueError(f"{before.result} is another run's result: {changed}; give another output_dir")
         console.print(f"all {before.steps} steps were made before; {before.result} has the result", soft_wrap=True)
         return before.steps
-    begin_outcome(recipe.output_dir)
     shared = share_data(recipe.output_dir, data)
     del data  # a run is long
     _, known = told(recipe.output_dir)
     stop_file, service = recipe.output_dir / STOP, recipe.experts.service
+    stop_file.unlink(missing_ok=True)  # an earlier command's
 
     def on_end() -> None:
         stop_file.touch()
@@ -107,15 +110,29 @@ def _train_alone(recipe: Recipe, checkpoint: Checkpoint, data: TrainingData, ste
         with ray_of_run(service, on_end, on_gone, (shared, stop_file)), _signals(stop_file, console):
             if service is not None:
                 check_service(service, recipe.experts.hosts)
-            if lack := lacking(recipe):
-                if not on_cluster():  # it never will be: this Ray does not grow
-                    raise ValueError(lack)
-                console.print(f"waiting for room: {lack}", soft_wrap=True)
-            return fit(recipe, service_spec(recipe, checkpoint), steps, console)
+            spec = service_spec(recipe, checkpoint)
+            most = _find_room(recipe, spec, console)
+            if stop_file.exists():
+                raise TrainingFailed("stopped before a step was made; the same command goes on")
+            begin_outcome(recipe.output_dir)
+            return fit(recipe, spec, most, steps, console)
     finally:
         shared.unlink(missing_ok=True)
         for line in told(recipe.output_dir, known)[0]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _find_room(recipe: Recipe, spec: ServiceSpec, console: Console) -> int:
+    """Most workers that the run may have; raises ValueError where there is no room for the least, nor ever will be."""
+    grows, room = on_cluster(), look(spec)
+    if lack := lacking(recipe, room):
+        if not grows:
+            raise ValueError(lack)
+        console.print(f"waiting for room: {lack}", markup=False, soft_wrap=True)
+    most = most_workers(recipe, room, grows)
+    if most < (recipe.workers.most or most):
+        console.print(f"{most} workers: as many as there is room for now", soft_wrap=True)
+    return most
 
 
 def absolute(recipe: Recipe) -> Recipe:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model.adapters.identity import base_identity
+from model.adapters.identity import SECOND, base_identities
 from model.checkpoint import Checkpoint
 from services.training.data.training_data import TrainingData
 from services.training.recipe import Recipe
@@ -21,26 +21,36 @@ FIXED = ("method", "lora", "esft", "yarn", "init", "optimizer.beta1", "optimizer
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """`data` says what the cursor counts, content and order; `model` is the fingerprint of the first weights."""
+    """`data` says what the cursor counts, content and order; `model` is the fingerprint of the first weights.
+
+    `first_model` is the same by the first version of `base_identity`, which earlier runs were kept under.
+    """
 
     recipe: Json
     data: str
     model: str
+    first_model: str = ""
+
+    def model_as(self, kept: str) -> str:
+        """The model by the version of what was kept, to compare the two."""
+        return self.model if f"-{SECOND}" in kept else self.first_model or self.model
 
 
 def identify(recipe: Recipe, data: TrainingData, checkpoint: Checkpoint) -> Identity:
     """Of a run; a fine-tune of the same shape is another model."""
+    shape, (now, first) = checkpoint.fingerprint(), base_identities(checkpoint)
     return Identity(
         recipe.model_dump(mode="json"),
         f"{data.fingerprint()}, seed {recipe.seed}",
-        f"{checkpoint.fingerprint()}-{base_identity(checkpoint)[:16]}",
+        f"{shape}-{now[:18]}",
+        f"{shape}-{first[:16]}",
     )
 
 
 def other_result(before: Json, now: Identity) -> str | None:
     """Why a finished run, whose identity was kept as a dict, made something else; None where it is the same."""
     changed = next(differences(before.get("recipe", {}), now.recipe, FREE), None)
-    if changed is None and before.get("model", now.model) != now.model:
+    if changed is None and (model := str(before.get("model", now.model))) != now.model_as(model):
         changed = "it began with another model"
     if changed is None and before.get("data", now.data) != now.data:
         changed = "its data were others, or in another order"

@@ -15,6 +15,7 @@ from model.tensors import expected_tensors
 from services.training.outcome import SNAPSHOTS, read_kept, write_whole
 from services.training.recipe import Recipe
 
+INITIAL = "initial"
 DRAWN_OF = "initial.json"
 
 
@@ -24,7 +25,7 @@ def initial_checkpoint(recipe: Recipe) -> Checkpoint:
     Those of another config.json, seed or deviation are drawn anew, unless there are snapshots of what they became.
     Raises ValueError (ConfigError, CheckpointError) then, and when the model's config.json cannot be used.
     """
-    out, drawn_of = recipe.output_dir / "initial", recipe.output_dir / DRAWN_OF
+    out, drawn_of = recipe.output_dir / INITIAL, recipe.output_dir / DRAWN_OF
     raw = dict(read_raw_config(recipe.model))
     wanted = {"config": raw, "seed": recipe.seed, "init_std": recipe.init_std}
     if out.exists() and read_kept(drawn_of) != wanted:

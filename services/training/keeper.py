@@ -159,7 +159,7 @@ class Keeper:
 
     def _check(self, snapshot: Snapshot) -> None:
         identity, manifest = self._identity, snapshot.manifest
-        snapshot.check_same_run(fingerprint=identity.model, run_id=self._run_id)
+        snapshot.check_same_run(fingerprint=identity.model_as(manifest.fingerprint), run_id=self._run_id)
         if changed := other_training(manifest.recipe, identity.recipe):
             raise SnapshotError(
                 f"{snapshot.directory} is of another way of training: {changed}; give the same recipe, or another "

@@ -1,11 +1,14 @@
 """Files by which a run's command and its workers speak: to stop, how it ended, and what a person should know."""
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from model.snapshots.disk import write_file
 
 SNAPSHOTS = "snapshots"
 STOP = "stop"  # whoever makes it asks the run to end after a snapshot
@@ -24,21 +27,21 @@ class Outcome:
 
 
 def write_outcome(output_dir: Path, outcome: Outcome) -> None:
+    """Raises what `write_whole` raises."""
     write_whole(output_dir / DONE, json.dumps(asdict(outcome)))
 
 
 def read_outcome(output_dir: Path) -> Outcome | None:
-    """None where no worker came to an end."""
+    """None where no worker came to an end, or what lies there is no outcome."""
     try:
-        return Outcome(**json.loads((output_dir / DONE).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        return TypeAdapter(Outcome).validate_json((output_dir / DONE).read_bytes(), strict=True)
+    except (FileNotFoundError, ValidationError):
         return None
 
 
 def begin_outcome(output_dir: Path) -> None:
     """Forget how an earlier attempt ended."""
-    for name in (STOP, DONE):
-        (output_dir / name).unlink(missing_ok=True)
+    (output_dir / DONE).unlink(missing_ok=True)
 
 
 def tell(output_dir: Path, message: str) -> None:
@@ -68,7 +71,6 @@ def read_kept(path: Path) -> Any:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(text + "\n", encoding="utf-8")
-    staging.replace(path)
+    """Whole or not at all, and lastingly; raises SnapshotError (DiskFull) where it cannot be."""
+    raw = f"{text}\n".encode()
+    write_file(path, [raw], len(raw))

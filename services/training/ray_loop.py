@@ -70,7 +70,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
 def _end(output_dir: Path, error: Exception) -> None:
     try:
         write_outcome(output_dir, Outcome(failed=str(error)))
-    except OSError:  # a full disk has no room for that either
+    except SnapshotError:  # a full disk has no room for that either
         raise error from None
 
 
@@ -83,7 +83,7 @@ class _WorkerRun:
         self._checkpoint = Checkpoint.open(service.model)
         self._config = with_yarn(self._checkpoint.config, recipe.yarn)
         self._data = shared_data(recipe)
-        self._hosts = TrainingHosts(service, self._config, ranks.rank, recipe.micro_batch_tokens)
+        self._hosts = TrainingHosts(service, self._checkpoint, ranks.rank, recipe.micro_batch_tokens)
         self._run_id = recipe.output_dir.name
         self._identity = identify(recipe, self._data, self._checkpoint)
 

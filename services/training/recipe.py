@@ -29,33 +29,42 @@ class Recipe(Part):
     """One run."""
 
     model: Path = Field(description="directory of a checkpoint; with `init: random`, of a config.json and a tokenizer")
-    output_dir: Path
-    init: Literal["checkpoint", "random"] = "checkpoint"
-    init_std: float = Field(0.006, gt=0)
+    output_dir: Path = Field(description="directory of everything that the run writes, and goes on from")
+    init: Literal["checkpoint", "random"] = Field("checkpoint", description="what training begins with")
+    init_std: float = Field(0.006, gt=0, description="standard deviation of random weights; for `init: random`")
     data: Data
-    method: Literal["full", "lora", "esft"] = "full"
+    method: Literal["full", "lora", "esft"] = Field(
+        "full", description="train everything, low-rank factors, or the experts that the data go to"
+    )
     lora: Lora = Lora()
     esft: Esft = Esft()
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, description="length of the run; one of `steps` and `epochs` is required")
     epochs: float | None = Field(
-        None, gt=0, le=10_000, description="the last batch ends with them, and none lies in two"
+        None,
+        gt=0,
+        le=10_000,
+        description="how often each sample is seen, instead: the last batch ends with them, and none lies in two",
     )
     batch_tokens: int = Field(4096, ge=2, description="of a step, over all workers")
-    batch_stages: tuple[BatchStage, ...] = Field((), description="instead of batch_tokens, where it grows")
+    batch_stages: tuple[BatchStage, ...] = Field(
+        (), description="instead of `batch_tokens`, where it grows: `{from_step: 0, tokens: 512}` and later ones"
+    )
     micro_batch_tokens: int = Field(2048, ge=2, description="of one forward and backward on one worker")
-    lr: float = Field(1e-5, gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    schedule: Kind = "steps"
+    lr: float = Field(1e-5, gt=0, description="learning rate, at its highest")
+    warmup_steps: int = Field(0, ge=0, description="in which it rises to `lr`; less than all steps")
+    schedule: Kind = Field("steps", description="shape of the learning rate after the warm-up")
     lr_decays_at: tuple[float, ...] = Field(DECAYS_AT, description="shares of all steps; for `steps`")
-    lr_decay: float = Field(DECAY, gt=0, le=1, description="what lr is multiplied by at each; for `steps`")
-    lr_lowest: float = Field(LOWEST, ge=0, le=1, description="share of lr at the end; for `cosine`")
+    lr_decay: float = Field(DECAY, gt=0, le=1, description="what `lr` is multiplied by at each; for `steps`")
+    lr_lowest: float = Field(LOWEST, ge=0, le=1, description="share of `lr` at the end; for `cosine`")
     optimizer: Optimizer = Optimizer()
-    dtype: ParameterDtype = "float32"
+    dtype: ParameterDtype = Field(
+        "float32", description="of the weights that it computes with; what is stepped is fp32"
+    )
     balance: Balance = Balance()
-    drop_tokens: bool = Field(False, description="slots over a device's average load")
+    drop_tokens: bool = Field(False, description="drop slots over a device's average load")
     checkpointing: bool = Field(False, description="compute activations again in backward, to save memory")
     yarn: Yarn | None = None
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="of the samples' order, and of every random weight and factor")
     experts: Experts = Experts()
     workers: Workers = Workers()
     snapshots: Snapshots = Snapshots()

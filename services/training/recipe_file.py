@@ -11,7 +11,8 @@ from services.training.recipe import Recipe, RecipeError, parse_recipe
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     """Read a YAML file, then `key=value` for each of the overrides, with dots into sections.
 
-    Paths in the file are relative to the working directory. Raises RecipeError naming the first thing that is wrong.
+    No two overrides may be of one key, or of a section and a key in it: the later one would undo the earlier. Paths in
+    the file are relative to the working directory. Raises RecipeError naming the first thing that is wrong.
     """
     try:
         raw = _yaml(path.read_text(encoding="utf-8"))
@@ -21,6 +22,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
         raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} holds a {type(raw).__name__}; expected keys and values")
+    _check_once(overrides)
     for override in overrides:
         _override(raw, override)
     return parse_recipe(raw)
@@ -47,6 +49,17 @@ class _Loader(yaml.SafeLoader):
 
 def _yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
+def _check_once(overrides: list[str]) -> None:
+    seen: list[tuple[str, str]] = []
+    for override in overrides:
+        key = f"{override.partition('=')[0]}."
+        for earlier, text in seen:
+            if key.startswith(earlier) or earlier.startswith(key):
+                twice = min(key, earlier, key=len).removesuffix(".")
+                raise RecipeError(f"{text} and {override} both give {twice}; expected it once")
+        seen.append((key, override))
 
 
 def _override(raw: dict[str, Any], text: str) -> None:

@@ -12,19 +12,25 @@ from services.training.part import Amount, Part
 class Data(Part):
     """What is learned from."""
 
-    files: tuple[Path, ...] = Field(min_length=1)
-    format: Literal["auto", "messages", "alpaca", "sharegpt", "text"] = "auto"
+    files: tuple[Path, ...] = Field(
+        min_length=1, description="named .jsonl, .json or .txt, or anything where `data.format` is given"
+    )
+    format: Literal["auto", "messages", "alpaca", "sharegpt", "text"] = Field(
+        "auto", description="of the records; `auto`: as each file's first one tells"
+    )
     ignore: tuple[str, ...] = Field((), description="a record's keys that are not looked at")
     sequence_length: int = Field(1024, ge=2, description="tokens of a row, into which samples are packed")
-    packing: bool = True
-    overlong: Literal["error", "drop", "truncate", "split"] = "error"
+    packing: bool = Field(True, description="several samples to a row; without, each has a row of its own")
+    overlong: Literal["error", "drop", "truncate", "split"] = Field(
+        "error", description="what becomes of samples longer than a row; only `text` can be split"
+    )
 
 
 class Lora(Part):
     """Low-rank factors, for method `lora`."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
+    rank: int = Field(16, ge=1, description="inner width of the factors")
+    alpha: float = Field(32.0, gt=0, description="their product is added times `alpha` / `rank`")
     targets: tuple[str, ...] = Field(
         ("attention", "shared", "experts"),
         min_length=1,
@@ -36,37 +42,41 @@ class Esft(Part):
     """Which experts are trained, for method `esft` (arXiv 2407.01906): in each layer the fewest that reach `share`."""
 
     by: Literal["gate", "token"] = Field("gate", description="average gate score, or share of tokens that chose it")
-    share: float = Field(0.2, gt=0, le=1)
-    samples: int = Field(32, ge=1, description="of the data, to look at")
+    share: float = Field(0.2, gt=0, le=1, description="of a layer's scores or tokens, that the chosen ones add up to")
+    samples: int = Field(32, ge=1, description="of the data, to choose by")
 
 
 class Balance(Part):
     """Coefficients of the balance losses; V2 has 0.003, 0.05 and 0.02, Lite 0.001 for the experts alone."""
 
-    expert: float = Field(0.0, ge=0)
-    device: float = Field(0.0, ge=0)
-    communication: float = Field(0.0, ge=0)
+    expert: float = Field(0.0, ge=0, description="of the loss that evens the experts' loads")
+    device: float = Field(0.0, ge=0, description="the same for devices, which are the routing groups")
+    communication: float = Field(0.0, ge=0, description="the same for what devices receive")
 
 
 class Optimizer(Part):
     """AdamW; `clip` is of the global gradient norm."""
 
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip: float | None = Field(1.0, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradients' running mean")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the running mean of their squares")
+    eps: float = Field(1e-8, gt=0, description="added to the root of that mean, by which a step is divided")
+    weight_decay: float = Field(0.1, ge=0, description="times the learning rate, of all weights but norms'")
+    clip: float | None = Field(1.0, gt=0, description="norm that longer gradients are cut to; null: none are")
 
 
 class Yarn(Part):
     """Context extension: the trained model's rope_scaling, written to its config.json, too."""
 
-    factor: float = Field(gt=1, le=10_000)
-    original_max_position_embeddings: int = Field(ge=1, lt=2**31)
-    beta_fast: float = Field(32.0, gt=0)
-    beta_slow: float = Field(1.0, gt=0)
-    mscale: float = Field(0.707, ge=0)
-    mscale_all_dim: float = Field(0.707, ge=0)
+    factor: float = Field(gt=1, le=10_000, description="how many times longer the context becomes")
+    original_max_position_embeddings: int = Field(ge=1, lt=2**31, description="tokens of the context before")
+    beta_fast: float = Field(32.0, gt=0, description="turns in that context with which a rotary pair keeps its speed")
+    beta_slow: float = Field(1.0, gt=0, description="turns with which it is slowed by the whole factor")
+    mscale: float = Field(
+        0.707, ge=0, description="m in 0.1 m ln(factor) + 1, which rotary cos and sin are multiplied by"
+    )
+    mscale_all_dim: float = Field(
+        0.707, ge=0, description="the same, for what they are divided by and attention scores multiplied by, twice"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Yarn":
@@ -83,13 +93,18 @@ class Experts(Part):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="Serve application whose expert hosts take them in; `shoal serve --port 8000` is p8000",
     )
-    hosts: int = Field(2, ge=1)
+    hosts: int = Field(2, ge=1, description="hosts that share the experts")
     replicas: int = Field(1, ge=1, description="hosts that hold each expert; 2: one may die, and no step is lost")
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, description="of each host; default: its share of its node's cores")
     cpus: float = Field(0.0, ge=0, description="Ray CPUs that each reserves")
-    gpus: float = Field(0.0, ge=0)
-    resources: dict[str, Amount] = Field(default_factory=dict)
-    transport: TransportKind = "auto"
+    gpus: float = Field(0.0, ge=0, description="Ray GPUs that each reserves, or a part of one; 0: CPUs compute")
+    resources: dict[str, Amount] = Field(
+        default_factory=dict, description="custom Ray resources that each reserves, on a cluster"
+    )
+    transport: TransportKind = Field(
+        "auto",
+        description="of rows to the hosts; `auto`: shared memory on a machine, NIXL between machines, or else gRPC",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Experts":
@@ -106,17 +121,17 @@ class Experts(Part):
 class Workers(Part):
     """Data-parallel workers; with `most` above `least` Ray Train starts as many as there is room for."""
 
-    least: int = Field(1, ge=1)
-    most: int | None = Field(None, ge=1)
-    threads: int | None = Field(None, ge=1)
-    cpus: float = Field(1.0, ge=0)
-    gpus: float = Field(0.0, ge=0)
+    least: int = Field(1, ge=1, description="fewest workers of the run")
+    most: int | None = Field(None, ge=1, description="most workers of the run; default: `workers.least`")
+    threads: int | None = Field(None, ge=1, description="of each worker; default: its node's cores")
+    cpus: float = Field(1.0, ge=0, description="Ray CPUs that each reserves")
+    gpus: float = Field(0.0, ge=0, description="Ray GPUs that each reserves; 0: CPUs compute")
     restarts: int = Field(10, ge=0, description="of all workers, after one died")
 
 
 class Snapshots(Part):
     """Written beside the training, after every so many steps, and at the end."""
 
-    every_steps: int = Field(100, ge=1)
-    keep: int = Field(2, ge=1)
+    every_steps: int = Field(100, ge=1, description="from one to the next")
+    keep: int = Field(2, ge=1, description="the newest that stay")
     at_end: bool = Field(True, description="of the last step, too; without, an interrupted run keeps one all the same")

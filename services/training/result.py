@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,12 +20,13 @@ from experts.training.step_hosts import StepLost
 from model.adapters.delta import delta_names, write_delta
 from model.adapters.lora_write import write_adapter
 from model.adapters.spec import lora_tensors
+from model.adapters.tensor_file import DTYPES, rounded
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.export import export_checkpoint
 from model.rope_fields import RopeScaling
 from model.snapshots.disk import move
-from model.staging import NotWritten
+from model.staging import NotWritten, hidden_beside
 from model.tensors import expected_tensors
 from router.holding import Pair
 from router.placement import Placement
@@ -34,7 +34,8 @@ from services.training.method import Method
 from services.training.recipe import Recipe
 from services.training.recipe_sections import Yarn
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+RESULTS = ("model", "adapter", "delta")  # directories, of which a run writes one
+CONFIG_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class TrainedModel:
@@ -104,7 +105,8 @@ def write_result(
 ) -> Path:
     """Write `out`/model, `out`/adapter or `out`/delta, whole or not at all; its directory. An earlier one is renamed.
 
-    Raises CheckpointError (NotWritten), AdapterError or SnapshotError naming what is in the way, and StepLost.
+    Numbers have the original's dtypes, and an adapter's are fp32. Raises CheckpointError (NotWritten), AdapterError or
+    SnapshotError naming what is in the way, and StepLost.
     """
     config = checkpoint.config
     target = out / ("adapter" if method.lora is not None else "delta" if recipe.method == "esft" else "model")
@@ -120,13 +122,20 @@ def write_result(
                 tensors = model.tensors(iter(delta_names(experts)))
                 write_delta(place, checkpoint, experts, tensors, {"recipe": recipe.model_dump(mode="json")})
             else:
-                wanted, names = DTYPES[config.dtype], iter(expected_tensors(config))
-                tensors = ((name, tensor.to(wanted)) for name, tensor in model.tensors(names))
+                dtypes = _dtypes(recipe, checkpoint)
+                named = model.tensors(iter(dtypes))
+                tensors = ((name, rounded(name, tensor, dtypes[name])) for name, tensor in named)
                 export_checkpoint(place, raw_config, tensors, checkpoint.directory)
     except (NotWritten, OSError) as error:
         reason = error.reason if isinstance(error, NotWritten) else str(error)
         raise NotWritten(target, f"{reason}; the same command tries again") from error
     return target
+
+
+def _dtypes(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, torch.dtype]:
+    """Of each tensor of a checkpoint: as the original has it, or config.json where the weights were drawn."""
+    drawn = CONFIG_DTYPES[checkpoint.config.dtype] if recipe.init == "random" else None
+    return {name: drawn or DTYPES[checkpoint.entries[name].dtype] for name in expected_tensors(checkpoint.config)}
 
 
 @contextlib.contextmanager
@@ -135,8 +144,8 @@ def _replacing(target: Path) -> Iterator[Path]:
 
     An earlier result gets another name only then: the same run may have been shorter before.
     """
-    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent, ignore_cleanup_errors=True) as hidden:
-        place = Path(hidden) / target.name
+    with hidden_beside(target) as hidden:
+        place = hidden / target.name
         yield place
         if target.exists():
             names = (target.with_name(f"{target.name}-{number}") for number in itertools.count(1))

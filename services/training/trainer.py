@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,7 +11,6 @@ from rich.console import Console
 from cluster.spec import ServiceSpec
 from model.snapshots.history import snapshots
 from model.snapshots.layout import step_of
-from services.on_cluster import on_cluster
 from services.training.outcome import SNAPSHOTS, read_outcome
 from services.training.progress import follow
 from services.training.recipe import Recipe
@@ -26,8 +25,11 @@ class TrainingFailed(RuntimeError):
     """The run ended before its last step; the message says why, and what is kept."""
 
 
-def fit(recipe: Recipe, service: ServiceSpec, steps: int, console: Console) -> int:
-    """Run it on the Ray that is there, show it, and say how it ended; steps made. Raises TrainingFailed."""
+def fit(recipe: Recipe, service: ServiceSpec, most: int, steps: int, console: Console) -> int:
+    """Run it on the Ray that is there, with up to `most` workers, show it, and say how it ended; steps made.
+
+    Raises TrainingFailed.
+    """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -35,11 +37,10 @@ def fit(recipe: Recipe, service: ServiceSpec, steps: int, console: Console) -> i
     from cluster.discovery import get_or_start_controller
     from cluster.threads import node_threads, thread_environment
     from services.training.ray_loop import train_worker
-    from services.training.room import most_workers
 
+    service = with_threads(service)
     controller = get_or_start_controller(service)
     workers = recipe.workers
-    most = (workers.most or workers.least) if on_cluster() else most_workers(recipe)
     resources = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
     trainer = TorchTrainer(
         train_worker,
@@ -83,6 +84,19 @@ def fit(recipe: Recipe, service: ServiceSpec, steps: int, console: Console) -> i
     wrote = f"; wrote {outcome.result}" if outcome.result is not None else ""
     console.print(f"{outcome.steps} steps made{wrote}", soft_wrap=True)
     return outcome.steps
+
+
+def with_threads(service: ServiceSpec) -> ServiceSpec:
+    """Told how many threads each of its hosts has, so that later lives, whatever nodes are there by then, have as many.
+
+    Products of few rows may have other bits with other numbers, and a replica's gradients must have the same.
+    """
+    from cluster.nodes import living_nodes, with_cores
+    from cluster.threads import host_threads
+
+    if service.threads is not None or service.lodges_with is not None:
+        return service
+    return replace(service, threads=host_threads(service.hosts, max(1, len(with_cores(living_nodes(None))))))
 
 
 def _fit(trainer: "TorchTrainer") -> None:

@@ -1,6 +1,7 @@
 """ESFT's choice of experts: averages over a sample's tokens, then over samples; the fewest that reach the share."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,11 @@ def test_another_choice_is_refused_where_the_earlier_one_was_trained(tmp_path: P
     (tmp_path / "experts.json").write_text("[[1, 2]")
     with pytest.raises(SnapshotError, match="are not known any more"):
         choose_once(tmp_path, identity(), lambda: pytest.fail("looked"))
+
+
+def test_what_an_earlier_version_chose_is_known_by_its_name_for_the_model(tmp_path: Path) -> None:
+    choose_once(tmp_path, replace(identity(), model="m"), lambda: ((1, 2),))
+    now = replace(identity(), model="f-2-n", first_model="m")
+    assert choose_once(tmp_path, now, lambda: pytest.fail("looked")) == ((1, 2),)
+    assert choose_once(tmp_path, replace(now, first_model="o"), lambda: ((1, 4),)) == ((1, 4),)
+    assert choose_once(tmp_path, now, lambda: pytest.fail("looked")) == ((1, 4),)  # kept under the new name

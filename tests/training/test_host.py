@@ -171,6 +171,58 @@ def test_a_request_that_does_not_fit_is_refused_and_counts_for_nothing(
     assert all(trained.grad is None for pair in PAIRS for trained in host.expert(pair).parameters.values())
 
 
+class Held:
+    """A lock that somebody else has: who would wait for it fails."""
+
+    def __enter__(self) -> None:
+        raise AssertionError("it waits for whoever reads")
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_only_the_step_itself_waits_for_whoever_reads_states(host: TrainingHost, opened: Checkpoint) -> None:
+    training = ExpertTraining("run")
+    host.configure(training)
+    host._reading = Held()  # type: ignore[assignment]
+    host.configure(ExpertTraining.from_json(training.to_json()))
+    assert set(host.status().versions.values()) == {0}
+    host.begin(0, 2, 1, PAIRS)
+    host.host.forward(
+        ForwardRequest(
+            1, 1, 1, torch.zeros(1, 64), torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        )
+    )
+    fill(host)
+    assert set(host.squared_norms(0)) == set(PAIRS)
+    for change in (
+        lambda: host.apply(0, 1e-2, 1.0),
+        lambda: host.configure(ExpertTraining("another")),
+        lambda: host.adopt((1, 0), 0, host.state((1, 0))[1]),
+        lambda: host.restart(opened, PAIRS),
+    ):
+        with pytest.raises(AssertionError, match="it waits for whoever reads"):
+            change()
+
+
+def test_a_run_that_could_not_begin_is_begun_when_it_is_asked_for_again(
+    host: TrainingHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure = TrainedExpert.configure
+
+    def fail(expert: TrainedExpert, pair: tuple[int, int], training: ExpertTraining) -> None:
+        if pair == PAIRS[-1]:
+            raise RuntimeError("no memory")
+        configure(expert, pair, training)
+
+    monkeypatch.setattr(TrainedExpert, "configure", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        host.configure(ExpertTraining("run"))
+    assert host.status().run_id is None
+    monkeypatch.undo()
+    host.configure(ExpertTraining("run"))
+    assert set(host.status().versions.values()) == {0}
+
+
 def test_rows_are_refused_outside_a_step(host: TrainingHost) -> None:
     rows = ForwardRequest(
         1, 1, 1, torch.zeros(1, 64), torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from model.snapshots.errors import DiskFull
 from model.staging import NotWritten
 from services.training import ray_loop
 from services.training.driver import first_weights, preview, service_spec
@@ -56,7 +57,7 @@ def lives(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def full(*_: object) -> None:
-    raise OSError(28, "No space left on device")
+    raise DiskFull("no room")
 
 
 def world(monkeypatch: pytest.MonkeyPatch, size: int) -> None:

@@ -137,6 +137,21 @@ def test_a_key_that_is_given_twice_is_refused_with_its_lines(tmp_path: Path) -> 
         load_recipe(path, [])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["lr=1e-4", "steps=7", "lr=1e-5"], "lr=1e-4 and lr=1e-5 both give lr; expected it once"),
+        (["experts.hosts=2", "experts.hosts=2"], "experts.hosts=2 and experts.hosts=2 both give experts.hosts"),
+        (["experts.hosts=4", "experts={replicas: 2}"], "experts.hosts=4 and experts={replicas: 2} both give experts;"),
+        (["experts={hosts: 4}", "experts.hosts=2"], "experts={hosts: 4} and experts.hosts=2 both give experts;"),
+    ],
+)
+def test_an_override_that_another_undoes_is_refused(tmp_path: Path, overrides: list[str], told: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(told)):
+        load_recipe(write(tmp_path), overrides)
+    load_recipe(write(tmp_path), ["lr=1e-5", "lr_decay=0.5", "experts.hosts=2", "experts.replicas=2"])
+
+
 def test_keys_that_are_merged_may_be_given_again(tmp_path: Path) -> None:
     path = write(tmp_path)
     path.write_text(path.read_text() + "balance: {<<: {expert: 0.1, device: 0.2}, device: 0.3}\n")

@@ -15,9 +15,10 @@ from attention.training.parameters import DenseParameters
 from experts.training.grpc_peer import GrpcPeers
 from experts.training.states import encode_state
 from experts.training.step_hosts import StepLost
-from model.adapters.overlay import open_with_adapters
+from model.adapters.overlay import merged_tensors, open_with_adapters
 from model.checkpoint import Checkpoint, CheckpointError
 from model.config import read_raw_config
+from model.export import export_checkpoint
 from router.holding import Pair
 from router.placement import Host, Placement
 from services.cli import main
@@ -192,6 +193,50 @@ def test_on_a_full_disk_the_earlier_result_keeps_its_name(
     assert {file.name: file.read_bytes() for file in first.iterdir()} == kept
     assert write(tmp_path, path, recipe, method, rig, doors) == first
     assert {file.name for file in tmp_path.iterdir()} == {first.name, f"{first.name}-1"}
+
+
+@pytest.fixture
+def mixed(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """Matrices in fp16, the rest in fp32; config.json names no dtype."""
+    source = Checkpoint.open(checkpoint("mini"))
+    tensors = ((name, tensor.half() if tensor.ndim == 2 else tensor) for name, tensor in merged_tensors(source))
+    raw = {key: value for key, value in read_raw_config(source.directory).items() if "dtype" not in key}
+    return export_checkpoint(tmp_path / "mixed", raw, tensors, source.directory)
+
+
+def dtypes(path: Path) -> dict[str, str]:
+    return {name: entry.dtype for name, entry in Checkpoint.open(path).entries.items()}
+
+
+def test_each_tensor_keeps_its_dtype(mixed: Path, tmp_path: Path) -> None:
+    doors = Doors(Checkpoint.open(mixed))
+    with contextlib.closing(doors):
+        recipe, method, rig = train(mixed, doors, "full")
+        assert set(dtypes(mixed).values()) == {"F16", "F32"}
+        assert dtypes(write(tmp_path, mixed, recipe, method, rig, doors)) == dtypes(mixed)
+        drawn = recipe.model_copy(update={"init": "random"})  # its first weights are all fp32
+        assert set(dtypes(write(tmp_path, mixed, drawn, method, rig, doors)).values()) == {"F32"}
+
+
+@pytest.mark.parametrize("method_name", ["full", "esft"])
+def test_a_number_that_its_dtype_cannot_hold_is_refused_and_the_earlier_result_stays(
+    mixed: Path, tmp_path: Path, method_name: str
+) -> None:
+    doors = Doors(Checkpoint.open(mixed))
+    out = tmp_path / "out"
+    with contextlib.closing(doors):
+        recipe, method, rig = train(mixed, doors, method_name, ((1, 2),))
+        first = write(out, mixed, recipe, method, rig, doors)
+        holder = next(host for host in rig.hosts.values() if (1, 2) in host.host.held)
+        holder.expert((1, 2)).down[3, 1] = -7e4
+        name = "model.layers.1.mlp.experts.2.down_proj.weight"
+        with pytest.raises(
+            CheckpointError, match=f"{name} has numbers of up to 70000, and F16 none beyond 65504: begin"
+        ):
+            write(out, mixed, recipe, method, rig, doors)
+        assert list(out.iterdir()) == [first]
+        holder.expert((1, 2)).down[3, 1] = -6e4
+        write(out, mixed, recipe, method, rig, doors)
 
 
 class Answers:

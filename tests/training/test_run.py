@@ -84,7 +84,14 @@ def data_file(tmp_path: Path) -> Path:
 
 
 def begin(
-    model: Path, out: Path, data_file: Path, hosts: int = 2, replicas: int = 1, fingerprint: str = "f", **given: object
+    model: Path,
+    out: Path,
+    data_file: Path,
+    hosts: int = 2,
+    replicas: int = 1,
+    fingerprint: str = "f",
+    first_fingerprint: str = "",
+    **given: object,
 ) -> Setup:
     raw = {
         "model": str(model),
@@ -117,7 +124,7 @@ def begin(
         out / "snapshots",
         10,
         "run",
-        Identity(recipe.model_dump(mode="json"), data.fingerprint(), fingerprint),
+        Identity(recipe.model_dump(mode="json"), data.fingerprint(), fingerprint, first_fingerprint),
         OneRank(),
         rig.denses[0],
         rig.optimizers[0],
@@ -433,6 +440,22 @@ def test_a_snapshot_of_another_model_is_refused(
     with pytest.raises(SnapshotError, match="is of a model with fingerprint f, this one has another"):
         other.run.train()
     assert len(snapshots(tmp_path / "undisturbed" / "snapshots")) == 3
+
+
+def test_a_snapshot_of_an_earlier_version_is_resumed_and_the_next_ones_are_of_this(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, undisturbed: Setup
+) -> None:
+    root = tmp_path / "undisturbed" / "snapshots"
+    for path in snapshots(root)[:2]:
+        shutil.rmtree(path)
+    other = begin(checkpoint("mini"), root.parent, data_file, fingerprint="f-2-now", first_fingerprint="g")
+    with pytest.raises(SnapshotError, match="is of a model with fingerprint f, this one has g:"):
+        other.run.train()
+    again = begin(checkpoint("mini"), root.parent, data_file, fingerprint="f-2-now", first_fingerprint="f")
+    assert again.run.train() == STEPS
+    assert again.kept.resumes == [2]
+    assert [Snapshot.open(path).manifest.fingerprint for path in snapshots(root)] == ["f-2-now", "f-2-now", "f"]
+    assert same(weights(again.rig), weights(undisturbed.rig))
 
 
 def test_a_flipped_byte_of_a_snapshot_is_found_and_the_one_before_it_used(

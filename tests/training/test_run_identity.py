@@ -1,24 +1,35 @@
 """A directory of one run is not taken for another's: finished results, and first weights drawn at random."""
 
+import contextlib
 import errno
 import io
 import json
-from collections.abc import Callable
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
+from cluster.spec import ServiceSpec
 from model.checkpoint import Checkpoint
 from model.snapshots.attempt import begin
+from services.training import driver
 from services.training.directory import alone_in
 from services.training.driver import first_weights, preview, train
 from services.training.identity import identify
 from services.training.initial import initial_checkpoint
-from services.training.outcome import Outcome, read_outcome, tell, told, write_outcome
+from services.training.outcome import STOP, Outcome, read_outcome, tell, told, write_outcome
 from services.training.recipe import Recipe, parse_recipe
+from services.training.room import NodeRoom, Room
+from services.training.session import ServiceUnusable
+from services.training.trainer import TrainingFailed
 from tests.training.small_run import small_run
 
 Make = Callable[..., Recipe]
@@ -84,6 +95,61 @@ def test_a_file_system_without_locks_is_no_hindrance(
     assert "all 4 steps were made before" in said(make())
 
 
+@contextlib.contextmanager
+def no_ray(*_: object) -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize("moment", ["ray_of_run", "check_service", "look", "room", "stopped"])
+def test_a_longer_run_that_is_refused_or_stopped_before_it_begins_forgets_no_result(
+    make: Make, finished: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ServiceUnusable("there is no service")
+
+    def look(_: object) -> Room:
+        if moment == "stopped":
+            os.kill(os.getpid(), signal.SIGINT)
+        return Room(() if moment == "room" else (NodeRoom({"CPU": 9}, {"CPU": 9}),))
+
+    for name, stand_in in {"ray_of_run": no_ray, "check_service": no_ray, "look": look}.items():
+        monkeypatch.setattr(driver, name, refuse if name == moment else stand_in)
+    monkeypatch.setattr(driver, "fit", refuse)
+    before = read_outcome(finished)
+    with pytest.raises((ServiceUnusable, ValueError, TrainingFailed)) as refused:
+        train(make(steps=8, experts={"service": "p8000"}), Console(file=io.StringIO()))
+    told = {"room": "1 workers with workers.cpus 1 reserve 1 CPUs", "stopped": "stopped before a step was made"}
+    assert told.get(moment, "there is no service") in str(refused.value)
+    assert read_outcome(finished) == before
+    assert "all 4 steps were made before" in said(make())
+
+
+def test_one_that_begins_has_another_end(make: Make, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (finished / STOP).touch()  # a command that was killed left it
+    begun: list[tuple[int, int]] = []
+
+    def fit(recipe: Recipe, service: ServiceSpec, most: int, steps: int, console: Console) -> int:
+        assert (read_outcome(finished), (finished / STOP).exists()) == (None, False)
+        begun.append((most, steps))
+        return steps
+
+    monkeypatch.setattr(driver, "ray_of_run", no_ray)
+    monkeypatch.setattr(driver, "look", lambda _: Room((NodeRoom({"CPU": 9}, {"CPU": 3}),)))
+    monkeypatch.setattr(driver, "fit", fit)
+    assert train(make(steps=8, workers={"most": 9}), Console(file=io.StringIO())) == 8
+    assert begun == [(3, 8)]
+
+
+def test_a_run_removes_what_killed_ones_left_of_their_results(make: Make, finished: Path) -> None:
+    left = finished / ".delta.unfinished.abcd1234" / "delta"
+    left.mkdir(parents=True)
+    (left / "delta.safetensors").write_bytes(bytes(100))
+    others = finished / ".mine.unfinished.abcd1234"
+    others.mkdir()
+    assert "all 4 steps were made before" in said(make())
+    assert [path.name for path in finished.glob(".*.unfinished.*")] == [others.name]
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [
@@ -108,6 +174,34 @@ def test_nor_are_other_data_or_another_model(make: Make, finished: Path, checkpo
     (finished.parent / "data.jsonl").write_text(json.dumps({"text": "something else"}) + "\n")
     with pytest.raises(ValueError, match="its data were others"):
         train(make(), Console(file=io.StringIO()))
+
+
+def edited(model: Path, out: Path, name: str) -> Path:
+    """The model with one tensor that is another."""
+    shutil.copytree(model, out)
+    tensors = load_file(out / "model.safetensors")
+    save_file({**tensors, name: tensors[name] * 1.01}, out / "model.safetensors")
+    return out
+
+
+def test_nor_is_a_model_that_differs_in_one_expert(make: Make, finished: Path, tmp_path: Path) -> None:
+    other = edited(make().model, tmp_path / "other", "model.layers.2.mlp.experts.5.down_proj.weight")
+    with pytest.raises(ValueError, match="it began with another model"):
+        train(make(model=str(other)), Console(file=io.StringIO()))
+
+
+def test_a_run_finished_under_an_earlier_version_is_known_as_it_was_then(
+    make: Make, finished: Path, tmp_path: Path
+) -> None:
+    recipe = make()
+    known = identify(recipe, preview(recipe)[1], first_weights(recipe))
+    assert re.fullmatch(r"[0-9a-f]{16}-2-[0-9a-f]{16} [0-9a-f]{16}-[0-9a-f]{16}", f"{known.model} {known.first_model}")
+    before = {"recipe": known.recipe, "data": known.data, "model": known.first_model}
+    write_outcome(finished, Outcome(4, str(finished / "model"), identity=before))
+    assert "all 4 steps were made before" in said(recipe)
+    other = edited(recipe.model, tmp_path / "other", "model.norm.weight")
+    with pytest.raises(ValueError, match="it began with another model"):
+        train(make(model=str(other)), Console(file=io.StringIO()))
 
 
 def test_weights_drawn_for_another_recipe_are_drawn_anew_unless_they_were_trained(make: Make, tmp_path: Path) -> None:

@@ -14,10 +14,7 @@ import ray
 from cluster.spec import CONTROLLER_NAME
 from services.state import ServiceRecord, identity, read_record, remove_record, state_dir, write_record
 from services.training import session
-from services.training.recipe import parse_recipe
-from services.training.room import lacking, most_workers
 from services.training.session import ServiceUnusable, check_service, check_status, find_record
-from tests.training.small_run import small_run
 
 
 def record(port: int, ray_address: str | None = "127.0.0.1:7") -> ServiceRecord:
@@ -130,48 +127,3 @@ def test_a_run_whose_service_is_gone_with_its_ray_ends(tmp_path: Path, monkeypat
         service.wait()
         thread.join(10)
     assert (thread.is_alive(), told, ended) == (False, ["ends", "gone"], [1])
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        (
-            {"workers": {"least": 3}},
-            "3 workers with workers.cpus 1 and 2 hosts with experts.cpus 0 reserve 3 CPUs, of which there are 2: lower",
-        ),
-        (
-            {"experts": {"cpus": 0.75}},
-            "and 2 hosts with experts.cpus 0.75 reserve 2.5 CPUs",
-        ),
-        ({"workers": {"gpus": 1}}, "reserve 1 GPUs, of which there are 0: lower one of them"),
-        ({"experts": {"resources": {"big": 1}}}, "experts.resources asks for 2 of big, of which there are 0"),
-    ],
-)
-def test_what_a_private_ray_never_has_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, object], said: str
-) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    raw = small_run(tmp_path, tmp_path)
-    assert lacking(parse_recipe(raw | {"workers": {"least": 2}})) is None
-    lack = lacking(parse_recipe(raw | given))
-    assert lack is not None
-    assert said in lack
-
-
-@pytest.mark.parametrize(
-    ("there", "given", "most"),
-    [
-        ({"CPU": 4.0}, {"workers": {"most": 8}}, 4),
-        ({"CPU": 4.0}, {"workers": {"most": 3}}, 3),
-        ({"CPU": 4.0}, {"workers": {"most": 8}, "experts": {"hosts": 2, "cpus": 1.0}}, 2),
-        ({"CPU": 4.0}, {"workers": {"most": 8, "cpus": 0.5}, "experts": {"hosts": 2, "cpus": 1.0}}, 4),
-        ({"CPU": 4.0}, {"workers": {"most": 8}, "experts": {"hosts": 2, "service": "p8000"}}, 4),
-        ({"CPU": 64.0, "GPU": 4.0}, {"workers": {"most": 8, "gpus": 1.0}, "experts": {"hosts": 2, "gpus": 0.5}}, 3),
-        ({"CPU": 4.0}, {"workers": {"most": 8, "cpus": 0.0}}, 8),
-    ],
-)
-def test_as_many_workers_as_a_private_ray_has_room_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: dict[str, float], given: dict[str, object], most: int
-) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: there)
-    assert most_workers(parse_recipe(small_run(tmp_path, tmp_path) | given)) == most

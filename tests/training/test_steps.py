@@ -1,10 +1,13 @@
 """Steps are a plain training loop's; the same seed gives the same bits; hosts that die, join or lag change none."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DeepseekV2ForCausalLM
 
@@ -12,11 +15,17 @@ from attention.training.parameters import DenseParameters
 from attention.training.segments import MicroBatch
 from attention.training.worker import NotFinite
 from experts.errors import HostUnavailable
+from experts.training import coordinator as coordinator_module
+from experts.training import states
 from experts.training.adamw import AdamW
 from experts.training.coordinator import Behind
+from experts.training.host import TrainingHost
 from experts.training.spec import ExpertTraining
 from experts.training.step_hosts import StepLost
+from model.snapshots.attempt import begin
+from model.snapshots.manifest import Shard
 from router.placement import Host, initial_placement
+from tests.training.local import LocalPeer
 from tests.training.rig import Rig, make_host, make_rig, plans, samples
 
 RATE = 2e-4
@@ -232,3 +241,64 @@ def test_a_resumed_step_is_told_by_who_is_behind(checkpoint: Callable[[str], Pat
     assert coordinator is not None
     with pytest.raises(Behind, match="at step 5"):
         coordinator.bring_level(rig.table.placement, 5)
+
+
+def test_a_snapshot_is_of_one_step_while_the_next_one_computes(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig(checkpoint("mini"), 2)
+    train(rig, 1)
+    before = {name: tensor.clone() for name, tensor in weights(rig).items()}
+    coordinator = rig.workers[0]._coordinator
+    assert coordinator is not None
+    writing, computed, stepped = threading.Event(), threading.Event(), threading.Event()
+    write, apply = states.write_shard, TrainingHost.apply
+
+    def write_late(staging: Path, name: str, tensors: Mapping[str, Tensor]) -> Shard:
+        writing.set()
+        assert computed.wait(20)
+        stepped.wait(0.2)  # which it must not be yet
+        return write(staging, name, tensors)
+
+    def note_apply(host: TrainingHost, *given: float) -> None:
+        computed.set()
+        apply(host, *given)  # type: ignore[arg-type]
+        stepped.set()
+
+    monkeypatch.setattr(states, "write_shard", write_late)
+    monkeypatch.setattr(TrainingHost, "apply", note_apply)
+    staging = begin(tmp_path, 1)
+    with ThreadPoolExecutor(1) as pool:
+        saved = pool.submit(coordinator.save, rig.clients[0].hosts, staging, 1)
+        assert writing.wait(20)
+        train(rig, range(1, 2))
+        shards = saved.result()
+    written = {name: tensor for shard in shards for name, tensor in load_file(staging / shard.name).items()}
+    names = {name: name.removeprefix("model.layers.").replace(".mlp.experts.", ".") for name in written}
+    assert len(written) == sum(name[0].isdigit() for name in before)
+    assert all(torch.equal(tensor, before[names[name]]) for name, tensor in written.items())
+    assert not same(weights(rig), before)
+
+
+def test_hosts_that_save_all_begin_at_once_and_keep_nobody_from_the_next_step(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator_module, "MAX_HOSTS_AT_ONCE", 1)
+    rig = make_rig(checkpoint("mini"), 3)
+    train(rig, 1)
+    coordinator = rig.workers[0]._coordinator
+    assert coordinator is not None
+    everyone, go_on = threading.Barrier(4, timeout=20), threading.Event()
+
+    def save(*_: object) -> list[Shard]:
+        everyone.wait()
+        assert go_on.wait(20)
+        return []
+
+    monkeypatch.setattr(LocalPeer, "save", save)
+    with ThreadPoolExecutor(1) as pool:
+        saved = pool.submit(coordinator.save, rig.clients[0].hosts, tmp_path, 1)
+        everyone.wait()
+        train(rig, range(1, 2))
+        go_on.set()
+        assert saved.result() == []
