@@ -3,8 +3,9 @@
 import base64
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ class Release:
     def values(self, replicas: int, workers: int = 1, jobs: Sequence[Values] = ()) -> Values:
         experts = {"replicas": replicas, "cpu": 1, "drainSeconds": 120}
         attention = {"replicas": workers, "cpu": 1, "maxLength": 512, "drainSeconds": 10}
-        return {"model": {"path": str(self._model)}, "experts": experts, "attention": attention, "jobs": [*jobs]}
+        model, outputs = {"path": str(self._model)}, {"claim": "outputs"}
+        groups = {"experts": experts, "attention": attention}
+        return {"model": model, **groups, "jobs": [*jobs], "outputs": outputs}
 
     def install(self, replicas: int) -> None:
         self.config.install(CHART, RELEASE, self.values(replicas), timeout=600)
@@ -116,13 +119,18 @@ def expected(release: Release, bodies: list[Body]) -> Answers:
 
 
 def meanwhile(release: Release, bodies: list[Body], expected: Answers, harm: Callable[[], object]) -> None:
-    """`harm` while streams run again and again until it is over: every token and log-probability is as expected."""
+    """`harm` while streams run again and again until it is over: every token and log-probability is as expected.
+
+    Between two rounds the cores are as long the nodes' that start and end.
+    """
     with ThreadPoolExecutor(1) as pool:
         harmed: list[Future[object]] = []
         while not harmed or not harmed[0].done():
             begin = None if harmed else lambda: harmed.append(pool.submit(harm))
+            began_s = time.monotonic()
             streams, _ = run_streams(release.kubernetes.url, bodies, begin, key=API_KEY)
             assert [stream.answer for stream in streams] == expected
+            wait(harmed, timeout=time.monotonic() - began_s)
         harmed[0].result()
 
 

@@ -16,7 +16,8 @@ from referencing import Registry, Resource
 from tests.helm.fake_store import Object
 
 CHART = Path(__file__).parents[2] / "helm" / "shoal"
-EXAMPLES = sorted((CHART.parent / "examples").glob("*.yaml"))
+JOB = CHART.parent / "examples" / "job.yaml"  # over the values of a service
+EXAMPLES = sorted({*JOB.parent.glob("*.yaml")} - {JOB})
 CRDS = Path(__file__).parent / "crds"
 NEWEST, OLDEST = "1.37", "1.29"  # of Kubernetes
 Values = dict[str, Any]

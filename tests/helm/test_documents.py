@@ -13,7 +13,7 @@ import yaml
 
 from services.backend import Reading
 from services.metrics import Exposition
-from tests.helm.charts import CHART, find, render
+from tests.helm.charts import CHART, EXAMPLES, example, find, render
 from tests.services.script import service_report
 
 ROOT = CHART.parents[1]
@@ -110,6 +110,18 @@ def test_the_readme_and_the_values_say_alike_which_kuberay_an_option_needs() -> 
             assert option in part
             row = re.findall(rf"^\| `[a-z.]*{option.partition('=')[0]}` .*$", readme, re.MULTILINE)
             assert f"KubeRay {version}" in row[0], option
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_and_the_readme_say_which_kuberay_it_needs(path: Path) -> None:
+    text = path.read_text()
+    (row,) = re.findall(rf"^\| \[{path.name}\].*\| (.*) \|$", (CHART / "README.md").read_text(), re.MULTILINE)
+    if example(path).get("ray", {}).get("gcs", {}).get("faultTolerance") == "embedded":
+        assert row == "1.7 with the gate"
+        comment, _, _ = text.partition("\n  gcs:")
+        assert "KubeRay 1.7 with its feature gate GCSFaultToleranceEmbeddedStorage" in comment.splitlines()[-1]
+    else:
+        assert row == "1.5.1"
 
 
 def test_the_chart_names_the_ray_that_is_installed() -> None:

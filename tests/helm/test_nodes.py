@@ -6,7 +6,7 @@ import os
 import pytest
 
 from cluster.session import keep_private
-from tests.helm.charts import Values, container, environment, find, groups, merge, pods, render, serve_config
+from tests.helm.charts import CHART, Values, container, environment, find, groups, merge, pods, render, serve_config
 from tests.helm.fake_store import Object
 
 
@@ -36,6 +36,22 @@ def test_gpus_reach_the_pods_and_the_application() -> None:
     assert limits["attention"] == {"cpu": "2", "memory": "4Gi", "nvidia.com/gpu": "1"}
     arguments = serve_config(objects)["applications"][0]["args"]
     assert (arguments["experts"]["gpus"], arguments["attention"]["gpus"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "tag"),
+    [
+        ({}, "0.1.0"),
+        ({"attention": {"gpus": 1}}, "0.1.0-gpu"),
+        ({"experts": {"gpus": 1}}, "0.1.0-gpu"),
+        ({"experts": {"gpus": 1}, "image": {"tag": "mine"}}, "mine"),
+    ],
+)
+def test_gpus_take_the_image_that_is_built_for_them(values: Values, tag: str) -> None:
+    objects = render(values)
+    assert {container(pod)["image"] for pod in pods(objects)} == {f"shoal:{tag}"}
+    dockerfile = (CHART.parents[1] / "Dockerfile").read_text()
+    assert tag == "mine" or f" -t shoal:{tag} ." in dockerfile
 
 
 def test_nodes_have_what_a_ray_of_our_own_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +104,17 @@ def test_an_object_store_is_copied_before_the_node_starts() -> None:
     assert {"name": "model", "mountPath": "/models"} in fetch["volumeMounts"]
 
 
+def test_a_copy_takes_bounded_resources_and_a_node_with_room_for_it() -> None:
+    store = {"url": "s3:m", "size": "40Gi", "cpu": 3, "memory": "2Gi"}
+    model: Values = {"source": "objectStore", "path": "/models/lite", "objectStore": store}
+    made = cluster({"model": model, "networkPolicy": {"egressCIDRs": ["0.0.0.0/0"]}})
+    for node in pods([made]):
+        (fetch,) = node["spec"]["initContainers"]
+        bounds = {"cpu": 3, "memory": "2Gi"}
+        # a limit of storage would hold for the pod, while only the copy's volume has this size
+        assert fetch["resources"] == {"requests": bounds | {"ephemeral-storage": "40Gi"}, "limits": bounds}
+
+
 @pytest.mark.parametrize(
     ("gcs", "options"),
     [
@@ -114,7 +141,7 @@ def test_the_cluster_survives_its_head_by_what_was_chosen(gcs: Values, options: 
 
 
 def test_rays_token_is_with_kuberay_and_with_who_calls_ray() -> None:
-    objects = render({"jobs": [{"name": "sft", "file": "/a.yaml"}]})
+    objects = render({"jobs": [{"name": "sft", "file": "/a.yaml"}], "outputs": {"claim": "outputs"}})
     assert find(objects, "RayCluster")["spec"]["authOptions"] == {"mode": "token"}
     wanted = {"valueFrom": {"secretKeyRef": {"name": "demo-shoal", "key": "auth_token"}}}
     deploy = container(find(objects, "Job", "-deploy")["spec"]["template"])

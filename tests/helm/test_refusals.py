@@ -11,6 +11,7 @@ from tests.helm.charts import EXAMPLES, Values, chart, example, merge, render
 
 V2_LITE = {"hiddenSize": 2048, "moeIntermediateSize": 1408, "routedExperts": 64, "moeLayers": 26}
 SHAPE: Values = {"model": {"shape": V2_LITE}}
+PVC: Values = {"model": {"source": "pvc", "path": "/models", "pvc": {"claim": "m"}}}
 SCALED: Values = {
     "autoscaling": {"enabled": True},
     "experts": {"replicas": None},
@@ -33,7 +34,8 @@ SCALED: Values = {
         ({"model": {"source": "s3"}}, "/model/source", "'bundled', 'pvc', 'image', 'objectStore'"),
         ({"experts": {"memory": "lots"}}, "/experts/memory", "does not match pattern"),
         ({"experts": {"cpu": "500m"}}, "/experts/cpu", "want integer"),
-        ({"experts": {"transport": "udp"}}, "/experts/transport", "'auto', 'shared', 'nixl', 'grpc'"),
+        ({"experts": {"transport": "udp"}}, "/experts/transport", "'auto', 'nixl', 'grpc'"),
+        ({"experts": {"transport": "shared"}}, "/experts/transport", "'auto', 'nixl', 'grpc'"),
         ({"ray": {"gcs": {"faultTolerance": "etcd"}}}, "/ray/gcs/faultTolerance", "'none', 'embedded', 'redis'"),
         ({"service": {"port": 0}}, "/service/port", "got 0, want 1"),
         ({"jobs": [{"name": "sft"}]}, "/jobs/0", "missing property 'recipe'"),
@@ -95,10 +97,36 @@ def test_the_schema_refuses(values: Values, key: str, fix: str) -> None:
         ({"model": {"pvc": {"claim": "m"}}}, "model.pvc.claim is m", "set model.source=pvc, or leave it empty"),
         ({"model": {"image": {"reference": "r/m:1"}}}, "model.image.reference is r/m:1", "set model.source=image"),
         ({"model": {"objectStore": {"url": "s3:m"}}}, "model.objectStore.url is s3:m", "set model.source=objectStore"),
+        (
+            merge(PVC, {"model": {"objectStore": {"url": "s3:m"}}}),
+            "model.objectStore.url is s3:m, which model.source=pvc",
+            "set model.source=objectStore",
+        ),
+        ({"model": {"objectStore": {"secret": "s"}}}, "model.objectStore.secret is s", "or leave it empty"),
+        ({"model": {"pvc": {"subPath": "a"}}}, "model.pvc.subPath is a", "set model.source=pvc"),
         ({"model": {"shape": V2_LITE | {"moeLayers": 0}}}, "model.shape.moeLayers is 0", "config.json"),
         ({"model": {"shape": {"hiddenSize": 64}}}, "model.shape.moeIntermediateSize is 0", "all four to 0"),
         (merge(SHAPE, {"experts": {"gpus": 1, "replicas": 1}}), "experts.gpuMemory is empty", "set it"),
         ({"ray": {"gcs": {"faultTolerance": "redis"}}}, "ray.gcs.redisAddress is empty", "set host:port"),
+        (
+            {"ray": {"gcs": {"redisAddress": "redis:6379"}}},
+            "ray.gcs.redisAddress is redis:6379, which ray.gcs.faultTolerance=none",
+            "set ray.gcs.faultTolerance=redis",
+        ),
+        (
+            {"ray": {"gcs": {"faultTolerance": "embedded", "redisSecret": "r"}}},
+            "ray.gcs.redisSecret is r",
+            "or leave it empty",
+        ),
+        ({"ray": {"tokenAuth": False, "tokenSecret": "t"}}, "ray.tokenSecret is t", "set ray.tokenAuth=true"),
+        ({"attention": {"maxLength": 40000}}, "attention.maxLength is 40000", "raise attention.cacheTokens"),
+        ({"attention": {"extraResources": {"cpu": "8"}}}, "attention.extraResources has cpu", "set attention.cpu"),
+        ({"experts": {"extraResources": {"memory": "8Gi"}}}, "experts.extraResources has memory", "experts.memory"),
+        (
+            {"experts": {"gpus": 1, "extraResources": {"nvidia.com/gpu": 2}}},
+            "experts.extraResources has nvidia.com/gpu",
+            "set experts.gpus",
+        ),
         ({"ray": {"version": "2.51.9"}}, "ray.version is 2.51.9", "set ray.tokenAuth=false"),
         ({"ray": {"objectStoreBytes": 2**32}}, "ray.objectStoreBytes is 4294967296", "head.memory is 4Gi"),
         (
@@ -183,7 +211,12 @@ def test_memory_that_does_is_taken(change: Values) -> None:
         {"ray": {"objectStoreBytes": 2**32 - 1}},
         {"model": {"path": "/modelsets/mine"}},
         {"experts": {"replicas": 3, "minReplicas": 2, "copies": 2}},
-        {"jobs": [{"name": "sft", "file": "/a"}, {"name": "sft", "file": "/b"}, {"name": "dpo", "file": "/a"}]},
+        {
+            "jobs": [{"name": "sft", "file": "/a"}, {"name": "sft", "file": "/b"}, {"name": "dpo", "file": "/a"}],
+            "outputs": {"claim": "outputs"},
+        },
+        {"attention": {"maxLength": 32768, "cacheTokens": 32768}},
+        {"experts": {"gpus": 1, "gpuResource": "amd.com/gpu", "extraResources": {"rdma/ib": 1}}},
     ],
 )
 def test_what_is_just_within_the_bounds_is_taken(values: Values) -> None:

@@ -12,6 +12,7 @@ from tests.helm.fake_store import Object, Place
 NAMESPACE = "default"
 CLUSTER = Place("rayclusters.ray.io", NAMESPACE, "shoal")
 SERVE = Place("configmaps", NAMESPACE, "shoal-serve")
+KEYS = {"api-key": "a2V5", "admin-token": "dG9rZW4="}
 ALWAYS = {("namespaces", NAMESPACE), ("secrets", "shoal-auth"), ("configmaps", "kube-root-ca.crt")}
 INSTALLED = {
     ("configmaps", "shoal-recipes"),
@@ -43,7 +44,7 @@ def api(jobs: Jobs) -> Iterator[FakeApi]:
     """A cluster with the namespace's own config map and the secret that the chart asks for."""
     with fake_cluster(jobs) as api:
         put(api, "ConfigMap", "configmaps", "kube-root-ca.crt")
-        put(api, "Secret", "secrets", "shoal-auth")
+        put(api, "Secret", "secrets", "shoal-auth", KEYS)
         yield api
 
 
@@ -53,8 +54,8 @@ def config(api: FakeApi) -> Iterator[helm.Config]:
         yield config
 
 
-def put(api: FakeApi, kind: str, resource: str, name: str) -> None:
-    made: Object = {"apiVersion": "v1", "kind": kind, "metadata": {"name": name}}
+def put(api: FakeApi, kind: str, resource: str, name: str, data: dict[str, str] | None = None) -> None:
+    made: Object = {"apiVersion": "v1", "kind": kind, "metadata": {"name": name}, "data": data or {}}
     api.store.create(Place(resource, NAMESPACE, name), made)
 
 
@@ -164,9 +165,11 @@ def test_an_application_that_does_not_deploy_fails_the_install(api: FakeApi, con
 
 def test_features_come_and_go_with_their_values(api: FakeApi, config: helm.Config) -> None:
     monitored: Values = {"monitoring": {"podMonitor": True, "dashboard": True}}
-    keda = merge(monitored, {"keda": {"enabled": True}, "jobs": [{"name": "sft", "recipe": {"steps": 1}}]})
+    job = {"name": "sft", "recipe": {"output_dir": "/outputs/a", "steps": 1}}
+    keda = merge(monitored, {"keda": {"enabled": True}, "jobs": [job], "outputs": {"claim": "outputs"}})
+    put(api, "PersistentVolumeClaim", "persistentvolumeclaims", "outputs")
     install(config, keda)
-    extra = present(api) - INSTALLED
+    extra = present(api) - INSTALLED - {("persistentvolumeclaims", "outputs")}
     assert {resource for resource, _ in extra} == {
         "configmaps",
         "deployments.apps",
@@ -174,12 +177,12 @@ def test_features_come_and_go_with_their_values(api: FakeApi, config: helm.Confi
         "rayjobs.ray.io",
         "scaledobjects.keda.sh",
     }
-    (job,) = (name for resource, name in extra if resource == "rayjobs.ray.io")
-    upgrade(config, keda | {"jobs": [{"name": "sft", "recipe": {"steps": 2}}]})
-    assert ("rayjobs.ray.io", job) not in present(api)
-    assert len(present(api)) == len(extra) + len(INSTALLED)
+    (first,) = (name for resource, name in extra if resource == "rayjobs.ray.io")
+    upgrade(config, merge(keda, {"jobs": [job | {"args": ["steps=2"]}]}))
+    assert ("rayjobs.ray.io", first) not in present(api)
+    assert len(present(api)) == len(extra) + len(INSTALLED) + 1
     upgrade(config, {})
-    assert present(api) == INSTALLED
+    assert present(api) == INSTALLED | {("persistentvolumeclaims", "outputs")}
 
 
 def test_what_others_set_stays_and_what_they_took_is_not_overwritten(api: FakeApi, config: helm.Config) -> None:
@@ -215,14 +218,6 @@ def test_helms_test_succeeds_and_fails_with_its_pod(api: FakeApi, config: helm.C
     jobs.failing = {"shoal-test"}
     with pytest.raises(helm.HelmReleaseError, match="shoal-test"):
         config.test("shoal", timeout=20)
-
-
-def test_a_missing_secret_is_refused_with_the_command_that_makes_it(api: FakeApi, config: helm.Config) -> None:
-    with pytest.raises(helm.HelmReleaseError, match="create secret generic other-keys --from-literal=api-key="):
-        install(config, {"auth": {"existingSecret": "other-keys"}})
-    assert present(api) == set()
-    put(api, "Secret", "secrets", "other-keys")
-    install(config, {"auth": {"existingSecret": "other-keys"}})
 
 
 def test_values_that_are_refused_change_nothing(api: FakeApi, config: helm.Config) -> None:

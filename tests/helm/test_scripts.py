@@ -96,11 +96,12 @@ def test_a_stopping_attention_pod_leaves_ray_and_waits(tmp_path: Path) -> None:
     assert wait == "sleep 60"
 
 
-@pytest.mark.parametrize("source", [{"file": "/outputs/a.yaml"}, {"recipe": {"steps": 1}}])
+@pytest.mark.parametrize("source", [{"file": "/outputs/a.yaml"}, {"recipe": {"output_dir": "/outputs/a"}}])
 def test_a_jobs_command_survives_the_way_to_the_head(tmp_path: Path, source: Values) -> None:
     """KubeRay puts it into a shell's command line, `ray job submit` joins the words again, and the head runs them."""
     arguments = ["optimizer.lr=1e-5", "name=a tide, (rising)", "paths=[/a,/b]"]
-    job = find(render({"jobs": [{"name": "sft", "args": arguments} | source]}), "RayJob")
+    values = {"jobs": [{"name": "sft", "args": arguments} | source], "outputs": {"claim": "outputs"}}
+    job = find(render(values), "RayJob")
     line = subprocess.list2cmdline(shlex.split(job["spec"]["entrypoint"]))
     if "recipe" in source:
         script = shlex.split(line)[2]

@@ -26,7 +26,6 @@ def test_serve_takes_it(values: Values) -> None:
     (application,) = deployed(values).applications
     assert application.import_path == f"{build.__module__}:{build.__name__}"
     assert application.route_prefix == "/"
-    assert application.args["name"] == application.name
     assert [deployment.name for deployment in application.deployments] == ["attention", "ingress"]
 
 

@@ -1,13 +1,15 @@
 {{- /* What the schema cannot say. Each message names the value, and what to do. */}}
 {{- define "shoal.checks" -}}
 {{- include "shoal.checkNames" . -}}
+{{- include "shoal.checkJobs" . -}}
 {{- include "shoal.checkModel" . -}}
 {{- include "shoal.checkRay" . -}}
+{{- include "shoal.checkGroups" . -}}
 {{- include "shoal.checkScaling" . -}}
 {{- include "shoal.checkShape" . -}}
 {{- include "shoal.checkMemory" . -}}
 {{- include "shoal.checkReach" . -}}
-{{- include "shoal.checkSecret" . -}}
+{{- include "shoal.checkNamespace" . -}}
 {{- end -}}
 
 {{- define "shoal.checkNames" -}}
@@ -22,17 +24,37 @@
 {{- end -}}
 {{- end -}}
 
+{{- /* Where recipes write; what `args` say of it is the caller's. */}}
+{{- define "shoal.checkJobs" -}}
+{{- if and .Values.jobs (not .Values.outputs.claim) -}}
+{{- fail "outputs.claim is empty, but the pods of a job read what the others write, and each has /tmp and its home for itself: set outputs.claim to a claim that all pods can write, and output_dir below /outputs; pods that run already have the claim once they start again" -}}
+{{- end -}}
+{{- range .Values.jobs -}}
+{{- $given := false -}}
+{{- range .args }}{{ if hasPrefix "output_dir=" . }}{{ $given = true }}{{ end }}{{ end -}}
+{{- if and .recipe (not $given) -}}
+{{- $directory := .recipe.output_dir | default "" | toString -}}
+{{- if not (regexMatch "^/outputs/" (clean $directory)) -}}
+{{- fail (printf "jobs: recipe.output_dir of %s is %s, which the pods of the job do not share: set a directory below /outputs, such as /outputs/%s" .name ($directory | default "not given") .name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "shoal.checkModel" -}}
 {{- $model := .Values.model -}}
 {{- $needs := dict "pvc" (list "model.pvc.claim" $model.pvc.claim) "image" (list "model.image.reference" $model.image.reference) "objectStore" (list "model.objectStore.url" $model.objectStore.url) -}}
+{{- $optional := dict "pvc" (list "model.pvc.subPath" $model.pvc.subPath) "objectStore" (list "model.objectStore.secret" $model.objectStore.secret) -}}
 {{- $mounted := regexMatch "^/models(/|$)" $model.path -}}
 {{- if eq $model.source "bundled" -}}
 {{- if $mounted -}}
 {{- fail (printf "model.path is %s, where nothing is with model.source=bundled: set model.source=pvc, image or objectStore, or the path of a directory in the image" $model.path) -}}
 {{- end -}}
-{{- range $source, $need := $needs -}}
-{{- if last $need -}}
-{{- fail (printf "%s is %s, which model.source=bundled does not read: set model.source=%s, or leave it empty" (first $need) (last $need) $source) -}}
+{{- end -}}
+{{- range $values := list $needs $optional -}}
+{{- range $source, $value := omit $values $model.source -}}
+{{- if last $value -}}
+{{- fail (printf "%s is %s, which model.source=%s does not read: set model.source=%s, or leave it empty" (first $value) (last $value) $model.source $source) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -51,6 +73,16 @@
 {{- if and (eq $ray.gcs.faultTolerance "redis") (not $ray.gcs.redisAddress) -}}
 {{- fail "ray.gcs.redisAddress is empty, which ray.gcs.faultTolerance=redis needs: set host:port" -}}
 {{- end -}}
+{{- if ne $ray.gcs.faultTolerance "redis" -}}
+{{- range $name := list "redisAddress" "redisSecret" -}}
+{{- with get $ray.gcs $name -}}
+{{- fail (printf "ray.gcs.%s is %s, which ray.gcs.faultTolerance=%s does not read: set ray.gcs.faultTolerance=redis, or leave it empty" $name . $ray.gcs.faultTolerance) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if and $ray.tokenSecret (not $ray.tokenAuth) -}}
+{{- fail (printf "ray.tokenSecret is %s, which ray.tokenAuth=false does not read: set ray.tokenAuth=true, or leave it empty" $ray.tokenSecret) -}}
+{{- end -}}
 {{- if and $ray.tokenAuth (semverCompare "<2.52.0" $ray.version) -}}
 {{- fail (printf "ray.version is %s; ray.tokenAuth needs 2.52.0: use an image with a newer Ray, or set ray.tokenAuth=false" $ray.version) -}}
 {{- end -}}
@@ -62,6 +94,21 @@
 {{- end -}}
 {{- if and .Values.tls.serverName (not .Values.tls.secret) -}}
 {{- fail (printf "tls.serverName is %s, but tls.secret is empty, so there are no certificates to name: set tls.secret, or leave tls.serverName empty" .Values.tls.serverName) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "shoal.checkGroups" -}}
+{{- $attention := .Values.attention -}}
+{{- if gt (int64 $attention.maxLength) (int64 $attention.cacheTokens) -}}
+{{- fail (printf "attention.maxLength is %d, but a worker's cache holds attention.cacheTokens=%d tokens: lower attention.maxLength, or raise attention.cacheTokens" (int64 $attention.maxLength) (int64 $attention.cacheTokens)) -}}
+{{- end -}}
+{{- range $group := list "attention" "experts" -}}
+{{- $values := get $.Values $group -}}
+{{- range $key, $own := dict "cpu" "cpu" "memory" "memory" $values.gpuResource "gpus" -}}
+{{- if hasKey $values.extraResources $key -}}
+{{- fail (printf "%s.extraResources has %s, which %s.%s sets: leave it out, and set %s.%s" $group $key $group $own $group $own) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
@@ -143,14 +190,5 @@
 {{- end -}}
 {{- if and .Values.networkPolicy.enabled $who (not .Values.networkPolicy.egressCIDRs) -}}
 {{- fail (printf "networkPolicy.egressCIDRs is empty, but %s: add its addresses (0.0.0.0/0 allows all), or set networkPolicy.enabled=false" (first $who)) -}}
-{{- end -}}
-{{- end -}}
-
-{{- /* Helm knows here whether it talks to a cluster: every namespace has kube-root-ca.crt. */}}
-{{- define "shoal.checkSecret" -}}
-{{- if lookup "v1" "ConfigMap" .Release.Namespace "kube-root-ca.crt" -}}
-{{- if not (lookup "v1" "Secret" .Release.Namespace .Values.auth.existingSecret) -}}
-{{- fail (printf "auth.existingSecret: there is no secret %s in namespace %s. Create it: kubectl --namespace %s create secret generic %s --from-literal=%s=$(openssl rand -hex 24) --from-literal=%s=$(openssl rand -hex 24)" .Values.auth.existingSecret .Release.Namespace .Release.Namespace .Values.auth.existingSecret .Values.auth.apiKeyEntry .Values.auth.adminTokenEntry) -}}
-{{- end -}}
 {{- end -}}
 {{- end -}}

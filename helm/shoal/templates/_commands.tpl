@@ -18,7 +18,6 @@ python -m services.train {{ .file }}{{ range .args }} '{{ . }}'{{ end }}
 {{- /* Arguments of services.app:build. Nothing here may depend on experts.replicas: Serve replaces every worker when one
        of them changes, and hosts follow the nodes by themselves. The keys come from the environment. */}}
 {{- define "shoal.serveArgs" -}}
-name: shoal
 model: {{ .Values.model.path }}
 served_name: {{ include "shoal.modelId" . | quote }}
 max_in_flight: {{ int .Values.serve.maxInFlight }}

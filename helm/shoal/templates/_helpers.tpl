@@ -24,7 +24,9 @@ app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
 {{- define "shoal.image" -}}
-image: {{ printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) }}
+{{- $gpus := gt (add .Values.attention.gpus .Values.experts.gpus) 0 -}}
+{{- $built := printf "%s%s" .Chart.AppVersion (ternary "-gpu" "" $gpus) -}}
+image: {{ printf "%s:%s" .Values.image.repository (.Values.image.tag | default $built) }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 {{- end -}}
 

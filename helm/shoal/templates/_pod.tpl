@@ -54,6 +54,11 @@ env:
   - name: HOME
     value: /home/shoal
 securityContext: {{- include "shoal.containerSecurity" . | nindent 2 }}
+{{- with .Values.model.objectStore }}
+resources: # the volume bounds the storage: a limit of it here would bound the whole pod, its logs too
+  requests: {cpu: {{ int .cpu }}, memory: {{ .memory }}, ephemeral-storage: {{ .size }}}
+  limits: {cpu: {{ int .cpu }}, memory: {{ .memory }}}
+{{- end }}
 volumeMounts:
   {{- include "shoal.scratchMounts" . | nindent 2 }}
   - name: model

@@ -15,6 +15,8 @@
   value: "0"
 - name: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S # Serve kills a proxy that is not ready by then; 5 s are few on a busy node
   value: "30"
+- name: RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S # a proxy that has ended is known by three checks that fail, else of 10 s
+  value: "1"
 - name: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO
   value: "0"
 {{- if .command }}
