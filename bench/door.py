@@ -31,7 +31,7 @@ def main() -> None:
     give_up_s = time.monotonic() + STANDBY_S  # a process that is just starting would be measured, too
     while not ray.get(controller.status.remote())["standby"] and time.monotonic() < give_up_s:
         time.sleep(0.2)
-    _, workers = ray.get(controller.watch_workers.remote(-1, WATCH_S))
+    _, workers = ray.get(controller.watch_workers.remote(token, -1, WATCH_S))
     print(json.dumps({"address": next(iter(workers.values())), "token": token}))
     ray.shutdown()
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.expert_actor import GUESTS, ExpertActor
@@ -112,12 +112,13 @@ class ActorPool:
         try:
             process.pid = await process.actor.warm.remote()
             await process.actor.wait_for_end.remote()
-        except (RayActorError, RayTaskError) as error:
+        except RayError as error:  # also one of an actor whose node went before it was there
             log.info("a stand-by ended: %s", error)
-        if process in self._waiting:  # it was nobody yet
-            self._waiting.remove(process)
-            self._known.pop(process.name, None)
-            self._rest_until_s = time.monotonic() + REST_S
+        finally:
+            if process in self._waiting:  # it was nobody yet
+                self._waiting.remove(process)
+                self._known.pop(process.name, None)
+                self._rest_until_s = time.monotonic() + REST_S
 
     def _emptiest_node(self) -> str | None:
         """Ray itself would not spread what reserves nothing."""

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Collection
 
+import ray
 from ray.exceptions import RayError
 
 from cluster.spec import ServiceSpec
@@ -49,10 +50,17 @@ async def wait_until_gone(name: str, came: Callable[[], bool], busy: Callable[[]
 
 
 def applications() -> Collection[str]:
-    """Names of what runs on Serve; raises RayError or RuntimeError where it does not say."""
+    """Names of what runs on Serve, none once it was shut down; raises RayError or RuntimeError where it is not said."""
     from ray import serve  # half of what this process would import before it starts the hosts
+    from ray.serve import context
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
     from ray.serve.exceptions import RayServeException
 
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return set()
+    context._check_cached_client_alive()  # Serve would go on asking a controller of its that is gone for good
     try:
         return set(serve.status().applications)
     except RayServeException as error:

@@ -15,9 +15,11 @@ from attention.engine import Engine, EngineLimits, EngineStats
 from attention.runner import EngineThread
 from attention.scheduler import SchedulerLimits
 from attention.service import AttentionServer
-from cluster.discovery import find_controller, get_or_start_controller
+from cluster.discovery import find_controller, join_service
+from cluster.joining import contents_of
 from cluster.membership import PlacementFollower
 from cluster.spec import ServiceSpec, WorkerSpec
+from cluster.step_watch import StepWatch
 from experts.client import ExpertClient
 from experts.nixl import prepare_environment
 from experts.transports import open_transport
@@ -39,10 +41,10 @@ class AttentionWorker:
         prepare_environment()
         self._id = worker_id
         self._namespace = service.namespace
-        controller = get_or_start_controller(service)
         checkpoint = open_with_adapters(service.model, service.adapters)
-        token = ray.get(controller.token.remote())
-        self._placements = PlacementFollower(service.namespace)
+        controller, self._token = join_service(service, contents_of(checkpoint, service.adapters))
+        token = self._token
+        self._placements = PlacementFollower(service.namespace, token)
         config = checkpoint.config
         self._transport = open_transport(
             service.transport, token, service.tls, spec.step_tokens, config.num_experts_per_tok, config.hidden_size
@@ -60,6 +62,7 @@ class AttentionWorker:
         self.cache_bytes = limits.cache_blocks * bytes_per_block(checkpoint.config, spec.block_size)
         self._wait_for_hosts(controller)
         self._engine = EngineThread(Engine(decoder, limits))
+        self._step_watch = StepWatch(spec.expert_deadline_s)
         self._server = AttentionServer(self._engine, f"{ray.util.get_node_ip_address()}:0", token, service.tls)
         self._server.start()
         self._leaving = threading.Event()
@@ -76,9 +79,13 @@ class AttentionWorker:
         return self._engine.stats()
 
     def check_health(self) -> None:
-        """Raises RuntimeError, for Serve to replace this worker, when its engine has failed."""
+        """Raises RuntimeError, for Serve to replace this worker, when its engine has failed, or its step hangs."""
         if not self._engine.alive:
             raise RuntimeError(f"the engine of {self._id} has stopped: {self._engine.failure!r}")
+        layers = self._client.stats().dispatches
+        stands_s = self._step_watch.stands_s(self._engine.step_age_s(), layers, time.monotonic())
+        if stands_s > self._step_watch.longest_s:
+            raise RuntimeError(f"a step of {self._id} has not got on for {stands_s:.0f} s")
 
     def close(self) -> None:
         """Finish what is nearly done, for there may be no other worker; leave the list of workers; end what is left."""
@@ -128,7 +135,9 @@ class AttentionWorker:
 
     def _greet(self, info: dict[str, object]) -> bool:
         try:
-            ray.get(find_controller(self._namespace).heartbeat.remote(info), timeout=5)
+            known = ray.get(find_controller(self._namespace).heartbeat.remote(self._token, info), timeout=5)
         except (ValueError, RayActorError, GetTimeoutError):
             return False
+        if not known:  # its hosts are gone, too; what came with the new service takes this worker's place
+            self._engine.close()
         return True

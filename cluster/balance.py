@@ -21,7 +21,7 @@ class Balance:
 
     def __init__(self, shape: ModelShape, automatic: bool) -> None:
         self._shape = shape
-        self._automatic = automatic
+        self.automatic = automatic
         self._book = LoadBook(shape.moe_layers, shape.experts)
         self._next_s = 0.0
 
@@ -57,7 +57,7 @@ class Balance:
 
     def consider(self, conductor: Conductor, now_s: float) -> None:
         """Ask for a rebalancing where that is automatic, nothing else goes on, and it is worth it."""
-        if not self._automatic or not self._shape.moe_layers or not conductor.ever_ready:
+        if not self.automatic or not self._shape.moe_layers or not conductor.ever_ready:
             return
         if conductor.change is not None:
             self._next_s = now_s + REST_S

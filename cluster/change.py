@@ -11,7 +11,7 @@ from router.holding import Holding, Pair
 class ChangeRefused(ValueError):
     """A wish that cannot be begun; says why and what to do. Nothing was changed.
 
-    `busy`: it may be had later, when the change that is under way is over.
+    `busy`: not now. It may be had later, when the change that is under way is over, or the service is ready.
     """
 
     def __init__(self, message: str, busy: bool = False) -> None:
@@ -20,6 +20,13 @@ class ChangeRefused(ValueError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def not_ready(reason: str | None) -> ChangeRefused:
+    """For whoever asks before the service is ready; `reason` is why it never will be."""
+    if reason is not None:
+        return ChangeRefused(f"the service cannot start: {reason}")
+    return ChangeRefused("the service is not ready: ask again when it is", busy=True)
 
 
 class Phase(StrEnum):
@@ -55,10 +62,10 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """Seconds that each phase may take."""
+    """Seconds that each phase may take; a load has its time anew whenever another expert is there."""
 
     plan_s: float = 120.0  # joining hosts start
-    prepare_s: float = 600.0  # experts load
+    prepare_s: float = 600.0  # experts load; also at the start of a life
     retire_s: float = 20.0  # workers move to the new table; those that have not are refused by the old holders
 
 

@@ -8,7 +8,7 @@ twice or from an older life changes nothing.
 import math
 
 from cluster.actions import Action, GiveUp, Probe, Publish, Retire, Save, StartHost, StopHost
-from cluster.change import Change, ChangeRefused, Deadlines, Phase, Wish
+from cluster.change import Change, Deadlines, Phase, Wish, not_ready
 from cluster.events import EventLog
 from cluster.plan import ModelShape
 from cluster.roster import START_ATTEMPTS, HostReport, Roster
@@ -45,6 +45,7 @@ class Conductor:
         self.reason: str | None = None  # why the service cannot start
         self._workers: dict[str, int] = {}
         self._suspects: dict[str, tuple[int, bool]] = {}  # generation, and whether it was asked already
+        self._advances: dict[str, tuple[int, int, float]] = {}  # of lives that start: generation, pairs, since when
         self._stops: list[StopHost] = []
         self._leftovers: set[tuple[str, int]] = set()  # lives to stop once no worker uses an earlier controller's table
         self._heard_s: float | None = None if saved is not None else -math.inf  # when all workers are known
@@ -107,9 +108,19 @@ class Conductor:
             self.reason = reason
         self.host_died(host_id, generation, reason, now_s)
 
-    def load_progress(self, change_id: str, host_id: str, pairs: int) -> None:
+    def host_progress(self, host_id: str, generation: int, pairs: int, now_s: float) -> None:
+        """A life that starts has loaded so many pairs."""
+        known = self._advances.get(host_id, (0, 0, now_s))
+        if self.roster.find(host_id, generation) is not None and (generation, pairs) > known[:2]:
+            self._advances[host_id] = (generation, pairs, now_s)
+
+    def load_progress(self, change_id: str, host_id: str, pairs: int, now_s: float) -> None:
         """So many pairs of a running `Load` are there."""
-        self._transaction.progressed(change_id, host_id, pairs)
+        change = self.change
+        if change is not None and change.id == change_id and pairs > change.progress.get(host_id, 0):
+            self._transaction.progressed(change_id, host_id, pairs)
+            if change.phase is Phase.PREPARE:
+                change.deadline_s = now_s + self._deadlines.prepare_s
 
     def loaded(self, change_id: str, host_id: str, generation: int, pairs: frozenset[Pair]) -> None:
         """A living host took pairs; those that nobody wants any more will be retired."""
@@ -154,7 +165,7 @@ class Conductor:
     def request(self, wish: Wish, now_s: float) -> Change:
         """Begin a change; raises ChangeRefused when it cannot be had, or another one is under way."""
         if not self.ever_ready or self.reason is not None:
-            raise ChangeRefused("the expert hosts are still starting: ask again when the service is ready")
+            raise not_ready(self.reason)
         return self._transaction.begin(wish, now_s)
 
     def act(self, now_s: float) -> list[Action]:
@@ -196,9 +207,11 @@ class Conductor:
         return actions
 
     def _give_up_loading(self, now_s: float) -> None:
-        """A life that hangs before it serves would never be missed."""
+        """A life that hangs before it serves would never be missed; one that gets on has its time."""
         for view in self.roster:
-            if view.state == "loading" and now_s >= view.started_s + self._deadlines.prepare_s:
+            _, _, advanced_s = self._advances.get(view.id, (0, 0, view.started_s))
+            since_s = max(view.started_s, advanced_s)  # which is an earlier life's where this one loaded nothing yet
+            if view.state == "loading" and now_s >= since_s + self._deadlines.prepare_s:
                 self.host_died(view.id, view.generation, "it was not ready by its deadline", now_s)
                 self._stops.append(StopHost(view.id, view.generation, insist=True))
 

@@ -16,7 +16,7 @@ import ray
 from cluster.actions import GiveUp, Publish, Save
 from cluster.application import wait_until_over
 from cluster.balance import Balance
-from cluster.change import ChangeRefused, Wish
+from cluster.change import ChangeRefused, Wish, not_ready
 from cluster.conductor import WORKERS_HEARD_S, Conductor
 from cluster.describe import (
     describe_difference,
@@ -29,6 +29,7 @@ from cluster.describe import (
 from cluster.events import Event, EventLog
 from cluster.fleet import Fleet
 from cluster.following import Following
+from cluster.joining import Joining, contents_of
 from cluster.lodging import open_pool
 from cluster.node_follower import Desired
 from cluster.notice import Notice
@@ -66,18 +67,41 @@ class Controller:
         self._changed = asyncio.Event()  # something that the conductor should act on
         self._events = EventLog(_log_event)
         self._workers = Workers(self._events, time.monotonic() + WORKERS_HEARD_S if saved is not None else -math.inf)
+        self._joining = Joining(spec, self._state.told)
+        self._known = asyncio.Event()  # which files the service has, or that it cannot start
         self._reason: str | None = None  # why the service cannot start
         self._waiting: str | None = None  # for what, before it can
         self._stopping = False
         self._application_came = False
-        self._tasks = [self._supervised(self._run())]
+        self._tasks = [self._supervised(self._run()), self._supervised(self._follow_application())]
 
     def token(self) -> str:
-        """The secret that guards hosts' and workers' doors."""
+        """The secret that guards hosts' and workers' doors, and by which those who belong here are known."""
         return self._state.token
 
-    async def watch(self, epoch: int, timeout_s: float) -> str | None:
+    async def join(self, spec: ServiceSpec, contents: str, worker: bool) -> str | None:
+        """The token, for a part of this very service; None: ask again, or for one to come.
+
+        A worker of another description under the same name, as the application has after it was deployed again, ends
+        this service and makes room for its own. Raises OtherFiles for who reads other files than the service does.
+        """
+        if self._stopping:
+            return None
+        if not self._joining.belongs(spec, time.monotonic()):
+            if worker:
+                await self.shutdown()
+            return None
+        await self._known.wait()
+        self._joining.check(contents)
+        if worker and (news := self._joining.take_on(spec)):
+            await self._take_on(news)
+        return self._state.token
+
+    async def watch(self, token: str, epoch: int, timeout_s: float) -> str | None:
         """The placement as JSON as soon as it is newer than `epoch`; None after `timeout_s` seconds."""
+        if token != self._state.token:
+            await asyncio.sleep(timeout_s)
+            return None
 
         def newer() -> bool:
             return self._placement is not None and self._placement.epoch > epoch
@@ -85,8 +109,13 @@ class Controller:
         await self._notice.until(newer, timeout_s)
         return self._placement.to_json() if self._placement is not None and newer() else None
 
-    async def heartbeat(self, worker: dict[str, Any]) -> None:
-        """An attention worker is alive at worker["address"], and uses no table older than worker["epoch"]."""
+    async def heartbeat(self, token: str, worker: dict[str, Any]) -> bool:
+        """An attention worker is alive at worker["address"], and uses no table older than worker["epoch"].
+
+        False for one of an earlier service of this name.
+        """
+        if token != self._state.token:
+            return False
         version = self._workers.version
         self._workers.beat(worker, time.monotonic())
         self._application_came = True
@@ -97,6 +126,7 @@ class Controller:
                 self._changed.set()
         if self._workers.version != version:
             await self._notice.give()
+        return True
 
     async def leave(self, worker_id: str, reason: str = "it said so") -> None:
         """An attention worker is going, or gone."""
@@ -106,11 +136,14 @@ class Controller:
         self._changed.set()
         await self._notice.give()
 
-    async def watch_workers(self, version: int, timeout_s: float) -> tuple[int, dict[str, str]]:
+    async def watch_workers(self, token: str, version: int, timeout_s: float) -> tuple[int, dict[str, str]] | None:
         """Attention workers, id to address, once they differ from `version`, or after `timeout_s` seconds.
 
         After a controller's death only when all had time to be heard of: its callers hang up on those not named.
+        None for an ingress of an earlier service of this name.
         """
+        if token != self._state.token:
+            return None
         await self._notice.until(lambda: self._workers.differ(version, time.monotonic()), timeout_s)
         return self._workers.version, self._workers.addresses()
 
@@ -131,7 +164,7 @@ class Controller:
     async def begin_change(self, wish: Mapping[str, Any]) -> dict[str, Any]:
         """Start on a wish, and describe the change; raises ChangeRefused, which says why and what to do."""
         if self._conductor is None or self._stopping:
-            raise ChangeRefused("the service is not ready: ask again when it is")
+            raise not_ready(self._reason)
         if self._following is not None and wish["kind"] in ("scale", "drain"):
             raise ChangeRefused(
                 "expert hosts follow the nodes here: add nodes, or make room before nodes go "
@@ -146,7 +179,7 @@ class Controller:
         if self._conductor is None and self._state.core is None and not self._stopping:
             return {"done": True, "change": None}
         if self._conductor is None or self._fleet is None or self._stopping:
-            raise ChangeRefused("the service is not ready: ask again when it is", busy=True)
+            raise not_ready(self._reason)
         answer = make_room(self._conductor, self._following, self._fleet.homes(), hosts, node, time.monotonic())
         self._changed.set()
         return answer
@@ -198,6 +231,19 @@ class Controller:
         task.add_done_callback(ended)
         return task
 
+    def _fail(self, reason: str) -> None:
+        self._reason = reason
+        self._joining.failed(time.monotonic())
+        self._known.set()
+
+    async def _take_on(self, news: Mapping[str, Any]) -> None:
+        """What the application is deployed with from now on."""
+        self._events.record("redeployed", time.monotonic(), **{name: str(value) for name, value in news.items()})
+        if self._balance is not None:
+            self._balance.automatic = self._joining.told["auto_rebalance"]
+        self._remember()
+        self._changed.set()
+
     def _wait(self, reason: str | None) -> None:
         self._waiting = reason
 
@@ -210,19 +256,21 @@ class Controller:
     async def _run(self) -> None:
         try:
             checkpoint = open_with_adapters(self._spec.model, self._spec.adapters)
+            self._joining.opened(contents_of(checkpoint, self._spec.adapters))
+            self._known.set()
             hosts = self._spec.hosts
             if self._following is not None and self._state.core is None:
                 hosts = await self._following.first_hosts(hosts, checkpoint.config.n_routed_experts, self._wait)
             blank = [Host(f"host-{index}", 1, "") for index in range(hosts)]
             owners = initial_placement(checkpoint.config, blank, self._spec.replicas).owners
         except ValueError as error:
-            self._reason = str(error)
+            self._fail(str(error))
             return
         if self._following is not None:
             await self._following.look()  # before anybody can ask for room
         config, ids = checkpoint.config, tuple(host.id for host in blank)
         shape = ModelShape(config.moe_layers, config.n_routed_experts, config.n_group)
-        self._balance = Balance(shape, self._spec.auto_rebalance)
+        self._balance = Balance(shape, self._joining.told["auto_rebalance"])
         self._conductor = conductor = Conductor(
             shape,
             Committed(Holding.from_owners(owners, ids), ids, self._spec.replicas, extra=0),
@@ -234,7 +282,6 @@ class Controller:
         self._fleet = fleet = Fleet(self._spec, pool, self._state.stamps, conductor, self._changed)
         await fleet.adopt(self._state.actors)
         self._pool = pool
-        self._tasks.append(self._supervised(self._follow_application()))
         self._tasks.append(self._supervised(self._follow_progress(fleet)))
         if self._following is not None:
             self._tasks.append(self._supervised(self._follow_nodes(self._following, conductor, fleet)))
@@ -250,6 +297,7 @@ class Controller:
         now_s = time.monotonic()
         for worker_id in self._workers.silent(now_s):
             await self.leave(worker_id, "it is silent")
+        self._joining.pursue(conductor, now_s)
         balance.consider(conductor, now_s)
         for action in conductor.act(now_s):
             if isinstance(action, Save):
@@ -258,7 +306,7 @@ class Controller:
                 self._placement = action.placement
                 fleet.share_cores(len(action.placement.hosts))
             elif isinstance(action, GiveUp):
-                self._reason = action.reason
+                self._fail(action.reason)
                 await fleet.stop()
             else:
                 fleet.carry_out(action)
@@ -270,7 +318,7 @@ class Controller:
         """Save what the conductor wants saved, the actors that there are, and the files that they read."""
         if self._pool is not None and self._fleet is not None:
             self._state = replace(self._state, actors=self._pool.names, stamps=dict(self._fleet.stamps))
-        self._state = replace(self._state, core=core or self._state.core)
+        self._state = replace(self._state, core=core or self._state.core, told=self._joining.told)
         save_state(self._spec.name, self._state)
 
     def _remember_desired(self, desired: Desired) -> None:

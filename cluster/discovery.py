@@ -1,11 +1,17 @@
 """How the controller of a service is found, or started by whoever needs it first."""
 
+import time
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.controller import Controller
+from cluster.joining import OtherFiles
 from cluster.spec import CONTROLLER_NAME, ServiceSpec
+
+JOIN_S = 120.0  # for the controller of an earlier service to end, and its own to start
+RETRY_S = 0.2
 
 
 def get_or_start_controller(spec: ServiceSpec) -> Any:
@@ -23,6 +29,29 @@ def get_or_start_controller(spec: ServiceSpec) -> Any:
         )
         .remote(spec)
     )
+
+
+def join_service(spec: ServiceSpec, contents: str) -> tuple[Any, str]:
+    """The controller of the very service that `spec` describes, and its token, for a worker whose files are `contents`.
+
+    One that runs another description under the same name ends, with its hosts, and a new one is started. Raises
+    OtherFiles where the service has other files, and RuntimeError where it is not there in time.
+    """
+    deadline_s = time.monotonic() + JOIN_S
+    while time.monotonic() < deadline_s:
+        try:
+            controller = get_or_start_controller(spec)
+            token = ray.get(controller.join.remote(spec, contents, True))
+            if token is not None:
+                return controller, token
+        except RayTaskError as error:
+            if isinstance(error.cause, OtherFiles):
+                raise error.cause from None
+            raise
+        except RayActorError:  # it is ending
+            pass
+        time.sleep(RETRY_S)
+    raise RuntimeError(f"an earlier service of the name {spec.name} has not made room in {JOIN_S:.0f} s")
 
 
 def find_controller(namespace: str) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.actions import Abandon, Load, Probe, Retire, StartHost, StopHost
 from cluster.conductor import Conductor
@@ -154,7 +154,7 @@ class Fleet:
             return
         try:
             info = await asyncio.wait_for(process.actor.settle.remote(), ADOPT_TIMEOUT_S)
-        except (TimeoutError, RayActorError, RayTaskError):
+        except (TimeoutError, RayError):
             self._pool.end(process)
             return
         report, process.node = info.report, info.node
@@ -171,7 +171,7 @@ class Fleet:
             self._conductor.host_failed(life.host_id, life.generation, reason_of(error), time.monotonic())
             self._gone(life)
             return
-        except RayActorError as error:
+        except RayError as error:  # also one of an actor whose node went before it was there
             self._died(life, reason_of(error))
             return
         life.info, life.process.node = info, info.node
@@ -185,7 +185,7 @@ class Fleet:
         reason = "it was told to stop"
         try:
             await life.actor.wait_for_end.remote()
-        except RayActorError as error:
+        except RayError as error:
             reason = reason_of(error)
         self._died(life, reason)
 
@@ -209,8 +209,8 @@ class Fleet:
         except RayTaskError as error:
             now_s = time.monotonic()
             self._conductor.load_failed(action.change_id, life.host_id, life.generation, reason_of(error), now_s)
-        except RayActorError:
-            return  # whoever watches it tells of its death
+        except RayError as error:  # whoever watches it may have told already
+            self._died(life, reason_of(error))
         else:
             life.info = info
             log.info("%s took %d pairs from hosts, %d from disk", life.host_id, from_hosts, from_disk)
@@ -222,7 +222,7 @@ class Fleet:
     async def _retire(self, life: Life, action: Retire) -> None:
         try:
             life.info = await life.actor.drop.remote(action.pairs)
-        except (RayActorError, RayTaskError) as error:
+        except RayError as error:
             log.warning("%s did not drop what it should: %s", life.host_id, reason_of(error))
             self._conductor.retired(life.host_id, life.generation, frozenset())
             return  # it is asked again with the next tick
@@ -233,10 +233,10 @@ class Fleet:
         alive = True
         try:
             await asyncio.wait_for(life.actor.ping.remote(), _patience_s(life))
-        except (TimeoutError, RayActorError):
-            alive = False
         except RayTaskError as error:
             log.warning("%s answers that it cannot answer: %s", life.host_id, reason_of(error))
+        except (TimeoutError, RayError):
+            alive = False
         self._conductor.probed(life.host_id, life.generation, alive, time.monotonic())
         self._changed.set()
 
@@ -246,20 +246,21 @@ class Fleet:
                 await asyncio.wait_for(life.actor.stop.remote(), STOP_TIMEOUT_S)
             except TimeoutError:
                 insist = True
-            except (RayActorError, RayTaskError):
+            except RayError:
                 pass  # it has ended, or ends now
         self._pool.end(life.process)
         if insist and life.info is not None:
             await self._pool.insist(life.process, life.info)
 
     async def _ask_progress(self, life: Life) -> None:
-        with contextlib.suppress(TimeoutError, RayActorError, RayTaskError):
+        with contextlib.suppress(TimeoutError, RayError):  # of a death, whoever began it tells
             if life.info is None:
                 life.progress = await asyncio.wait_for(life.actor.progress.remote(), PROGRESS_TIMEOUT_S)
+                self._conductor.host_progress(life.host_id, life.generation, life.progress[0], time.monotonic())
             elif life.taking is not None:
                 change_id = life.taking
                 taken = await asyncio.wait_for(life.actor.taken.remote(change_id), PROGRESS_TIMEOUT_S)
-                self._conductor.load_progress(change_id, life.host_id, taken)
+                self._conductor.load_progress(change_id, life.host_id, taken, time.monotonic())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

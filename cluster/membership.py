@@ -18,8 +18,10 @@ RETRY_S = 0.2
 class PlacementFollower:
     """A PlacementSource over the controller's long poll; survives the controller's death."""
 
-    def __init__(self, namespace: str) -> None:
+    def __init__(self, namespace: str, token: str) -> None:
+        """`token` is that of the controller whose tables are wanted."""
         self._namespace = namespace
+        self._token = token
         self._placement: Placement | None = None
         self._taken = 0  # epoch of the last snapshot
         self._changed = threading.Condition()
@@ -85,7 +87,7 @@ class PlacementFollower:
             epoch = self._placement.epoch if self._placement else 0
             try:
                 controller: Any = find_controller(self._namespace)
-                text = ray.get(controller.watch.remote(epoch, POLL_S), timeout=POLL_S + 5)
+                text = ray.get(controller.watch.remote(self._token, epoch, POLL_S), timeout=POLL_S + 5)
             except (ValueError, RayActorError, GetTimeoutError):
                 time.sleep(RETRY_S)
                 continue

@@ -9,7 +9,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from cluster.discovery import find_controller, get_or_start_controller
+from cluster.discovery import find_controller, join_service
+from cluster.joining import contents_of
 from cluster.membership import PlacementFollower
 from cluster.spec import ServiceSpec
 from experts.grpc_transport import GrpcTransport
@@ -19,7 +20,7 @@ from experts.training.client import TrainingClient
 from experts.training.grpc_peer import GrpcPeers
 from experts.training.step_hosts import StepLost, StepPlacement
 from experts.transports import open_transport
-from model.config import ModelConfig
+from model.checkpoint import Checkpoint
 from router.placement import Placement
 
 HEARTBEAT_S = 1.0
@@ -31,14 +32,15 @@ LOOK_S = 2.0
 class TrainingHosts:
     """Placements, peers and a client for one worker; tells the controller which table it uses."""
 
-    def __init__(self, service: ServiceSpec, config: ModelConfig, rank: int, step_tokens: int) -> None:
+    def __init__(self, service: ServiceSpec, checkpoint: Checkpoint, rank: int, step_tokens: int) -> None:
         """Starts the controller where it does not run; `step_tokens` is the largest micro-batch."""
         prepare_environment()
         self._namespace = service.namespace
         self._id = f"trainer-{rank}"
-        self.controller: Any = get_or_start_controller(service)
-        token = ray.get(self.controller.token.remote())
-        self._follower = PlacementFollower(service.namespace)
+        self.controller: Any
+        self.controller, self._token = join_service(service, contents_of(checkpoint, service.adapters))
+        config, token = checkpoint.config, self._token
+        self._follower = PlacementFollower(service.namespace, token)
         self._follower.use(0)
         self._transport: GrpcTransport | LeaseTransport = open_transport(
             service.transport, token, service.tls, step_tokens, config.num_experts_per_tok, config.hidden_size
@@ -93,4 +95,5 @@ class TrainingHosts:
         while not self._closing.wait(HEARTBEAT_S):
             epoch, _ = self._follower.epoch_in_use(lambda: False)
             with contextlib.suppress(ValueError, RayActorError, GetTimeoutError):
-                ray.get(find_controller(self._namespace).heartbeat.remote(info | still | {"epoch": epoch}), timeout=5)
+                controller = find_controller(self._namespace)
+                ray.get(controller.heartbeat.remote(self._token, info | still | {"epoch": epoch}), timeout=5)

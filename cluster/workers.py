@@ -7,6 +7,7 @@ from typing import Any
 from cluster.events import EventLog
 
 SILENT_S = 5.0  # without a heartbeat after which a worker is not offered any more
+LATE_S = 1.0  # between two looks; who looks later was not running, and has not heard what came meanwhile
 SETTLED_S = 2.0  # with a worker after which a service is no longer starting: whoever waited for it has an answer
 PRIVATE = ("address", "load", "since_s", "seen_s")  # of a heartbeat, not for people
 
@@ -21,6 +22,7 @@ class Workers:
         self._known: dict[str, dict[str, Any]] = {}
         self._events = events
         self._heard_s = heard_s
+        self._looked_s = -math.inf  # for silent ones
         self.version = 0  # rises when workers or their addresses differ
 
     def beat(self, worker: Mapping[str, Any], now_s: float) -> None:
@@ -41,7 +43,11 @@ class Workers:
             self._events.record("worker_left", now_s, worker=worker_id, reason=reason)
 
     def silent(self, now_s: float) -> list[str]:
-        """Ids of workers that were not heard of for too long."""
+        """Ids of workers that were not heard of for too long while this controller could hear; look at every tick."""
+        deaf_s = max(0.0, now_s - self._looked_s - LATE_S)
+        self._looked_s = now_s
+        for worker in self._known.values():
+            worker["seen_s"] = min(now_s, worker["seen_s"] + deaf_s)
         return [worker_id for worker_id, worker in self._known.items() if worker["seen_s"] < now_s - SILENT_S]
 
     def differ(self, version: int, now_s: float) -> bool:

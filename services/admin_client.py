@@ -14,6 +14,10 @@ class NotFound(CommandError):
     """The service answers, and knows no such thing."""
 
 
+class NotNow(CommandError):
+    """The service refuses for now: it is not ready, or another change is under way."""
+
+
 class NotAnswered(CommandError):
     """No usable answer came; asked again, the service may give one."""
 
@@ -29,7 +33,7 @@ class AdminClient:
         self._http = httpx.Client(base_url=record.url, headers=headers, trust_env=False)
 
     def get(self, path: str, query: dict[str, Any] | None = None, timeout_s: float = ANSWER_S) -> dict[str, Any]:
-        """Raises CommandError with the service's own words, as NotFound or NotAnswered where it is that."""
+        """Raises CommandError with the service's own words, as NotFound, NotNow or NotAnswered where it is that."""
         return self._ask("GET", path, timeout_s, params=query or {})
 
     def post(self, path: str, body: dict[str, Any], timeout_s: float = ANSWER_S) -> dict[str, Any]:
@@ -52,7 +56,7 @@ class AdminClient:
             raise NotAnswered(message)
         if answer.status_code in (401, 403):
             raise CommandError(f"{url} does not take the admin token: set SHOAL_ADMIN_TOKEN to its own ({message})")
-        raise NotFound(message) if answer.status_code == 404 else CommandError(message)
+        raise {404: NotFound, 409: NotNow}.get(answer.status_code, CommandError)(message)
 
 
 def _document(answer: httpx.Response) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ def build(args: AppArgs) -> Application:
         api_key=args.api_key,
         admin_token=args.admin_token,
         max_in_flight=args.max_in_flight,
+        worker_deadline_s=args.worker_deadline_s,
     )
     attention = serve.deployment(AttentionReplica).options(
         name="attention",

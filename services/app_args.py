@@ -18,20 +18,26 @@ class ExpertArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    hosts: int = Field(2, ge=1)
-    replicas: int = Field(1, ge=1, description="hosts that hold each expert")
+    hosts: int = Field(2, ge=1, description="with which the service starts; at most the experts of a layer")
+    replicas: int = Field(1, ge=1, description="hosts that hold each expert, at most `experts.hosts`")
     threads: int | None = Field(None, ge=1, description="of each host; default: its share of its node's cores")
     cpus: float = Field(0.0, ge=0, description="Ray CPUs that each host reserves")
-    gpus: float = Field(0.0, ge=0)
+    gpus: float = Field(0.0, ge=0, description="Ray GPUs that each host reserves, or a part of one; 0: CPUs compute")
     resources: dict[str, float] = Field({}, description="custom Ray resources that each host reserves")
     node_resource: str | None = Field(
         None,
         min_length=1,
-        description="custom Ray resource: one host lives on each node that has it, hosts at least, and follows nodes",
+        description="custom Ray resource: one host lives on each node that has it, `experts.hosts` at least, and hosts "
+        "follow such nodes",
     )
-    transport: TransportKind = Field("auto", description="of rows to the hosts: shared memory on a machine, nixl, grpc")
-    standby: int = Field(1, ge=0, description="that wait to replace a lost host; none where hosts reserve anything")
-    auto_rebalance: bool = Field(False, description="move experts between hosts by themselves when the load is uneven")
+    transport: TransportKind = Field(
+        "auto",
+        description="of rows to the hosts; `auto`: shared memory on a machine, NIXL between machines, or else gRPC",
+    )
+    standby: int = Field(
+        1, ge=0, description="processes that wait to be a lost host's next life; none where hosts reserve anything"
+    )
+    auto_rebalance: bool = Field(False, description="move experts between hosts by itself when the load is uneven")
 
 
 class AttentionArgs(BaseModel):
@@ -39,16 +45,18 @@ class AttentionArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1, description="attention workers")
     threads: int | None = Field(None, ge=1, description="of each worker; default: the node's cores")
     max_length: int = Field(4096, ge=1, description="tokens of prompt and answer")
-    cache_tokens: int = Field(32768, ge=1)
-    block_size: int = Field(16, ge=1)
-    step_tokens: int = Field(512, ge=1)
-    running: int = Field(64, ge=1)
-    expert_deadline_s: float = Field(30.0, gt=0)
-    cpus: float = Field(0.0, ge=0)
-    gpus: float = Field(0.0, ge=0)
+    cache_tokens: int = Field(32768, ge=1, description="of each worker's latent cache")
+    block_size: int = Field(16, ge=1, description="tokens of a block of the cache")
+    step_tokens: int = Field(512, ge=1, description="that a worker computes in one step, over all its requests")
+    running: int = Field(64, ge=1, description="requests in a worker's running batch; others wait")
+    expert_deadline_s: float = Field(
+        30.0, gt=0, description="seconds that requests wait for lost expert hosts before they end with an error"
+    )
+    cpus: float = Field(0.0, ge=0, description="Ray CPUs that each worker reserves")
+    gpus: float = Field(0.0, ge=0, description="Ray GPUs that each worker reserves, or a part of one; 0: CPUs compute")
 
 
 class TlsArgs(BaseModel):
@@ -56,10 +64,12 @@ class TlsArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    certificate: Path
-    key: Path
+    certificate: Path = Field(description="that each node shows, called or calling")
+    key: Path = Field(description="the certificate's private key")
     root: Path = Field(description="whoever it signed is let in")
-    name: str | None = Field(None, description="in every certificate, when they do not name the nodes' addresses")
+    name: str | None = Field(
+        None, description="in every certificate; default: each names the address that its node listens on"
+    )
 
 
 class AppArgs(BaseModel):
@@ -67,17 +77,21 @@ class AppArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field(description="directory of a Hugging Face checkpoint")
+    model: str = Field(description="directory of a Hugging Face checkpoint, as every node sees it")
     adapters: tuple[str, ...] = Field((), description="directories of LoRA adapters and deltas, applied in this order")
-    name: str = Field("shoal", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the Serve application's")
     served_name: str | None = Field(None, description="model id that clients ask for; default: the directory's name")
     api_key: str | None = Field(
-        None, min_length=SHORTEST_KEY, description="default: SHOAL_API_KEY where the ingress runs"
+        None, min_length=SHORTEST_KEY, description="that clients send; default: SHOAL_API_KEY where the ingress runs"
     )
-    admin_token: str | None = Field(None, min_length=SHORTEST_KEY, description="default: SHOAL_ADMIN_TOKEN there")
+    admin_token: str | None = Field(
+        None, min_length=SHORTEST_KEY, description="that opens the admin routes; default: SHOAL_ADMIN_TOKEN there"
+    )
     control_cpus: float = Field(0.0, ge=0, description="Ray CPUs that the controller and each ingress reserve")
-    ingress_replicas: int = Field(1, ge=1)
+    ingress_replicas: int = Field(1, ge=1, description="ingresses, which answer HTTP; any of them, for all workers")
     max_in_flight: int = Field(256, ge=1, description="requests in one ingress before it answers 429")
+    worker_deadline_s: float = Field(
+        300.0, gt=0, description="seconds that requests wait for lost attention workers before they end with an error"
+    )
     experts: ExpertArgs = ExpertArgs()
     attention: AttentionArgs = AttentionArgs()
     tls: TlsArgs | None = None
@@ -99,8 +113,8 @@ class AppArgs(BaseModel):
         return nested
 
 
-def service_spec(args: AppArgs) -> ServiceSpec:
-    """What the service's controller is told.
+def service_spec(args: AppArgs, name: str = "") -> ServiceSpec:
+    """What the service's controller is told. `name` is the Serve application's, which replicas learn from Serve.
 
     Raises ValueError (ConfigError, CheckpointError) when the checkpoint or the TLS files cannot be used.
     """
@@ -114,7 +128,7 @@ def service_spec(args: AppArgs) -> ServiceSpec:
     if tls is not None:
         tls.read()
     return ServiceSpec(
-        name=args.name,
+        name=name,
         model=str(directory),
         adapters=adapters,
         hosts=args.experts.hosts,

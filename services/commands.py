@@ -101,9 +101,9 @@ def _detach(options: argparse.Namespace) -> int:
 
 
 def again(arguments: list[str]) -> list[str]:
-    """The command line of the service itself: in the foreground, and its key, which everybody here could read, left out.
+    """The command line of the service itself: in the foreground, and without its key, which goes by the environment.
 
-    The key goes by the environment.
+    Everybody on this machine can read command lines.
     """
     kept: list[str] = []
     skip = False

@@ -73,7 +73,7 @@ def _run(options: LaunchOptions, admin_token: str, console: Console, stop: threa
     from cluster.discovery import get_or_start_controller
 
     arguments = application_args(options, admin_token)
-    get_or_start_controller(service_spec(arguments))  # hosts load while Serve starts
+    get_or_start_controller(service_spec(arguments, f"p{options.port}"))  # hosts load while Serve starts
 
     from services.app import build
     from services.progress import show_progress

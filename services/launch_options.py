@@ -12,7 +12,6 @@ from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
 from services.app_args import AppArgs
 
-
 SECRET = {"api_key": "--api-key or $SHOAL_API_KEY", "admin_token": "$SHOAL_ADMIN_TOKEN"}  # whose values are not printed
 
 
@@ -83,7 +82,6 @@ def application_args(options: LaunchOptions, admin_token: str) -> AppArgs:
         {
             "model": str(Path(options.model).resolve()),
             "adapters": [str(Path(adapter).resolve()) for adapter in options.adapters],
-            "name": f"p{options.port}",
             "served_name": options.served_name,
             "api_key": options.api_key,
             "admin_token": admin_token,

@@ -8,12 +8,13 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from services.admin_client import ANSWER_S, AdminClient, NotAnswered
+from services.admin_client import ANSWER_S, AdminClient, NotAnswered, NotNow
 from services.commands import CommandError, NoService
 from services.follow_change import follow, shown, summary
 from services.state import ServiceRecord
 
 POLL_S = 0.5
+NOT_YET: dict[str, Any] = {"done": False, "change": None}
 GONE_S = 10.0  # without an answer, after which a service that answered before has ended
 
 
@@ -38,7 +39,10 @@ def _ask(client: AdminClient, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _wait(client: AdminClient, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The answer that it is done. Changes that were under way before are waited for too."""
+    """The answer that it is done. A service that is not ready is waited for, and changes that were under way before.
+
+    A change that a new controller does not know any more is begun again.
+    """
     deadline_s = time.monotonic() + options.timeout
     silent_since_s: float | None = None
     while True:
@@ -49,7 +53,9 @@ def _wait(client: AdminClient, options: argparse.Namespace, console: Console) ->
             silent_since_s = now_s if silent_since_s is None else silent_since_s
             if now_s >= silent_since_s + GONE_S and not listens(client.record):
                 raise NoService(f"{client.record.url} has ended: {error}") from error
-            answer = {"done": False, "change": None}
+            answer = NOT_YET
+        except NotNow:
+            answer, silent_since_s = NOT_YET, None
         else:
             silent_since_s = None
         if answer["done"]:
@@ -62,9 +68,9 @@ def _wait(client: AdminClient, options: argparse.Namespace, console: Console) ->
             continue
         with shown(console, lines=not options.json) as show:
             outcome = follow(client, answer["change"], left_s, show)
-        if outcome.failure is not None:
+        if outcome.failure is not None and (outcome.change["over"] or time.monotonic() >= deadline_s):
             raise CommandError(outcome.failure)
-        if not options.json:
+        if outcome.failure is None and not options.json:
             console.print(summary(outcome.change), markup=False, soft_wrap=True)
 
 

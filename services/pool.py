@@ -15,14 +15,13 @@ from attention.requests import GenerateRequest, SamplingParams, Update
 from attention.service_client import AttentionClient, WorkerLost
 from cluster.change import ChangeRefused, Wish
 from cluster.discovery import find_controller
-from experts.tls import TlsFiles
+from cluster.spec import ServiceSpec
 from services.backend import GenerationFailed, Overloaded, Reading, ServedModel
 
 POLL_S = 10.0
 RETRY_S = 0.2
 MAX_FAILURES = 3  # engines that may fail with a request, before it is thought to be the cause
 MAX_SILENT = 16  # workers that may go, one after another, before a request got anything; as many may go at once
-REPLAY_S = 60.0  # for a worker to be there again, before a request fails
 FRESH_S = 5.0  # a token generated so recently shows that the service works
 PROBE_S = 5.0
 STEPS_S = 1.0  # for the controller to say how many
@@ -34,11 +33,20 @@ PREFERENCE = 4  # requests that a preferred worker may have more than the least 
 class WorkerPool:
     """A Backend over the workers that the controller knows. Keeps each answer's tokens until it ends."""
 
-    def __init__(self, model: ServedModel, namespace: str, max_in_flight: int, tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self, model: ServedModel, service: ServiceSpec, contents: str, max_in_flight: int, worker_deadline_s: float
+    ) -> None:
+        """`contents` of the service's files, as `cluster.joining.contents_of` has it.
+
+        A request waits for a worker to be there, or there again, for `worker_deadline_s` before it fails.
+        """
         self._model = model
-        self._namespace = namespace
+        self._service = service
+        self._contents = contents
+        self._namespace = service.namespace
         self._max_in_flight = max_in_flight
-        self._tls = tls
+        self._worker_deadline_s = worker_deadline_s
+        self._tls = service.tls
         self._in_flight = 0
         self.replays = 0  # answers that went on with another worker
         self._token_s = -FRESH_S  # when a token was last generated
@@ -140,10 +148,11 @@ class WorkerPool:
         """The worker likely to hold the prompt's beginning, unless it is much busier than the least busy."""
         async with self._arrived:
             try:
-                async with asyncio.timeout(REPLAY_S):
+                async with asyncio.timeout(self._worker_deadline_s):
                     await self._arrived.wait_for(lambda: any(c.alive for c in self._clients.values()))
             except TimeoutError:
-                raise GenerationFailed(f"no attention worker was ready within {REPLAY_S:.0f} s") from None
+                within = f"{self._worker_deadline_s:.0f} s"
+                raise GenerationFailed(f"no attention worker was ready within {within}") from None
         alive = sorted((c for c in self._clients.values() if c.alive), key=lambda client: client.address)
         preferred = alive[hash(request.prompt_ids[:PREFIX_TOKENS]) % len(alive)]
         least = min(alive, key=lambda client: client.in_flight)
@@ -156,12 +165,16 @@ class WorkerPool:
             try:
                 controller = find_controller(self._namespace)
                 if self._token is None:
-                    self._token = await controller.token.remote()
-                version, workers = await controller.watch_workers.remote(version, POLL_S)
+                    self._token = await controller.join.remote(self._service, self._contents, False)
+                found = await controller.watch_workers.remote(self._token or "", version, POLL_S)
             except (ValueError, RayError):
                 version = -1
                 await asyncio.sleep(RETRY_S)
                 continue
+            if found is None:  # another service has taken the name, or is about to make room for this one
+                self._token, found = None, (-1, {})
+                await asyncio.sleep(RETRY_S)
+            version, workers = found
             self._addresses = frozenset(workers.values())
             await self._connect()
 

@@ -1,13 +1,15 @@
 """The two Serve deployments: an attention worker, and the ingress that speaks HTTP."""
 
+import gc
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.joining import contents_of
 from cluster.spec import ServiceSpec, WorkerSpec
 from cluster.threads import settle_threads
 from model.adapters.overlay import open_with_adapters
@@ -27,7 +29,7 @@ class AttentionReplica:
         from cluster.attention_worker import AttentionWorker  # the ingress, which is here too, needs nothing of it
 
         replica = serve.get_replica_context().replica_id.unique_id
-        self._worker = AttentionWorker(service, spec, f"attention-{replica}")
+        self._worker = AttentionWorker(called(service), spec, f"attention-{replica}")
 
     def check_health(self) -> None:
         self._worker.check_health()
@@ -50,11 +52,13 @@ class IngressSpec:
     api_key: str | None
     admin_token: str | None
     max_in_flight: int
+    worker_deadline_s: float
 
 
 async def open_app(spec: IngressSpec) -> FastAPI:
     """The HTTP application over the service's workers, in a Serve replica."""
-    checkpoint = open_with_adapters(spec.service.model, spec.service.adapters)
+    service = called(spec.service)
+    checkpoint = open_with_adapters(service.model, service.adapters)
     model = ServedModel(
         id=spec.served_name,
         created=int(time.time()),
@@ -64,9 +68,15 @@ async def open_app(spec: IngressSpec) -> FastAPI:
         tokenizer=Tokenizer.load(checkpoint.directory),
         defaults=read_generation_defaults(checkpoint.directory),
     )
-    pool = WorkerPool(model, spec.service.namespace, spec.max_in_flight, spec.service.tls)
+    contents = contents_of(checkpoint, service.adapters)
+    pool = WorkerPool(model, service, contents, spec.max_in_flight, spec.worker_deadline_s)
     api_key, admin_token = spec.api_key or secret("SHOAL_API_KEY"), spec.admin_token or secret("SHOAL_ADMIN_TOKEN")
     return create_app(pool, api_key, admin_token, f"ingress-{serve.get_replica_context().replica_id.unique_id}")
+
+
+def called(service: ServiceSpec) -> ServiceSpec:
+    """The service under the name of its Serve application."""
+    return replace(service, name=serve.get_replica_context().app_name)
 
 
 def secret(name: str) -> str | None:
@@ -86,4 +96,7 @@ class Ingress:
         self._attention = attention  # makes Serve start the workers with the ingress
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        return await open_app(self._spec)
+        app = await open_app(self._spec)
+        gc.collect()
+        gc.freeze()  # what is there now stays, and every stream would stop while a full collection looks at all of it
+        return app

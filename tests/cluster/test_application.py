@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from cluster import application
 from cluster.application import wait_until_gone, wait_until_idle
@@ -64,3 +65,14 @@ def test_it_waits_as_long_as_somebody_is_there_and_a_while_longer() -> None:
     started_s = time.monotonic()
     asyncio.run(wait_until_idle(lambda: next(looks), 0.2))
     assert time.monotonic() - started_s >= 0.05 * 3 + 0.15
+
+
+def test_nothing_runs_on_a_serve_that_was_shut_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve's own client would raise for ever, as it goes on asking the controller that it knew."""
+
+    def nobody(name: str, namespace: str) -> None:
+        assert (name, namespace) == (SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+        raise ValueError(f"Failed to look up actor with name '{name}'")
+
+    monkeypatch.setattr(application.ray, "get_actor", nobody)
+    assert application.applications() == set()

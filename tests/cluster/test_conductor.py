@@ -244,6 +244,68 @@ def test_a_change_that_fails_leaves_everything_as_it_was(fault: str) -> None:
     assert set(service.held()) == {"host-0", "host-1"}
 
 
+def test_a_life_that_loads_steadily_is_waited_for_however_long_it_takes() -> None:
+    service = Service(2)
+    service.act()
+    for loaded in range(1, 10):
+        service.now_s += DEADLINES.prepare_s - 1.0
+        service.conductor.host_progress("host-1", 1, loaded, service.now_s)
+        service.act()
+    views = service.conductor.roster.views
+    assert views["host-1"].generation == 1
+    assert views["host-0"].generation > 1  # which never said anything
+    service.conductor.host_progress("host-1", 1, 9, service.now_s)
+    assert StopHost("host-1", 1, insist=True) not in service.act(DEADLINES.prepare_s - 0.1)
+    service.conductor.host_progress("host-1", 1, 9, service.now_s)  # no further than before
+    assert StopHost("host-1", 1, insist=True) in service.act(0.2)
+    assert views["host-1"].state == "dead"
+
+
+def test_a_life_has_its_own_time_to_load_whatever_an_earlier_one_had_loaded() -> None:
+    service = Service(1)
+    service.act()
+    service.conductor.host_progress("host-0", 1, 3, 1.0)
+    service.now_s = 15.0
+    service.died("host-0", 1)
+    (start,) = of(StartHost, service.act())
+    assert start.generation == 2
+    assert service.act(DEADLINES.prepare_s - 1.0) == []
+    service.conductor.host_progress("host-0", 1, 4, service.now_s)  # late, of the earlier one
+    assert of(StopHost, service.act(1.0)) == [StopHost("host-0", 2, insist=True)]
+    (start,) = of(StartHost, service.act())
+    service.now_s += DEADLINES.prepare_s - 1.0
+    service.conductor.host_progress("host-0", 3, 1, service.now_s)  # fewer than the first had
+    assert service.act(DEADLINES.prepare_s - 1.0) == []
+    assert of(StopHost, service.act(1.0)) == [StopHost("host-0", 3, insist=True)]
+
+
+def test_a_change_that_loads_steadily_is_waited_for_however_long_it_takes() -> None:
+    service = ready(2)
+    change = service.begin(Wish("replicas", replicas=2))
+    assert len(of(Load, service.act())) == 2
+    for loaded in (1, 2):
+        service.act(DEADLINES.prepare_s - 1.0)
+        service.conductor.load_progress(change.id, "host-1", loaded, service.now_s)
+    version = change.version
+    service.act(DEADLINES.prepare_s - 1.0)
+    service.conductor.load_progress(change.id, "host-1", 2, service.now_s)  # no further than before
+    assert (change.phase, change.version) == (Phase.PREPARE, version)
+    assert {abandon.host_id for abandon in of(Abandon, service.act(1.0))} == {"host-0", "host-1"}
+    assert change.phase is Phase.ROLLED_BACK
+
+
+def test_what_a_load_says_late_gives_a_change_no_more_time_to_retire() -> None:
+    service = ready(2, workers=1)
+    change = service.begin(Wish("replicas", replicas=2))
+    for action in service.act():
+        service.obey(action)
+    service.act()
+    assert change.phase is Phase.RETIRE
+    deadline_s = change.deadline_s
+    service.conductor.load_progress(change.id, "host-1", 2, service.now_s)
+    assert change.deadline_s == deadline_s
+
+
 def test_a_change_is_undone_at_once_when_a_host_dies_with_what_it_had_loaded() -> None:
     service = ready(3)
     change = service.begin(Wish("drain", leaving=("host-0",)))
@@ -297,8 +359,14 @@ def test_a_second_change_is_refused_as_busy_and_changes_nothing() -> None:
 
 
 def test_no_change_is_begun_before_the_service_is_ready() -> None:
-    with pytest.raises(ChangeRefused, match="still starting"):
-        Service(1).begin(Wish("scale", hosts=2))
+    service = Service(1)
+    with pytest.raises(ChangeRefused, match="not ready: ask again") as refused:
+        service.begin(Wish("scale", hosts=2))
+    assert refused.value.busy
+    service.conductor.give_up("there is no room")
+    with pytest.raises(ChangeRefused, match="cannot start: there is no room") as impossible:
+        service.begin(Wish("scale", hosts=2))
+    assert not impossible.value.busy
 
 
 def test_a_controller_that_comes_back_takes_over_its_hosts() -> None:

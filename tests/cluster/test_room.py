@@ -8,9 +8,11 @@ import pytest
 from cluster import following as following_module
 from cluster import room
 from cluster.change import ChangeRefused, Phase, Wish
+from cluster.controller import Controller
 from cluster.following import Following, find_node
 from cluster.node_follower import RETRY_S, Desired
 from cluster.nodes import Node, parse_nodes
+from cluster.state import ControllerState
 from tests.cluster.test_conductor import Service
 
 RESOURCE = "shoal_expert"
@@ -97,6 +99,35 @@ def test_a_node_is_drained_after_what_is_under_way(service: Service, nodes: list
     assert ask("10.0.0.b") == {"done": True, "change": None}
     with pytest.raises(ChangeRefused, match="0 expert hosts"):
         ask("10.0.0.a")
+
+
+def test_a_service_that_is_not_ready_yet_is_asked_again() -> None:
+    service = Service(2)
+
+    def ask() -> dict[str, Any]:
+        return room.make_room(service.conductor, None, HOMES, 1, None, service.now_s)
+
+    assert ask() == {"done": False, "change": None}
+    service.settle()
+    assert ask()["change"]["leaving"] == ["host-1"]
+
+
+@pytest.mark.parametrize("call", ["begin_change", "make_room"])
+def test_a_controller_without_its_hosts_says_whether_to_ask_again(call: str, service: Service) -> None:
+    controller = object.__new__(Controller)
+    controller._conductor, controller._stopping, controller._reason = None, False, None
+    controller._state = ControllerState("token", core=service.saved)  # it was restarted
+
+    def refusal() -> ChangeRefused:
+        asked = controller.begin_change({"kind": "scale"}) if call == "begin_change" else controller.make_room(1, None)
+        with pytest.raises(ChangeRefused) as refused:
+            asyncio.run(asked)
+        return refused.value
+
+    assert refusal().busy
+    controller._reason = "the checkpoint has no config.json"
+    assert not refusal().busy
+    assert "cannot start: the checkpoint has no config.json" in str(refusal())
 
 
 def test_what_is_desired_is_saved_and_then_done(followed: Followed) -> None:

@@ -3,12 +3,22 @@
 from typing import Any
 
 from cluster.events import EventLog
-from cluster.workers import SETTLED_S, SILENT_S, Workers
+from cluster.workers import LATE_S, SETTLED_S, SILENT_S, Workers
+
+TICK_S = 0.25
 
 
 def beat(worker_id: str, address: str = "127.0.0.1:1", **counts: int) -> dict[str, Any]:
     known = {"rows_resent": 0, "resends": 0, "hedges": 0} | counts
     return {"id": worker_id, "address": address, "node": "node", "load": {}, "epoch": 1, **known}
+
+
+def look(workers: Workers, from_s: float, to_s: float) -> list[str]:
+    """As the controller does: at every tick from one time to another; who is silent at the last."""
+    silent: list[str] = []
+    for tick in range(round((to_s - from_s) / TICK_S) + 1):
+        silent = workers.silent(from_s + tick * TICK_S)
+    return silent
 
 
 def test_the_version_rises_only_when_addresses_differ() -> None:
@@ -26,9 +36,40 @@ def test_the_version_rises_only_when_addresses_differ() -> None:
 def test_who_is_not_heard_of_is_silent() -> None:
     workers = Workers(EventLog())
     workers.beat(beat("a"), 0.0)
+    look(workers, 0.0, 1.0)
     workers.beat(beat("b"), 1.0)
-    assert workers.silent(SILENT_S) == []
-    assert workers.silent(SILENT_S + 0.5) == ["a"]
+    assert look(workers, 1.0, SILENT_S) == []
+    assert look(workers, SILENT_S, SILENT_S + 0.5) == ["a"]
+
+
+def test_a_controller_that_was_frozen_does_not_take_its_own_silence_for_its_workers() -> None:
+    workers = Workers(EventLog())
+    workers.beat(beat("a"), 0.0)
+    workers.beat(beat("b"), 0.0)
+    look(workers, 0.0, 1.0)
+    thawed_s = 61.0
+    assert workers.silent(thawed_s) == []
+    workers.beat(beat("b"), thawed_s)  # of the heartbeats that came meanwhile, one is heard before the next look
+    assert workers.silent(thawed_s) == []
+    workers.beat(beat("b"), thawed_s + 3.0)
+    assert look(workers, thawed_s, thawed_s + 3.0) == []  # 1 s before, at most 1 s for the time in between
+    assert look(workers, thawed_s + 3.0, thawed_s + 3.5) == ["a"]
+
+
+def test_a_controller_that_is_always_late_still_finds_the_silent() -> None:
+    workers = Workers(EventLog())
+    looks_s = [2.0 * LATE_S * look for look in range(12)]
+    workers.beat(beat("a"), 0.0)
+    silent_from_s = next(now_s for now_s in looks_s if workers.silent(now_s))
+    assert SILENT_S < silent_from_s <= 3.0 * SILENT_S
+
+
+def test_the_first_look_for_the_silent_finds_nobody() -> None:
+    """A model is opened meanwhile, during which nothing is heard."""
+    workers = Workers(EventLog())
+    workers.beat(beat("a"), 0.0)
+    assert workers.silent(60.0) == []
+    assert look(workers, 60.0, 60.0 + SILENT_S + TICK_S) == ["a"]
 
 
 def test_a_service_is_settled_once_a_worker_has_been_there_for_a_while() -> None:

@@ -24,7 +24,7 @@ class Deployment:
 
     def __init__(self, model: Path, **arguments: Any) -> None:
         """`arguments` as `services.app_args.AppArgs` takes them."""
-        self._arguments: dict[str, Any] = {"model": str(model), "name": NAME, "admin_token": ADMIN, **arguments}
+        self._arguments: dict[str, Any] = {"model": str(model), "admin_token": ADMIN, **arguments}
         self._temp_dir = Path(tempfile.mkdtemp(prefix="shoal-ray-", dir="/tmp"))
         self.url = ""
         self._cluster: Any = None
@@ -54,6 +54,16 @@ class Deployment:
             self._end_ray()
             raise
         return self
+
+    def deploy_again(self, **arguments: Any) -> None:
+        """The application once more, as `serve run` or a changed config file has it; returns when it runs."""
+        from ray import serve
+
+        from services.app import build
+        from services.app_args import AppArgs
+
+        self._arguments |= arguments
+        serve.run(build(AppArgs.model_validate(self._arguments)), name=NAME, route_prefix=f"/{NAME}")
 
     def __exit__(self, *exception: object) -> None:
         from ray import serve

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from model.config import read_config
 from model.tokenizer import Tokenizer
 from tests import oracle
 from tests.certificates import make_certificate
+from tests.checkpoints import SHAPES, write_checkpoint
 from tests.end_to_end.clients import TOKENS, client, complete, complete_all, wait_until
 from tests.end_to_end.deployment import Deployment
 from tests.end_to_end.prompts import prompts
@@ -158,3 +160,43 @@ def test_health_says_whether_a_token_can_be_generated(service: Deployment) -> No
         for pid in frozen:
             os.kill(pid, signal.SIGCONT)
     wait_until(lambda: httpx.get(f"{service.url}/health", timeout=30).status_code == 200)
+
+
+def test_new_numbers_are_taken_on_when_the_application_is_deployed_again(
+    service: Deployment, expected: list[str]
+) -> None:
+    before = service.hosts()
+    experts = {"hosts": len(before) - 2, "threads": 1}
+    service.deploy_again(experts=experts, attention={"replicas": 1, "threads": 1})
+    wait_until(lambda: len(service.hosts()) == experts["hosts"])
+    assert {host["pid"] for host in service.hosts()} < {host["pid"] for host in before}
+    assert complete(client(service.url), prompts(16)[0]) == expected[0]
+
+
+def test_another_model_under_the_same_name_never_mixes_with_the_first(
+    service: Deployment, path: Path, expected: list[str], tmp_path: Path
+) -> None:
+    other = tmp_path / path.name  # of the same shape, and called the same by clients
+    write_checkpoint(SHAPES["tiny"], other, seed=7)
+    prompt = prompts(1)[0]
+    text = Tokenizer.load(other).decode(oracle.greedy_tokens(other, prompt, TOKENS))
+    assert text != expected[0]
+    api, answers, over = client(service.url).with_options(max_retries=0), [expected[0]], threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            with suppress(openai.APIError):  # between the two nobody serves
+                answers.append(complete(api, prompt))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        service.deploy_again(model=str(other))
+        wait_until(lambda: answers[-1] == text)
+    finally:
+        over.set()
+        asking.join()
+    first = answers.index(text)
+    assert set(answers[:first]) == {expected[0]}
+    assert set(answers[first:]) == {text}
+    assert service.status()["model"] == str(other)

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.change import ChangeRefused, Wish
+from cluster.spec import ServiceSpec
 from model.generation import GenerationDefaults
 from model.tokenizer import Tokenizer
 from services.backend import GenerationFailed, Reading, ServedModel
@@ -196,7 +197,7 @@ class FakeController:
     def __init__(self, answer: Callable[..., Any]) -> None:
         for name in ("begin_change", "watch_change", "events", "status"):
             setattr(self, name, Remote(answer))
-        self.token = Remote(lambda: RayActorError())
+        self.join = Remote(lambda *_: RayActorError())
 
 
 @pytest.fixture
@@ -208,7 +209,7 @@ def ask_pool(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Callable[
 
         async def run() -> Any:
             model = ServedModel("m", 1, 100, 100, "fp", tokenizer, GenerationDefaults(1.0, 1.0))
-            return await getattr(WorkerPool(model, "nowhere", 4), method)(*arguments)
+            return await getattr(WorkerPool(model, ServiceSpec("nowhere", ""), "", 4, 60.0), method)(*arguments)
 
         return asyncio.run(run())
 

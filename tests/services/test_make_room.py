@@ -48,6 +48,42 @@ def test_waiting_asks_again_until_it_is_done(door: Door, capsys: pytest.CaptureF
     assert lines[-2:] == ["change-3 (scale) done at epoch 8 after 3.5 s", "done"]
 
 
+def test_a_service_that_is_not_ready_is_waited_for(
+    door: Door, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door.script.refusal = ChangeRefused("the service is not ready: ask again when it is", busy=True)
+    assert "not ready: ask again" in fails(capsys, door, "drain", "--to", 1)
+    assert "not done after 0.2 s" in fails(capsys, door, "drain", "--to", 1, "--wait", "--timeout", "0.2")
+    assert len(door.script.rooms) > 3
+    turns: Iterator[Exception | None] = iter([AWAY, door.script.refusal, AWAY, door.script.refusal, None])
+    make_room = door.script.make_room
+
+    async def ready_later(hosts: int | None, node: str | None) -> dict[str, Any]:
+        door.script.refusal = next(turns)
+        return await make_room(hosts, node)
+
+    monkeypatch.setattr(door.script, "make_room", ready_later)
+    assert run(door, "drain", "--to", 1, "--wait") == 0
+    assert capsys.readouterr().out == "done\n"
+
+
+def test_a_change_that_a_new_controller_does_not_know_is_begun_again(
+    door: Door, capsys: pytest.CaptureFixture[str]
+) -> None:
+    door.script.room_answers = [UNDER_WAY, NOT_YET, UNDER_WAY, ALL_DONE]
+    door.script.story = [None, DONE[4]]
+    assert run(door, "drain", "--to", 2, "--wait") == 0
+    assert len(door.script.rooms) == 4
+    assert capsys.readouterr().out.splitlines()[-2:] == ["change-3 (scale) done at epoch 8 after 3.5 s", "done"]
+
+
+def test_a_change_that_takes_too_long_says_where_it_is(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    door.script.room_answers, door.script.story = [UNDER_WAY], [DONE[1]]
+    said = fails(capsys, door, "drain", "--to", 2, "--wait", "--timeout", "0.05")
+    assert "change-3 is not over after 0.0" in said
+    assert "in phase 'prepare'; it goes on" in said
+
+
 def test_a_node_is_named_as_it_was_given(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
     door.script.room_answers = [UNDER_WAY]
     assert run(door, "drain", "--node", "10.0.0.7") == 0

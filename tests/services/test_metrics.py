@@ -135,11 +135,13 @@ def test_an_ingress_is_named_after_its_serve_replica(
     monkeypatch: pytest.MonkeyPatch, script: Script, bundled: Path
 ) -> None:
     script.away = True
-    here = SimpleNamespace(replica_id=SimpleNamespace(unique_id="abc12def"))
+    here = SimpleNamespace(replica_id=SimpleNamespace(unique_id="abc12def"), app_name="mine")
     monkeypatch.setattr("services.replicas.serve.get_replica_context", lambda: here)
-    monkeypatch.setattr("services.replicas.WorkerPool", lambda *given: script)
-    spec = IngressSpec(ServiceSpec("shoal", str(bundled)), "m", 100, None, None, 4)
+    pools: list[Any] = []
+    monkeypatch.setattr("services.replicas.WorkerPool", lambda *given: pools.append(given) or script)
+    spec = IngressSpec(ServiceSpec("", str(bundled)), "m", 100, None, None, 4, 60.0)
     assert ("shoal_replays_total", "ingress-abc12def") in scrape(asyncio.run(open_app(spec)))
+    assert [service.namespace for _, service, *_ in pools] == ["shoal-mine"]
 
 
 def test_two_applications_share_no_registry(script: Script) -> None:
@@ -169,7 +171,8 @@ def test_an_answer_that_goes_on_with_another_worker_is_counted(
         raise ValueError("there is no controller")
 
     async def run() -> tuple[list[int], Reading]:
-        pool = WorkerPool(ServedModel("m", 1, 100, 100, "fp", tokenizer, GenerationDefaults(1.0, 1.0)), "nowhere", 4)
+        model = ServedModel("m", 1, 100, 100, "fp", tokenizer, GenerationDefaults(1.0, 1.0))
+        pool = WorkerPool(model, ServiceSpec("nowhere", ""), "", 4, 60.0)
         request = GenerateRequest("a", (5,), SamplingParams(max_tokens=9))
         tokens = [token async for update in pool.generate(request) for token in update.token_ids]
         return tokens, await pool.metrics()

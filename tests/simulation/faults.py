@@ -198,7 +198,7 @@ class Faults:
         self._world.start_failures = 1
 
     def _load_slowly(self) -> None:
-        self._world.pairs_slow = 60.0
+        self._world.pairs_slow = self._world.rng.choice((60.0, 600.0))  # within the deadline of a load, or not
         self._later(self._world.between(2.0, 8.0), lambda: setattr(self._world, "pairs_slow", 1.0))
 
     def _kill_a_source(self) -> None:

@@ -102,12 +102,16 @@ class HostProcess:
             self.closing = True
             self.later(0.05 + max(0.0, self._free_s - self._world.clock.now_s), self.kill)
 
-    def start(self, pairs: frozenset[Pair], done: Done) -> None:
+    def start(self, pairs: frozenset[Pair], progress: Callable[[int], None], done: Done) -> None:
         """Load the first pairs from disk and open the door."""
         world = self._world
         fails = world.take_start_failure()
 
-        def opened() -> None:
+        def load(loaded: int) -> None:
+            progress(loaded)
+            if loaded < len(pairs):
+                self.later(world.pair_s(), partial(load, loaded + 1))
+                return
             if fails:
                 done("the checkpoint cannot be read")
                 return
@@ -115,7 +119,7 @@ class HostProcess:
             self.ready = True
             done(None)
 
-        self.later(world.between(0.1, 0.6) + len(pairs) * world.pair_s(), opened)
+        self.later(world.between(0.1, 0.6), partial(load, 0))
         self._check_orphan()
 
     def take(

@@ -82,25 +82,28 @@ class Session:
     def start(self, action: StartHost) -> None:
         process = self._world.start_process(action.host_id, action.generation)
         self._watch(process)
-        answer = self._answering(process)
+        answer, now = self._answering(process), self._world.clock.now
+
+        def progress(pairs: int) -> None:
+            answer(lambda conductor: conductor.host_progress(process.id, process.generation, pairs, now()))
 
         def done(reason: str | None) -> None:
             if reason is None:
-                answer(lambda conductor: conductor.host_ready(process.report(), self._world.clock.now_s))
+                answer(lambda conductor: conductor.host_ready(process.report(), now()))
             else:
                 answer(partial(failed, reason))
 
         def failed(reason: str, conductor: Conductor) -> None:
-            conductor.host_failed(process.id, process.generation, reason, self._world.clock.now_s)
+            conductor.host_failed(process.id, process.generation, reason, now())
             process.end()
 
-        process.start(action.pairs, done)
+        process.start(action.pairs, progress, done)
 
     def _load(self, life: HostProcess, action: Load) -> None:
         answer, now = self._answering(life), self._world.clock.now
 
         def progress(pairs: int) -> None:
-            answer(lambda conductor: conductor.load_progress(action.change_id, life.id, pairs))
+            answer(lambda conductor: conductor.load_progress(action.change_id, life.id, pairs, now()))
 
         def done(reason: str | None) -> None:
             if reason is None:
