@@ -15,7 +15,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 env: $(STAMP)
 
 # bytecode by all cores, not by pip on one; what does not compile are packages' templates
-$(STAMP): pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
+$(STAMP): pyproject.toml constraints.txt kernels/build.py $(wildcard kernels/csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)"
 	$(PIP) -c constraints.txt -e '.[dev,nixl]'

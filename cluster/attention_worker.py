@@ -20,6 +20,7 @@ from cluster.joining import contents_of
 from cluster.membership import PlacementFollower
 from cluster.spec import ServiceSpec, WorkerSpec
 from cluster.step_watch import StepWatch
+from cluster.threads import node_threads
 from experts.client import ExpertClient
 from experts.nixl import prepare_environment
 from experts.transports import open_transport
@@ -37,12 +38,12 @@ class AttentionWorker:
     """Loads while the hosts load, and opens its door once they hold every expert."""
 
     def __init__(self, service: ServiceSpec, spec: WorkerSpec, worker_id: str) -> None:
-        set_threads(spec.threads)
+        set_threads(spec.threads or node_threads())
         prepare_environment()
         self._id = worker_id
         self._namespace = service.namespace
         checkpoint = open_with_adapters(service.model, service.adapters)
-        controller, self._token = join_service(service, contents_of(checkpoint, service.adapters))
+        controller, self._token = join_service(service, contents_of(checkpoint))
         token = self._token
         self._placements = PlacementFollower(service.namespace, token)
         config = checkpoint.config

@@ -67,7 +67,7 @@ class Controller:
         self._changed = asyncio.Event()  # something that the conductor should act on
         self._events = EventLog(_log_event)
         self._workers = Workers(self._events, time.monotonic() + WORKERS_HEARD_S if saved is not None else -math.inf)
-        self._joining = Joining(spec, self._state.told)
+        self._joining = Joining(spec, self._state.joining)
         self._known = asyncio.Event()  # which files the service has, or that it cannot start
         self._reason: str | None = None  # why the service cannot start
         self._waiting: str | None = None  # for what, before it can
@@ -147,9 +147,9 @@ class Controller:
         await self._notice.until(lambda: self._workers.differ(version, time.monotonic()), timeout_s)
         return self._workers.version, self._workers.addresses()
 
-    def report(self, host_id: str, generation: int, reason: str) -> None:
-        """A client could not reach a host, or got no answer in time."""
-        if self._conductor is not None:
+    def report(self, host_id: str, generation: int, reason: str, token: str | None = None) -> None:
+        """A client could not reach a host, or got no answer in time; a worker gives its service's `token`."""
+        if self._conductor is not None and token in (None, self._state.token):
             self._conductor.suspected(host_id, generation, reason, time.monotonic())
             self._changed.set()
 
@@ -256,7 +256,7 @@ class Controller:
     async def _run(self) -> None:
         try:
             checkpoint = open_with_adapters(self._spec.model, self._spec.adapters)
-            self._joining.opened(contents_of(checkpoint, self._spec.adapters))
+            self._joining.opened(contents_of(checkpoint))
             self._known.set()
             hosts = self._spec.hosts
             if self._following is not None and self._state.core is None:
@@ -297,7 +297,8 @@ class Controller:
         now_s = time.monotonic()
         for worker_id in self._workers.silent(now_s):
             await self.leave(worker_id, "it is silent")
-        self._joining.pursue(conductor, now_s)
+        if self._joining.pursue(conductor, now_s):
+            self._remember()
         balance.consider(conductor, now_s)
         for action in conductor.act(now_s):
             if isinstance(action, Save):
@@ -318,7 +319,7 @@ class Controller:
         """Save what the conductor wants saved, the actors that there are, and the files that they read."""
         if self._pool is not None and self._fleet is not None:
             self._state = replace(self._state, actors=self._pool.names, stamps=dict(self._fleet.stamps))
-        self._state = replace(self._state, core=core or self._state.core, told=self._joining.told)
+        self._state = replace(self._state, core=core or self._state.core, joining=self._joining.state)
         save_state(self._spec.name, self._state)
 
     def _remember_desired(self, desired: Desired) -> None:

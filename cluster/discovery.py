@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from cluster.controller import Controller
 from cluster.joining import OtherFiles
@@ -41,17 +41,20 @@ def join_service(spec: ServiceSpec, contents: str) -> tuple[Any, str]:
     while time.monotonic() < deadline_s:
         try:
             controller = get_or_start_controller(spec)
-            token = ray.get(controller.join.remote(spec, contents, True))
+            token = ray.get(controller.join.remote(spec, contents, True), timeout=deadline_s - time.monotonic())
             if token is not None:
                 return controller, token
         except RayTaskError as error:
             if isinstance(error.cause, OtherFiles):
                 raise error.cause from None
             raise
-        except RayActorError:  # it is ending
+        except (RayActorError, GetTimeoutError):  # it is ending, or has no room to start
             pass
         time.sleep(RETRY_S)
-    raise RuntimeError(f"an earlier service of the name {spec.name} has not made room in {JOIN_S:.0f} s")
+    raise RuntimeError(
+        f"the controller of {spec.name} did not answer in {JOIN_S:.0f} s: an earlier service of this name still ends, "
+        f"or no node has the {spec.control_cpus:g} CPUs that the controller reserves"
+    )
 
 
 def find_controller(namespace: str) -> Any:

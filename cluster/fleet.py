@@ -13,11 +13,11 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster.actions import Abandon, Load, Probe, Retire, StartHost, StopHost
 from cluster.conductor import Conductor
-from cluster.nodes import living_nodes, with_cores
+from cluster.nodes import living_nodes, shared_threads
 from cluster.pool import Pool, Process
 from cluster.resident import HostInfo
 from cluster.spec import ServiceSpec
-from cluster.threads import Share, host_threads
+from cluster.threads import Share
 from model.checkpoint import Stamps
 
 STOP_TIMEOUT_S = 5.0
@@ -139,8 +139,7 @@ class Fleet:
         self._pool.stop()
 
     def _threads(self, hosts: int) -> int:
-        nodes = len(with_cores(living_nodes(self._spec.node_resource)))
-        return self._spec.threads or host_threads(max(1, hosts), max(1, nodes))
+        return self._spec.threads or shared_threads(max(1, hosts), living_nodes(self._spec.node_resource))
 
     def _start(self, action: StartHost) -> None:
         threads = self._threads(len(self._conductor.roster.views))

@@ -2,39 +2,51 @@
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from cluster.change import ChangeRefused, Wish
+from cluster.change import Change, ChangeRefused, Phase, Wish
 from cluster.conductor import Conductor
 from cluster.spec import ServiceSpec
-from model.checkpoint import Checkpoint
+from model.adapters.identity import dense_identity
+from model.checkpoint import Checkpoint, CheckpointError
 
 FIXED = (
     *("model", "adapters", "transport", "tls", "node_resource", "gpus"),
     *("follow_application", "trains", "idle_end_s", "lodges_with"),
 )
 """Fields of a ServiceSpec that cannot change while its hosts run."""
+NUMBERS = ("hosts", "replicas")
+"""Fields that a change of the hosts brings about; they count as told once it is done."""
 REST_S = 30.0  # after a failed start, in which those who come are told of it instead of starting anew
+AGAIN_S = 30.0  # after a change for new numbers that was rolled back
+TRIES = 3
+WHY = "the application was deployed with it"
 
 
-class OtherFiles(ValueError):
+class OtherFiles(CheckpointError):
     """Who comes reads other files than the service began with."""
 
 
 class Joining:
     """What one controller knows of its service's description. Times are of a monotonic clock."""
 
-    def __init__(self, spec: ServiceSpec, told: Mapping[str, Any] | None) -> None:
-        """`told`: the last description's fields that may change, where an earlier life was told others."""
+    def __init__(self, spec: ServiceSpec, saved: Mapping[str, Any] | None) -> None:
+        """`saved`: what an earlier life's `state` was, where it was told anything since the first description."""
         self._spec = spec
-        self.told = dict(told) if told is not None else _changing(spec)
+        self.told: dict[str, Any] = dict(saved["told"]) if saved is not None else _changing(spec)
+        self._wanted: dict[str, int] = dict(saved["wanted"]) if saved is not None else {}  # of NUMBERS
+        self._change: Change | None = None  # that brings them about
+        self._tries = 0
+        self._next_s = 0.0
         self._contents: str | None = None
         self._failed_s: float | None = None
-        self._wishes: deque[Wish] = deque()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the next life has to know, as JSON has it."""
+        return {"told": self.told, "wanted": self._wanted}
 
     def opened(self, contents: str) -> None:
         """The service's files are these: see `contents_of`."""
@@ -54,49 +66,67 @@ class Joining:
         if self._contents not in (None, contents):
             raise OtherFiles(
                 f"{self._spec.model} is not here what this service began with: its files were changed, or differ from "
-                "node to node; make them the same, or delete the application and deploy it again"
+                "node to node; make them the same, or begin anew: delete the application and deploy it again, or give "
+                "a training run another output_dir"
             )
 
     def take_on(self, spec: ServiceSpec) -> dict[str, Any]:
-        """What a new description has otherwise than the last one. Numbers of hosts and replicas become wishes.
+        """What a new description has otherwise than the last one, once. New numbers are pursued from now on.
 
         What the service was asked for since, by `shoal experts` for one, stays where the descriptions agree.
         """
-        news = {name: value for name, value in _changing(spec).items() if value != self.told.get(name, value)}
-        self.told = _changing(spec)
-        if "hosts" in news and spec.node_resource is None:
-            self._wishes.append(Wish("scale", hosts=spec.hosts, why="the application was deployed with it"))
-        if "replicas" in news:
-            self._wishes.append(Wish("replicas", replicas=spec.replicas, why="the application was deployed with it"))
+        now = _changing(spec)
+        before = self.told | self._wanted
+        news = {name: value for name, value in now.items() if value != before.get(name, value)}
+        if news:
+            changing = self._wanted if self._change is not None else {}  # these may be there before the new ones
+            numbers = {name: now[name] for name in NUMBERS if now[name] != self.told[name] or name in changing}
+            if spec.node_resource is not None:
+                numbers.pop("hosts", None)
+            self.told = now | {name: self.told[name] for name in numbers}
+            self._wanted, self._change, self._tries, self._next_s = numbers, None, 0, 0.0
         return news
 
-    def pursue(self, conductor: Conductor, now_s: float) -> None:
-        """Begin the next wish, once nothing else is under way."""
-        if not self._wishes or conductor.change is not None or not conductor.ever_ready:
-            return
-        wish = self._wishes.popleft()
-        try:
-            conductor.request(wish, now_s)
-        except ChangeRefused as refused:
-            if refused.busy:
-                self._wishes.appendleft(wish)
-            else:
-                conductor.events.record("redeployment_refused", now_s, wish=wish.kind, reason=str(refused))
+    def pursue(self, conductor: Conductor, now_s: float) -> bool:
+        """See to new numbers, once nothing else is under way; whether `state` is another now."""
+        if not self._wanted:
+            return False
+        if self._change is not None:
+            return self._followed(self._change, conductor, now_s)
+        if conductor.change is None and conductor.ever_ready and now_s >= self._next_s:
+            hosts, replicas = self._wanted.get("hosts"), self._wanted.get("replicas")
+            wish = Wish("replicas" if hosts is None else "scale", hosts=hosts, replicas=replicas, why=WHY)
+            try:
+                self._change = conductor.request(wish, now_s)
+            except ChangeRefused as refused:
+                if not refused.busy:
+                    return self._settled(conductor, now_s, str(refused))
+        return False
+
+    def _followed(self, change: Change, conductor: Conductor, now_s: float) -> bool:
+        if not change.phase.over:
+            return False
+        self._change, self._tries, self._next_s = None, self._tries + 1, now_s + AGAIN_S
+        if change.phase is Phase.DONE:
+            return self._settled(conductor, now_s, None)
+        return self._tries >= TRIES and self._settled(conductor, now_s, change.reason or "it was rolled back")
+
+    def _settled(self, conductor: Conductor, now_s: float, failure: str | None) -> bool:
+        """Nothing is wanted any more: it is there, or cannot be had."""
+        if failure is not None:
+            wish = ", ".join(f"{name} {value}" for name, value in self._wanted.items())
+            conductor.events.record("redeployment_refused", now_s, wish=wish, reason=failure)
+        self.told |= self._wanted
+        self._wanted = {}
+        return True
 
 
-def contents_of(checkpoint: Checkpoint, adapters: Sequence[str]) -> str:
-    """Hex digits over all tensors' names, shapes and dtypes, the norms' values, and names and sizes of adapters' files.
+def contents_of(checkpoint: Checkpoint) -> str:
+    """Hex digits over all tensors' names, shapes and dtypes, what lies over them, and a part of every dense tensor.
 
-    It reads little, and tells models of one shape apart.
+    Hosts look after the routed experts' files themselves.
     """
-    digest = hashlib.sha256(checkpoint.fingerprint().encode())
-    norms = sorted(name for name, entry in checkpoint.entries.items() if len(entry.shape) == 1)
-    for values in Checkpoint.tensors(checkpoint, norms):  # the files', whatever is laid over them
-        digest.update(values.float().contiguous().numpy().data)
-    for adapter in adapters:
-        for file in sorted(Path(adapter).iterdir()):
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-    return digest.hexdigest()[:32]
+    return hashlib.sha256(f"{checkpoint.fingerprint()} {dense_identity(checkpoint)}".encode()).hexdigest()[:32]
 
 
 def _fixed(spec: ServiceSpec) -> str:

@@ -75,7 +75,7 @@ class PlacementFollower:
 
     def report(self, host: Host, reason: str) -> None:
         try:
-            find_controller(self._namespace).report.remote(host.id, host.generation, reason)
+            find_controller(self._namespace).report.remote(host.id, host.generation, reason, self._token)
         except ValueError:
             return  # the controller is being restarted, and will look for itself
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import ray
 
+from cluster.threads import host_threads, node_threads
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -19,6 +21,16 @@ class Node:
 def with_cores(nodes: Collection[Node]) -> Collection[Node]:
     """Those that actors are put on: one that was given no cores is to be left alone, as long as another has some."""
     return [node for node in nodes if node.cpus > 0] or nodes
+
+
+def shared_threads(hosts: int, nodes: Collection[Node]) -> int:
+    """Threads of each of so many expert hosts on these nodes, by the smallest of those that actors are put on.
+
+    A node's cores are what Ray counts there; where it was given none, as many as here.
+    """
+    able = with_cores(nodes)
+    cores = min((int(node.cpus) for node in able if node.cpus >= 1), default=node_threads())
+    return host_threads(hosts, max(1, len(able)), cores)
 
 
 def least_crowded(nodes: Collection[Node], crowd: Mapping[str | None, int]) -> str | None:

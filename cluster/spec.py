@@ -69,7 +69,7 @@ def namespace_of(service: str) -> str:
 class WorkerSpec:
     """What one attention worker holds; raises ValueError naming the field that is out of range."""
 
-    threads: int = 1
+    threads: int | None = None  # None: the cores of its node
     max_length: int = 4096  # tokens of prompt and answer
     cache_tokens: int = 32768
     block_size: int = 16
@@ -80,7 +80,7 @@ class WorkerSpec:
 
     def __post_init__(self) -> None:
         for name in ("threads", "max_length", "cache_tokens", "block_size", "step_tokens", "running"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"attention.{name} is {getattr(self, name)}; expected at least 1")
         if self.expert_deadline_s <= 0:
             raise ValueError(f"attention.expert_deadline_s is {self.expert_deadline_s}; expected above 0")

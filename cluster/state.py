@@ -23,7 +23,7 @@ class ControllerState:
     stamps: Mapping[str, Stamps] = field(default_factory=dict)  # by node, each of which may have files of its own
     actors: tuple[str, ...] = ()  # names of all that were started and are not known to have ended
     desired: Desired = field(default_factory=Desired)  # of hosts that follow nodes
-    told: Mapping[str, Any] | None = None  # see `cluster.joining.Joining`; None: as the first life was told
+    joining: Mapping[str, Any] | None = None  # `cluster.joining.Joining.state`; None: as the first life was told
 
 
 def save_state(service: str, state: ControllerState) -> None:
@@ -33,7 +33,7 @@ def save_state(service: str, state: ControllerState) -> None:
         "core": state.core.to_json() if state.core is not None else None,
         "actors": list(state.actors),
         "desired": state.desired.to_json(),
-        "told": dict(state.told) if state.told is not None else None,
+        "joining": dict(state.joining) if state.joining is not None else None,
     }
     _internal_kv_put(service.encode(), json.dumps(raw).encode(), overwrite=True, namespace=KV_NAMESPACE)
 
@@ -53,7 +53,7 @@ def load_state(service: str) -> ControllerState | None:
         },
         actors=tuple(map(str, raw["actors"])),
         desired=Desired.from_json(raw["desired"]),
-        told=raw["told"],
+        joining=raw.get("joining"),
     )
 
 

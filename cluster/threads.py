@@ -76,9 +76,9 @@ def _quota() -> float:
     return math.inf
 
 
-def host_threads(hosts: int, nodes: int) -> int:
-    """Threads of each of `hosts` expert hosts that are spread over `nodes` like this one: they compute together."""
-    return max(1, node_threads() // -(-hosts // nodes))
+def host_threads(hosts: int, nodes: int, cores: int) -> int:
+    """Threads of each of `hosts` expert hosts that are spread over `nodes` of `cores` each: they compute together."""
+    return max(1, cores // -(-hosts // nodes))
 
 
 def settle_threads(threads: int) -> None:

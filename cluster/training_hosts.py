@@ -38,7 +38,7 @@ class TrainingHosts:
         self._namespace = service.namespace
         self._id = f"trainer-{rank}"
         self.controller: Any
-        self.controller, self._token = join_service(service, contents_of(checkpoint, service.adapters))
+        self.controller, self._token = join_service(service, contents_of(checkpoint))
         config, token = checkpoint.config, self._token
         self._follower = PlacementFollower(service.namespace, token)
         self._follower.use(0)

@@ -21,6 +21,11 @@ class TensorEntry:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int  # in bytes, from the beginning of the file
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -47,8 +52,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: the header is a JSON {type(raw).__name__}; expected an object")
     data_bytes = size - 8 - length
-    entries = {name: _entry(path, name, value, data_bytes) for name, value in raw.items() if name != "__metadata__"}
-    covered = sum(prod(entry.shape) * ITEM_BYTES[entry.dtype] for entry in entries.values())
+    entries = {
+        name: _entry(path, name, value, size - data_bytes, data_bytes)
+        for name, value in raw.items()
+        if name != "__metadata__"
+    }
+    covered = sum(entry.nbytes for entry in entries.values())
     if covered != data_bytes:
         raise CheckpointError(
             f"{path}: the tensors cover {covered} of {data_bytes} bytes of data, off by "
@@ -57,7 +66,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _entry(path: Path, name: str, raw: object, data_bytes: int) -> TensorEntry:
+def _entry(path: Path, name: str, raw: object, start: int, data_bytes: int) -> TensorEntry:
     match raw:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
             type(n) is int and n >= 0 for n in shape
@@ -74,4 +83,4 @@ def _entry(path: Path, name: str, raw: object, data_bytes: int) -> TensorEntry:
         raise CheckpointError(
             f"{path} is truncated: {name} ends at byte {end} of {data_bytes} bytes of data: fetch it again"
         )
-    return TensorEntry(path, tuple(shape), dtype)
+    return TensorEntry(path, tuple(shape), dtype, start + begin)

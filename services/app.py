@@ -6,7 +6,6 @@ from ray import serve
 from ray.serve import Application
 
 from cluster.spec import WorkerSpec
-from cluster.threads import node_threads
 from services.app_args import AppArgs, service_spec
 from services.replicas import AttentionReplica, Ingress, IngressSpec
 
@@ -18,7 +17,7 @@ def build(args: AppArgs) -> Application:
     """
     service = service_spec(args)
     worker = WorkerSpec(
-        threads=args.attention.threads or node_threads(),
+        threads=args.attention.threads,
         max_length=args.attention.max_length,
         cache_tokens=args.attention.cache_tokens,
         block_size=args.attention.block_size,

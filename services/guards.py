@@ -16,7 +16,7 @@ from services.metrics import METRICS_PATH
 from services.openai.errors import ApiError, error_response
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
-MAX_COMMAS = (1 << 20) + (1 << 16)  # the longest list of token ids, and what is sent with it
+MAX_COMMAS = (1 << 21) + (1 << 16)  # 64 prompts of 32 K token ids, and what is sent with them
 MAX_SIGNS = 1 << 17  # 4096 messages of one part each have a third
 LONG_NUMBER = 256  # digits; to read a longer one takes time by their square
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)  # of JSON

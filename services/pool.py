@@ -15,6 +15,7 @@ from attention.requests import GenerateRequest, SamplingParams, Update
 from attention.service_client import AttentionClient, WorkerLost
 from cluster.change import ChangeRefused, Wish
 from cluster.discovery import find_controller
+from cluster.joining import OtherFiles
 from cluster.spec import ServiceSpec
 from services.backend import GenerationFailed, Overloaded, Reading, ServedModel
 
@@ -53,6 +54,7 @@ class WorkerPool:
         self._probing = asyncio.Lock()
         self._clients: dict[str, AttentionClient] = {}
         self._token: str | None = None
+        self._refused: str | None = None  # why this ingress may not serve
         self._arrived = asyncio.Condition()
         self._addresses: frozenset[str] = frozenset()
         self._broken = asyncio.Event()
@@ -85,7 +87,7 @@ class WorkerPool:
         A prompt may take all of several steps, and what is asked beside it waits.
         """
         if not any(client.alive for client in self._clients.values()):
-            return "no attention worker is ready"
+            return self._refused or "no attention worker is ready"
         async with self._probing:
             if time.monotonic() - self._token_s < FRESH_S:
                 return None
@@ -146,6 +148,8 @@ class WorkerPool:
 
     async def _choose(self, request: GenerateRequest) -> AttentionClient:
         """The worker likely to hold the prompt's beginning, unless it is much busier than the least busy."""
+        if self._refused is not None:
+            raise GenerationFailed(self._refused)
         async with self._arrived:
             try:
                 async with asyncio.timeout(self._worker_deadline_s):
@@ -167,10 +171,12 @@ class WorkerPool:
                 if self._token is None:
                     self._token = await controller.join.remote(self._service, self._contents, False)
                 found = await controller.watch_workers.remote(self._token or "", version, POLL_S)
-            except (ValueError, RayError):
+            except (ValueError, RayError) as error:
+                self._refused = _refusal(error)
                 version = -1
                 await asyncio.sleep(RETRY_S)
                 continue
+            self._refused = None
             if found is None:  # another service has taken the name, or is about to make room for this one
                 self._token, found = None, (-1, {})
                 await asyncio.sleep(RETRY_S)
@@ -224,6 +230,12 @@ class WorkerPool:
             async with asyncio.timeout(METRICS_S):
                 status = await self.status()
         return Reading(self._in_flight, self.replays, status)
+
+
+def _refusal(error: Exception) -> str | None:
+    """What an ingress that reads other files than the service was told; None where the controller is only away."""
+    cause = error.cause if isinstance(error, RayTaskError) else None
+    return str(cause) if isinstance(cause, OtherFiles) else None
 
 
 @contextmanager

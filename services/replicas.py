@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.joining import contents_of
 from cluster.spec import ServiceSpec, WorkerSpec
-from cluster.threads import settle_threads
+from cluster.threads import node_threads, settle_threads
 from model.adapters.overlay import open_with_adapters
 from model.generation import read_generation_defaults
 from model.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ class AttentionReplica:
     """Serve starts, counts and replaces it; requests reach its worker by the worker's own door."""
 
     def __init__(self, service: ServiceSpec, spec: WorkerSpec) -> None:
-        settle_threads(spec.threads)
+        settle_threads(spec.threads or node_threads())
         from cluster.attention_worker import AttentionWorker  # the ingress, which is here too, needs nothing of it
 
         replica = serve.get_replica_context().replica_id.unique_id
@@ -68,7 +68,7 @@ async def open_app(spec: IngressSpec) -> FastAPI:
         tokenizer=Tokenizer.load(checkpoint.directory),
         defaults=read_generation_defaults(checkpoint.directory),
     )
-    contents = contents_of(checkpoint, service.adapters)
+    contents = contents_of(checkpoint)
     pool = WorkerPool(model, service, contents, spec.max_in_flight, spec.worker_deadline_s)
     api_key, admin_token = spec.api_key or secret("SHOAL_API_KEY"), spec.admin_token or secret("SHOAL_ADMIN_TOKEN")
     return create_app(pool, api_key, admin_token, f"ingress-{serve.get_replica_context().replica_id.unique_id}")

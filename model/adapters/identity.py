@@ -1,8 +1,10 @@
 """What tells bases and adapters apart."""
 
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ from safetensors import safe_open
 
 from model.adapters.errors import AdapterError
 from model.checkpoint import Checkpoint
+from model.safetensors_header import CheckpointError, TensorEntry
 from model.tensors import expected_tensors
 
 DIGITS = 32
 SECOND = "2-"  # what identities of the second version begin with; those of the first are digits alone
+PIECE = 4096  # bytes of a tensor's beginning and of its middle
 SAMPLED = 1024  # numbers of each of two rows of a matrix, the first and the middle one
 
 
@@ -36,24 +40,48 @@ def base_identities(base: Checkpoint) -> tuple[str, str]:
     shapes = expected_tensors(base.config)
     for name in sorted(shapes):
         digest.update(f"{name} {list(shapes[name])}\n".encode())
+    small = sorted(name for name in shapes if len(shapes[name]) == 1 or name.endswith(".mlp.gate.weight"))
+    matrices = sorted(name for name in shapes if len(shapes[name]) == 2)
+    tensors = _slices(base, (*small, *matrices))
+    for tensor in islice(tensors, len(small)):
+        digest.update(tensor[:].float().numpy().data)
+    first = digest.hexdigest()[:DIGITS]
+    for matrix, name in zip(tensors, matrices, strict=True):
+        for row in (0, shapes[name][0] // 2):
+            digest.update(matrix[row, :SAMPLED].float().numpy().data)
+    return f"{SECOND}{digest.hexdigest()[:DIGITS]}", first
+
+
+def dense_identity(base: Checkpoint) -> str:
+    """Hex digits over pieces, as stored, of all that is not in routed experts; for processes that have no torch.
+
+    It is little to read of the largest model. Raises CheckpointError naming a file that cannot be read.
+    """
+    digest = hashlib.sha256()
+    by_file: dict[Path, list[TensorEntry]] = {}
+    for name in sorted(expected_tensors(base.config)):
+        if ".mlp.experts." not in name:
+            by_file.setdefault(base.entries[name].file, []).append(base.entries[name])
+    for path, entries in by_file.items():
+        try:
+            with path.open("rb", buffering=0) as file:
+                for entry in entries:
+                    for place in (0, entry.nbytes // 2):
+                        digest.update(os.pread(file.fileno(), min(PIECE, entry.nbytes - place), entry.offset + place))
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read any more: {error.strerror}") from error
+    return digest.hexdigest()[:DIGITS]
+
+
+def _slices(base: Checkpoint, names: Iterable[str]) -> Iterator[Any]:
+    """Tensors of the files, whatever is laid over them, to take pieces of; each file is opened once."""
     with ExitStack() as files:
         opened: dict[Path, Any] = {}
-
-        def slices(name: str) -> Any:
-            """Of a tensor of the file, whatever is laid over it."""
+        for name in names:
             file = base.entries[name].file
             if file not in opened:
                 opened[file] = files.enter_context(safe_open(file, framework="pt"))
-            return opened[file].get_slice(name)
-
-        for name in sorted(name for name in shapes if len(shapes[name]) == 1 or name.endswith(".mlp.gate.weight")):
-            digest.update(slices(name)[:].float().numpy().data)
-        first = digest.hexdigest()[:DIGITS]
-        for name in sorted(name for name in shapes if len(shapes[name]) == 2):
-            matrix = slices(name)
-            for row in (0, shapes[name][0] // 2):
-                digest.update(matrix[row, :SAMPLED].float().numpy().data)
-    return f"{SECOND}{digest.hexdigest()[:DIGITS]}", first
+            yield opened[file].get_slice(name)
 
 
 def content_digest(files: Iterable[Path]) -> str:

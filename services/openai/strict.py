@@ -13,7 +13,7 @@ class Strict(BaseModel):
     """An object whose keys are all known.
 
     Of more keys than there are fields only the first unknown one is looked at: each is an error of its own, made while
-    the event loop waits, and there is room for a million in a body.
+    the event loop waits, and a body has room for a hundred thousand.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)

@@ -91,12 +91,11 @@ def with_threads(service: ServiceSpec) -> ServiceSpec:
 
     Products of few rows may have other bits with other numbers, and a replica's gradients must have the same.
     """
-    from cluster.nodes import living_nodes, with_cores
-    from cluster.threads import host_threads
+    from cluster.nodes import living_nodes, shared_threads
 
     if service.threads is not None or service.lodges_with is not None:
         return service
-    return replace(service, threads=host_threads(service.hosts, max(1, len(with_cores(living_nodes(None))))))
+    return replace(service, threads=shared_threads(service.hosts, living_nodes(None)))
 
 
 def _fit(trainer: "TorchTrainer") -> None:

@@ -1,6 +1,8 @@
 """On which node the next expert actor goes."""
 
-from cluster.nodes import Node, least_crowded, with_cores
+import pytest
+
+from cluster.nodes import Node, least_crowded, shared_threads, with_cores
 
 
 def node(name: str, cpus: float) -> Node:
@@ -13,6 +15,14 @@ def test_the_node_with_the_fewest_actors_for_its_cores() -> None:
     for _ in range(5):
         chosen.append(least_crowded(nodes, {name: chosen.count(name) for name in ("large", "small")}))
     assert (chosen.count("large"), chosen.count("small")) == (4, 1)
+
+
+def test_hosts_have_the_threads_of_the_smallest_node_that_they_may_be_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.nodes.node_threads", lambda: 6)
+    nodes = [node("head", 0), node("a", 16), node("b", 8)]
+    assert shared_threads(4, nodes) == 4
+    assert shared_threads(4, nodes[:1]) == 1  # of what is here
+    assert shared_threads(2, nodes[:1]) == 3
 
 
 def test_nodes_that_were_given_no_cores_are_left_alone_while_others_have_some() -> None:

@@ -20,11 +20,8 @@ from services.replicas import AttentionReplica
     ("cores", "hosts", "nodes", "each"),
     [(8, 1, 1, 8), (8, 2, 1, 4), (8, 3, 1, 2), (2, 5, 1, 1), (32, 8, 8, 32), (32, 9, 8, 16), (32, 4, 8, 32)],
 )
-def test_hosts_share_the_cores_of_their_node(
-    monkeypatch: pytest.MonkeyPatch, cores: int, hosts: int, nodes: int, each: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    assert host_threads(hosts, nodes) == each
+def test_hosts_share_the_cores_of_their_node(cores: int, hosts: int, nodes: int, each: int) -> None:
+    assert host_threads(hosts, nodes, cores) == each
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import pytest
 from fastapi import FastAPI
 from ray.exceptions import RayActorError, RayTaskError
 
+from attention.requests import GenerateRequest, SamplingParams
 from cluster.change import ChangeRefused, Wish
+from cluster.joining import OtherFiles
 from cluster.spec import ServiceSpec
 from model.generation import GenerationDefaults
 from model.tokenizer import Tokenizer
@@ -185,7 +187,7 @@ class Remote:
 
     async def remote(self, *arguments: Any) -> Any:
         answer = self._answer(*arguments)
-        if isinstance(answer, ChangeRefused):
+        if isinstance(answer, (ChangeRefused, OtherFiles)):
             failure = RayTaskError("begin_change", f"Traceback\n  x\n{answer}", answer, "actor", 1, "127.0.0.1")
             raise failure.as_instanceof_cause()
         if isinstance(answer, Exception):
@@ -222,6 +224,24 @@ def test_the_controller_is_asked_in_plain_data(ask_pool: Callable[..., Any]) -> 
     assert ask_pool(lambda wish: {"asked": wish}, "begin_change", wish) == {"asked": asked}
     assert ask_pool(lambda *given: list(given), "watch_change", "change-3", 5, 2.0) == ["change-3", 5, 2.0]
     assert ask_pool(lambda *given: list(given), "events", 5, 20) == [5, 20]
+
+
+def test_an_ingress_that_reads_other_files_says_so_at_once(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
+) -> None:
+    controller = FakeController(list)
+    controller.join = Remote(lambda *_: OtherFiles("/models/m is not here what this service began with"))
+    monkeypatch.setattr("services.pool.find_controller", lambda namespace: controller)
+
+    async def run() -> str | None:
+        model = ServedModel("m", 1, 100, 100, "fp", tokenizer, GenerationDefaults(1.0, 1.0))
+        pool = WorkerPool(model, ServiceSpec("nowhere", ""), "", 4, 60.0)
+        await asyncio.sleep(0.1)
+        with pytest.raises(GenerationFailed, match="/models/m is not here"):
+            await anext(pool.generate(GenerateRequest("a", (5,), SamplingParams(max_tokens=1))))
+        return await pool.unhealthy()
+
+    assert "/models/m is not here" in (asyncio.run(run()) or "")
 
 
 @pytest.mark.parametrize("busy", [False, True])
