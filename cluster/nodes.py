@@ -24,13 +24,11 @@ def with_cores(nodes: Collection[Node]) -> Collection[Node]:
 
 
 def shared_threads(hosts: int, nodes: Collection[Node]) -> int:
-    """Threads of each of so many expert hosts on these nodes, by the smallest of those that actors are put on.
+    """Threads of each of so many expert hosts on those of these nodes that actors are put on, each with cores as here.
 
-    A node's cores are what Ray counts there; where it was given none, as many as here.
+    What Ray counts there may be more than there is.
     """
-    able = with_cores(nodes)
-    cores = min((int(node.cpus) for node in able if node.cpus >= 1), default=node_threads())
-    return host_threads(hosts, max(1, len(able)), cores)
+    return host_threads(hosts, max(1, len(with_cores(nodes))), node_threads())
 
 
 def least_crowded(nodes: Collection[Node], crowd: Mapping[str | None, int]) -> str | None:

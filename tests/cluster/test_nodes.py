@@ -17,11 +17,11 @@ def test_the_node_with_the_fewest_actors_for_its_cores() -> None:
     assert (chosen.count("large"), chosen.count("small")) == (4, 1)
 
 
-def test_hosts_have_the_threads_of_the_smallest_node_that_they_may_be_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_share_the_cores_of_the_nodes_that_they_may_be_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.nodes.node_threads", lambda: 6)
     nodes = [node("head", 0), node("a", 16), node("b", 8)]
-    assert shared_threads(4, nodes) == 4
-    assert shared_threads(4, nodes[:1]) == 1  # of what is here
+    assert shared_threads(4, nodes) == 3
+    assert shared_threads(4, nodes[:1]) == 1
     assert shared_threads(2, nodes[:1]) == 3
 
 
