@@ -33,9 +33,8 @@ class Tokenizer:
         self._special = {token for token, added in fast.get_added_tokens_decoder().items() if added.special}
         self._byte_of_char = {char: byte for byte, char in enumerate(byte_alphabet())}
         self._longest_token = longest_token(fast, byte_alphabet())  # characters
-        self._alone: dict[
-            int, str
-        ] = {}  # of single tokens: answers with log-probabilities ask for a few again and again
+        # texts of single tokens: answers with log-probabilities ask for a few again and again
+        self._alone: dict[int, str] = {}
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":

@@ -10,6 +10,8 @@ from typing import Any
 
 Object = dict[str, Any]
 
+NAMESPACE = "default"  # of the releases
+
 
 class NotFound(LookupError):
     """No such object."""

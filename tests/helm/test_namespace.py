@@ -7,8 +7,8 @@ import pytest
 
 from tests.helm.charts import Values
 from tests.helm.fake_api import FakeApi, fake_cluster
-from tests.helm.fake_store import Place
-from tests.helm.test_release import KEYS, NAMESPACE, install, present, put
+from tests.helm.fake_store import NAMESPACE, Place
+from tests.helm.test_release import KEYS, install, present, put
 
 REACH: Values = {"networkPolicy": {"egressCIDRs": ["10.0.0.0/8"]}}
 REDIS = REACH | {"ray": {"gcs": {"faultTolerance": "redis", "redisAddress": "redis:6379", "redisSecret": "redis"}}}
@@ -23,12 +23,6 @@ def api() -> Iterator[FakeApi]:
         put(api, "ConfigMap", "configmaps", "kube-root-ca.crt")
         put(api, "Secret", "secrets", "shoal-auth", KEYS)
         yield api
-
-
-@pytest.fixture
-def config(api: FakeApi) -> Iterator[helm.Config]:
-    with helm.Config(kubeconfig_content=api.kubeconfig, namespace=NAMESPACE, qps=1000, burst_limit=1000) as config:
-        yield config
 
 
 def test_a_missing_secret_is_refused_with_the_command_that_makes_it(api: FakeApi, config: helm.Config) -> None:

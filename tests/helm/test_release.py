@@ -7,9 +7,8 @@ import pytest
 
 from tests.helm.charts import CHART, Values, groups, merge
 from tests.helm.fake_api import FakeApi, fake_cluster, finish
-from tests.helm.fake_store import Object, Place
+from tests.helm.fake_store import NAMESPACE, Object, Place
 
-NAMESPACE = "default"
 CLUSTER = Place("rayclusters.ray.io", NAMESPACE, "shoal")
 SERVE = Place("configmaps", NAMESPACE, "shoal-serve")
 KEYS = {"api-key": "a2V5", "admin-token": "dG9rZW4="}
@@ -46,12 +45,6 @@ def api(jobs: Jobs) -> Iterator[FakeApi]:
         put(api, "ConfigMap", "configmaps", "kube-root-ca.crt")
         put(api, "Secret", "secrets", "shoal-auth", KEYS)
         yield api
-
-
-@pytest.fixture
-def config(api: FakeApi) -> Iterator[helm.Config]:
-    with helm.Config(kubeconfig_content=api.kubeconfig, namespace=NAMESPACE, qps=1000, burst_limit=1000) as config:
-        yield config
 
 
 def put(api: FakeApi, kind: str, resource: str, name: str, data: dict[str, str] | None = None) -> None:
