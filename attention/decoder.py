@@ -14,6 +14,7 @@ from attention.batch import StepBatch
 from attention.cache import LatentCache
 from experts.client import ExpertClient, PlacementSource
 from experts.dispatch import Dispatch
+from experts.near import NearHosts
 from kernels.linear import PackedLinear
 from kernels.norm import rms_norm
 from kernels.packed import kept_dtype
@@ -148,7 +149,12 @@ class Decoder:
                 progress(layer + 1, config.num_hidden_layers)
         self._norm = read_norm(checkpoint, "model.norm.weight", dtype, device)
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        self._head = PackedLinear(read_weight(checkpoint, head, dtype, device))
+        # in fp32: as bf16, the likeliest tokens would often be alike
+        self._head = PackedLinear(read_weight(checkpoint, head, dtype, device), torch.float32)
+
+    def near_hosts(self) -> NearHosts | None:
+        """The hosts of the newest table, where all are in this process and compute on its GPU."""
+        return self._experts.near(self._placements.snapshot())
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, cache: LatentCache) -> Tensor:

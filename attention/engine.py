@@ -2,20 +2,21 @@
 
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
-from attention.batch import StepBatch
+from attention.batch import build_batch, logit_rows
 from attention.blocks import BlockPool
 from attention.cache import LatentCache
 from attention.decoder import Decoder
 from attention.finish import finish_reason
+from attention.graphs import StepGraphs
 from attention.requests import GenerateRequest, TokenLogprob, Update
 from attention.rope import RotaryTable
-from attention.sampling import draw, forbid, penalised, score
+from attention.sampling import GREEDY_BELOW, draw, forbid, penalised, score
 from attention.scheduler import Chunk, Scheduler, SchedulerLimits
 from attention.sequence import Sequence
 from experts.errors import ExpertError
+from kernels.native import triton_serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,15 @@ class Engine:
         self._decoder = decoder
         self._limits = replace(limits, max_length=min(limits.max_length, config.max_position_embeddings))
         self._pool = BlockPool(limits.cache_blocks, limits.block_size)
-        self._cache = LatentCache(config, limits.cache_blocks, limits.block_size, decoder.dtype, decoder.device)
+        recorded = decoder.device != "cpu" and triton_serves(
+            decoder.device
+        )  # which takes one block more, that no sequence owns
+        blocks = limits.cache_blocks + recorded
+        self._cache = LatentCache(config, blocks, limits.block_size, decoder.dtype, decoder.device)
+        self._graphs: StepGraphs | None = None
+        if recorded:
+            most_blocks = -(-self.max_length // limits.block_size)
+            self._graphs = StepGraphs(decoder, self._cache, limits.cache_blocks, most_blocks)
         self._rotary = RotaryTable(config, self.max_length, decoder.device)
         self._scheduler = Scheduler(self._pool, limits.scheduler)
         self._sequences: dict[str, Sequence] = {}
@@ -103,16 +112,19 @@ class Engine:
         if not chunks:
             return []
         try:
-            logits_LV = self._decoder.forward(self._batch(chunks), self._cache)
+            logits_LV = self._forward(chunks)
         except ExpertError as error:
             return [self._fail(chunk.sequence, str(error)) for chunk in chunks]
         self._scheduler.complete(chunks)
         self._steps += 1
+        # where it waits for a device, once for all
+        best_L = logits_LV.argmax(-1).tolist() if logits_LV.device.type != "cpu" else None
         updates: list[Update] = []
         row = 0
         for chunk in chunks:
-            rows = _logit_rows(chunk)
-            update = self._advance(chunk, logits_LV[row : row + len(rows)])
+            rows = logit_rows(chunk)
+            best = best_L[row + len(rows) - 1] if best_L is not None and rows else None
+            update = self._advance(chunk, logits_LV[row : row + len(rows)], best)
             row += len(rows)
             if update is not None:
                 updates.append(update)
@@ -131,39 +143,19 @@ class Engine:
             reused_tokens=self._reused_tokens,
         )
 
-    def _batch(self, chunks: list[Chunk]) -> StepBatch:
-        size = self._limits.block_size
-        device = self._decoder.device
-        tokens: list[int] = []
-        positions: list[int] = []
-        owners: list[int] = []
-        slots: list[int] = []
-        logit_rows: list[int] = []
-        for index, chunk in enumerate(chunks):
-            sequence = chunk.sequence
-            first = len(tokens)
-            tokens.extend(sequence.tokens[chunk.start : chunk.end])
-            positions.extend(range(chunk.start, chunk.end))
-            owners.extend([index] * chunk.count)
-            slots.extend(sequence.blocks[p // size] * size + p % size for p in range(chunk.start, chunk.end))
-            logit_rows.extend(first + offset for offset in _logit_rows(chunk))
-        width = max(len(chunk.sequence.blocks) for chunk in chunks)
-        tables = [[*chunk.sequence.blocks, *[0] * (width - len(chunk.sequence.blocks))] for chunk in chunks]
-        position_T = torch.tensor(positions, dtype=torch.int32, device=device)
-        cos_TR, sin_TR = self._rotary.at(position_T)
-        return StepBatch(
-            token_T=torch.tensor(tokens, device=device),
-            position_T=position_T,
-            sequence_T=torch.tensor(owners, dtype=torch.int32, device=device),
-            slot_T=torch.tensor(slots, device=device),
-            block_tables_QM=torch.tensor(tables, dtype=torch.int32, device=device),
-            logit_row_L=torch.tensor(logit_rows, dtype=torch.int64, device=device),
-            cos_TR=cos_TR,
-            sin_TR=sin_TR,
-        )
+    def _forward(self, chunks: list[Chunk]) -> Tensor:
+        batch = build_batch(chunks, self._limits.block_size, self._rotary)
+        if self._graphs is not None and len(batch) == len(chunks) == len(batch.logit_row_L):
+            logits_LV = self._graphs.forward(batch)
+            if logits_LV is not None:
+                return logits_LV
+        return self._decoder.forward(batch, self._cache)
 
-    def _advance(self, chunk: Chunk, logits_LV: Tensor) -> Update | None:
-        """Draw the next token if the chunk reached the end; None when there is nothing to tell yet."""
+    def _advance(self, chunk: Chunk, logits_LV: Tensor, best: int | None) -> Update | None:
+        """Draw the next token if the chunk reached the end; None when there is nothing to tell yet.
+
+        `best` is the likeliest by the last row of logits, if it was looked for already.
+        """
         sequence = chunk.sequence
         params = sequence.params
         prompt_logprobs = self._score_prompt(chunk, logits_LV)
@@ -183,7 +175,10 @@ class Engine:
         logits_V = penalised(raw_V, prompt, answer, params)
         if sequence.generated < params.min_tokens:
             logits_V = forbid(logits_V, (*self._decoder.config.eos_token_ids, *params.stop_token_ids))
-        token = draw(logits_V, params, len(sequence.tokens))
+        if best is not None and logits_V is raw_V and params.temperature < GREEDY_BELOW:
+            token = best
+        else:
+            token = draw(logits_V, params, len(sequence.tokens))
         sequence.tokens.append(token)
         self._generated_tokens += 1
         logprobs = None if params.logprobs is None else (score(raw_V, token, params.logprobs),)
@@ -236,11 +231,3 @@ class Engine:
     def _fail(self, sequence: Sequence, message: str) -> Update:
         self.cancel(sequence.id)
         return Update(id=sequence.id, finish_reason="error", error=message)
-
-
-def _logit_rows(chunk: Chunk) -> range:
-    """Offsets within the chunk whose logits are wanted: all while the prompt is being scored, else the last."""
-    sequence = chunk.sequence
-    if sequence.params.prompt_logprobs is not None and chunk.start < sequence.prompt_length:
-        return range(chunk.count)
-    return range(chunk.count - 1, chunk.count) if chunk.samples else range(0)

@@ -23,9 +23,9 @@ from experts.host import ExpertHost
 from experts.nixl import prepare_environment
 from experts.transport_kinds import TransportKind
 from experts.transports import open_door
+from kernels.experts import PackedExperts
 from kernels.lane import Asked, NativeLane
 from kernels.native import native
-from kernels.swiglu import PackedExperts
 from kernels.threads import set_threads
 from model.checkpoint import Checkpoint
 from router.placement import Host

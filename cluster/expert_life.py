@@ -19,8 +19,8 @@ from experts.training.grpc_peer import GrpcPeers
 from experts.training.host import TrainingHost
 from experts.training.store import TrainableExperts
 from experts.transports import open_door
+from kernels.experts import PackedExperts
 from kernels.native import arithmetic, native
-from kernels.swiglu import PackedExperts
 from kernels.threads import set_threads
 from model.adapters.overlay import open_with_adapters
 from model.checkpoint import Checkpoint, Stamps

@@ -17,6 +17,7 @@ from experts.dispatch_plan import OwnerTables, hosts_left
 from experts.errors import ExpertsUnavailable, FrameError, HostUnavailable
 from experts.flight import Flight, take_off
 from experts.messages import ForwardReply, ForwardRequest
+from experts.near import NearFlight, NearHosts
 from experts.transport import Transport
 from kernels.combine import SHARED_ROWS, NoOwner, OwnedSlots
 from router.gate import Routing
@@ -121,14 +122,23 @@ class ExpertClient:
             self._tables = OwnerTables(placement)
         return self._tables
 
-    def _fly(self, layer: int, x_TD: Tensor, routing: Routing, tables: OwnerTables, turn: int) -> Flight | None:
+    def near(self, placement: Placement) -> NearHosts | None:
+        """All hosts of a placement, where they are in this process and on a GPU, and whose rows nobody counts."""
+        lanes = self._transport.lanes(placement.hosts)
+        return lanes if isinstance(lanes, NearHosts) and not self.avoided and self._meter is None else None
+
+    def _fly(
+        self, layer: int, x_TD: Tensor, routing: Routing, tables: OwnerTables, turn: int
+    ) -> Flight | NearFlight | None:
         """The whole dispatch at once, where nothing stands against it."""
         hosts, tokens = tables.placement.hosts, x_TD.shape[0]
         lanes = self._transport.lanes(hosts)
+        if lanes is None or self.avoided:
+            return None
+        if isinstance(lanes, NearHosts):
+            return self._fly_near(lanes, layer, x_TD, routing, tables, turn)
         if (
-            lanes is None
-            or self.avoided
-            or (tokens >= SHARED_ROWS and tables.sharers(layer) is not None)  # rows may be spread one by one
+            (tokens >= SHARED_ROWS and tables.sharers(layer) is not None)  # rows may be spread one by one
             or x_TD.dtype is not torch.float32
             or routing.experts_TK.device.type != "cpu"
             or x_TD.device.type != "cpu"
@@ -154,8 +164,20 @@ class ExpertClient:
             self._sent += 4 * (flight.rows * flight.width + 2 * flight.slots)
         return flight
 
+    def _fly_near(
+        self, hosts: NearHosts, layer: int, x_TD: Tensor, routing: Routing, tables: OwnerTables, turn: int
+    ) -> NearFlight | None:
+        if x_TD.device.type != hosts.device:
+            return None
+        flight = hosts.take_off(tables.owners(layer, turn), layer, x_TD, routing, self._clock())
+        if flight is not None:
+            self._rows += flight.rows
+            if self._meter is not None:
+                self._meter.count(layer, routing.experts_TK)
+        return flight
+
     def land(
-        self, flight: Flight, weights_TK: Tensor, shared_TD: Tensor | None, residual_TD: Tensor | None
+        self, flight: Flight | NearFlight, weights_TK: Tensor, shared_TD: Tensor | None, residual_TD: Tensor | None
     ) -> Tensor | None:
         """See `Flight.land`."""
         timeout_s = max(0.0, flight.sent_s + self.late_s - self._clock())

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from experts.errors import ExpertError, FrameError, HostRefused, HostSlow, HostUnavailable
+from experts.flight import Flight
 from experts.messages import ForwardReply
 from experts.transport import Pending
 from kernels.combine import SHARED_ROWS, NoOwner, combine_slots, split_shared, split_slots
@@ -24,7 +26,7 @@ from router.placement import Host
 if TYPE_CHECKING:
     from experts.client import ExpertClient
     from experts.dispatch_plan import OwnerTables
-    from experts.flight import Flight
+    from experts.near import NearFlight
 
 POLL_S = 0.01  # between looks at who answers first, and at the placement, while a reply is late
 
@@ -54,15 +56,15 @@ class Dispatch:
         routing: Routing,
         tables: OwnerTables,
         turn: int,
-        flight: Flight | None = None,
+        flight: Flight | NearFlight | None = None,
     ) -> None:
         """`flight`: all of it is on its way already."""
         self._client = client
         self._layer = layer
         self._device = x_TD.device
-        self._x_TD = x_TD.float().cpu()
+        self._x_TD = x_TD
+        self._routing = routing
         self._weights_TK = routing.weights_TK
-        self._experts_TK = routing.experts_TK.cpu()
         self._tables = tables
         self._turn = turn
         self._failed: dict[Host, str] = {}
@@ -81,6 +83,7 @@ class Dispatch:
             out_TD = self._client.land(self._flight, self._weights_TK, shared_TD, residual_TD)
             if out_TD is not None:
                 return out_TD
+            assert isinstance(self._flight, Flight)  # the other has come to its end
             self._sent = self._taken_apart(self._flight)
         answers: list[Answer] = []
         try:
@@ -100,6 +103,16 @@ class Dispatch:
         finally:
             _release(part for part, _ in answers)
             self.abandon()  # where an error left some
+
+    @cached_property
+    def _sent_rows(self) -> Tensor:
+        """The rows, [T, D], as they are sent."""
+        return self._x_TD.float().cpu()
+
+    @cached_property
+    def _chosen(self) -> Tensor:
+        """The experts of every slot, [T, K], where the split is computed."""
+        return self._routing.experts_TK.cpu()
 
     def abandon(self) -> None:
         """Nobody waits for what was sent any more; after `finish`, nothing is left to give up."""
@@ -215,15 +228,15 @@ class Dispatch:
     def _split(self, failed: Mapping[Host, str], slots: Tensor | None) -> list[Part]:
         placement, hosts, avoided = self._tables.placement, len(self._tables.placement.hosts), self._client.avoided
         owner_E = self._tables.owners(self._layer, self._turn, failed, avoided)
-        enough = self._experts_TK.shape[0] >= SHARED_ROWS  # for one expert to have as many
+        enough = self._chosen.shape[0] >= SHARED_ROWS  # for one expert to have as many
         sharers = self._tables.sharers(self._layer, failed, avoided) if enough else None
         if sharers is None:
-            parts = split_slots(self._experts_TK, owner_E, hosts, slots)
+            parts = split_slots(self._chosen, owner_E, hosts, slots)
         else:
             turn = self._layer + self._turn
-            parts = split_shared(self._experts_TK, owner_E, sharers.holder_EC, sharers.holders_E, turn, hosts, slots)
+            parts = split_shared(self._chosen, owner_E, sharers.holder_EC, sharers.holders_E, turn, hosts, slots)
         sent = [
-            self._client.send(placement.hosts[part.owner], part, self._layer, self._x_TD, placement.epoch)
+            self._client.send(placement.hosts[part.owner], part, self._layer, self._sent_rows, placement.epoch)
             for part in parts
         ]
         self._client.flush()

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from experts.errors import HostRefused
 from experts.messages import ForwardReply, ForwardRequest
+from kernels.experts import PackedExperts
 from kernels.lane import Asked
-from kernels.swiglu import PackedExperts
+from kernels.native import triton_serves
 from model.checkpoint import Checkpoint, ExpertWeights
 from model.config import ModelConfig
 from router.holding import Pair
@@ -24,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 
 class ExpertStore(Protocol):
-    """One layer's experts in memory; see `kernels.swiglu.PackedExperts`."""
+    """One layer's experts in memory; see `kernels.experts.PackedExperts`."""
 
     merges: bool  # whether a row's bits are the same whatever rows are computed with it
 
@@ -75,6 +76,7 @@ class ExpertHost:
         self.generation = generation
         self.device = device
         self.closed: str | None = None  # why rows are refused for now
+        self.changes = 0  # experts that were taken or dropped
         self._config = config
         self._make_store = make_store
         self._layers: dict[int, ExpertStore] = {}
@@ -116,6 +118,7 @@ class ExpertHost:
             with self._counts:
                 self._held[layer, expert] = target.nbytes - before
             self._held_E[layer][expert] = True
+            self.changes += 1
         return True
 
     def weights_dtype(self, layer: int, dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -146,6 +149,7 @@ class ExpertHost:
             with self._compute:  # what is being computed may have begun with them; nothing begins with them after this
                 for layer, expert in pairs:
                     self._held_E[layer][expert] = False
+                self.changes += len(pairs)
             with self._counts:
                 for pair in pairs:
                     del self._held[pair]
@@ -214,6 +218,23 @@ class ExpertHost:
             self._pairs += asked.pairs
             return True
 
+    def compute_slots(self, layer: int, x_TD: Tensor, expert_TK: Tensor, out_SD: Tensor) -> None:
+        """`PackedExperts.compute_slots` of a layer, for whoever holds `computing` and knows what is held.
+
+        Only where `computes_slots`.
+        """
+        store = self._layers[layer]
+        assert isinstance(store, PackedExperts)
+        store.compute_slots(x_TD, expert_TK, out_SD)
+        self._requests += 1
+        self._rows += x_TD.shape[0]
+        self._pairs += out_SD.shape[0]
+
+    @property
+    def computes_slots(self) -> bool:
+        """Whether a whole step's slots can be computed on this host's GPU without waiting for it."""
+        return self._make_store is PackedExperts and triton_serves(self.device)
+
     @property
     def hidden_size(self) -> int:
         return self._config.hidden_size
@@ -262,7 +283,7 @@ class ExpertHost:
         experts = self._layers[layer]
         if self.device == "cpu":
             return experts(x_RD, pair_row_P, pair_expert_P, out_PD)
-        y_PD = experts(x_RD.to(self.device), pair_row_P.to(self.device), pair_expert_P.to(self.device))
+        y_PD = experts(x_RD.to(self.device), pair_row_P, pair_expert_P)
         return y_PD.cpu() if out_PD is None else out_PD.copy_(y_PD)
 
     def _layer(self, layer: int) -> ExpertStore:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from experts.errors import HostUnavailable
 from experts.host import ExpertHost
 from experts.messages import ForwardReply, ForwardRequest
+from experts.near import NearHosts
 from experts.transport import Pending
 from router.placement import Host
 
@@ -30,6 +31,7 @@ class LocalTransport:
 
     def __init__(self, hosts: Mapping[str, ExpertHost]) -> None:
         self._hosts = hosts
+        self._near: tuple[tuple[Host, ...], tuple[ExpertHost, ...], NearHosts] | None = None
 
     def submit(self, host: Host, request: ForwardRequest) -> Pending:
         return _Call(self._hosts.get(host.id), host.id, request)
@@ -37,8 +39,16 @@ class LocalTransport:
     def flush(self) -> None:
         pass  # it is computed when the reply is asked for
 
-    def lanes(self, hosts: Sequence[Host]) -> None:
-        return None
+    def lanes(self, hosts: Sequence[Host]) -> NearHosts | None:
+        names = tuple(hosts)
+        found = tuple(self._hosts[host.id] for host in names if host.id in self._hosts)
+        if len(found) < len(names) or not all(host.computes_slots for host in found):
+            return None
+        if len({host.device for host in found}) != 1:
+            return None
+        if self._near is None or self._near[:2] != (names, found):
+            self._near = (names, found, NearHosts(names, found))
+        return self._near[2]
 
     def forget(self, host: Host) -> None:
         pass  # nothing is kept open

@@ -10,6 +10,7 @@ from router.placement import Host
 
 if TYPE_CHECKING:
     from experts.flight import Lanes
+    from experts.near import NearHosts
 
 
 class Pending(Protocol):
@@ -34,8 +35,11 @@ class Transport(Protocol):
     def flush(self) -> None:
         """See that what was submitted leaves now: hosts that are woken together begin together."""
 
-    def lanes(self, hosts: Sequence[Host]) -> Lanes | None:
-        """The ways to these hosts for a whole dispatch at once, where all share memory with this process just now."""
+    def lanes(self, hosts: Sequence[Host]) -> Lanes | NearHosts | None:
+        """The ways to these hosts for a whole dispatch at once.
+
+        Where all share memory with this process just now, or are in it and on one GPU.
+        """
 
     def forget(self, host: Host) -> None:
         """Drop what is kept open to a host that left."""

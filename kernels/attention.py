@@ -9,7 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels.native import native_for
+from kernels.native import native_for, triton_serves
 
 
 def latent_attention(
@@ -30,6 +30,10 @@ def latent_attention(
     native = native_for(q_TNW.device)
     if native is not None:
         return _native_attention(native, q_TNW, cache_BSW, block_tables_QM, sequence_T, position_T, latent, scale)
+    if triton_serves(q_TNW.device):
+        from kernels.gpu import attention
+
+        return attention.latent_attention(q_TNW, cache_BSW, block_tables_QM, sequence_T, position_T, latent, scale)
     size = cache_BSW.shape[1]
     out_TNC = torch.empty(*q_TNW.shape[:2], latent, dtype=q_TNW.dtype, device=q_TNW.device)
     gathered: dict[int, Tensor] = {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.native import native, native_for
+from kernels.native import native, native_for, triton_serves
 
 SHARED_ROWS = 64  # halves of which a host still computes at nearly its full speed
 
@@ -181,6 +181,10 @@ def _combine_plainly(
     y_SD = torch.empty(tokens * top_k, width, device=weights_TK.device)
     for slot_P, y_PD in answers:
         y_SD[slot_P.to(y_SD.device)] = y_PD.to(y_SD.device)
+    if triton_serves(y_SD.device):
+        from kernels.gpu import rows
+
+        return rows.combine(y_SD, weights_TK, shared_TD, residual_TD)
     y_TKD = y_SD.view(tokens, top_k, width)
     total_TD = weights_TK[:, :1] * y_TKD[:, 0]
     for slot in range(1, top_k):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels.linear import tiled_linear
 from kernels.memory import weight_memory
-from kernels.native import native_for
+from kernels.native import native_for, triton_serves
 from kernels.packed import PackedMatrix, kept_dtype, packed_numbers
 
 
@@ -43,7 +43,11 @@ class PackedHeads:
             out_TNO = torch.empty(shape, dtype=x_TNK.dtype, device=x_TNK.device)
         assert x_TNK.stride(2) == out_TNO.stride(2) == 1
         if self._weight_NOK is not None:
-            if x_TNK.device.type != "cpu":
+            if triton_serves(x_TNK.device):
+                from kernels.gpu.product import head_products
+
+                head_products(x_TNK, self._weight_NOK, out_TNO)
+            elif x_TNK.device.type != "cpu":
                 out_TNO.copy_(torch.einsum("tnk,nok->tno", x_TNK, self._weight_NOK))
             else:
                 for head, weight_OK in enumerate(self._weight_NOK):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from kernels.native import native_for
+from kernels.native import native_for, triton_serves
 from kernels.packed import PackedMatrix, kept_dtype
 
 TILE_ROWS = 16
@@ -26,13 +26,16 @@ def tiled_linear(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
 class PackedLinear:
     """A weight [N, K] held once. On CPU it is kept in fp32 or bf16 and computes in fp32; on CUDA, in its own dtype."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, out_dtype: torch.dtype | None = None) -> None:
+        """`out_dtype` is the result's on CUDA, where without it it is the weight's; on CPU it is fp32."""
         if weight.ndim != 2:
             raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [out_features, in_features]")
         self.out_features, self.in_features = weight.shape
         self._native = native_for(weight.device)
         self._packed: PackedMatrix | None = None
         self._weight: Tensor | None = None
+        self._out_dtype = weight.dtype if out_dtype is None else out_dtype
+        self._triton = triton_serves(weight.device)
         if self._native is not None:
             self._packed = PackedMatrix(weight.to(kept_dtype(weight.dtype)))
         elif weight.device.type == "cpu":
@@ -47,14 +50,19 @@ class PackedLinear:
         return held.numel() * held.element_size()
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """[..., K] -> [..., N], plus `add` of the result's shape; on CPU a row's bits depend on the row alone."""
+        """[..., K] -> [..., N], plus `add` of the result's shape; a row's bits depend on the row alone.
+
+        The exception is CUDA where torch computes, whose libraries sum by the number of rows.
+        """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features; expected {self.in_features}")
         if self._packed is not None:
             return self._call_native(x, add)
         assert self._weight is not None
+        if self._triton:
+            return self._call_triton(x, add)
         if x.device.type != "cpu":
-            out = F.linear(x.to(self._weight.dtype), self._weight)
+            out = F.linear(x.to(self._weight.dtype), self._weight).to(self._out_dtype)
         else:
             rows_RK = x.reshape(-1, self.in_features).float()
             out = tiled_linear(rows_RK, self._weight).view(*x.shape[:-1], self.out_features)
@@ -66,6 +74,14 @@ class PackedLinear:
             return self._packed.unpack()
         assert self._weight is not None
         return self._weight
+
+    def _call_triton(self, x: Tensor, add: Tensor | None) -> Tensor:
+        from kernels.gpu.product import product
+
+        assert self._weight is not None
+        add_RN = None if add is None else add.reshape(-1, self.out_features)
+        out_RN = product(x.reshape(-1, self.in_features), self._weight, self._out_dtype, add_RN)
+        return out_RN.view(*x.shape[:-1], self.out_features)
 
     def _call_native(self, x: Tensor, add: Tensor | None) -> Tensor:
         assert self._native is not None

@@ -2,6 +2,7 @@
 otherwise, and who calls has checked its shape and strides."""
 
 import ctypes
+import importlib.util
 import os
 from ctypes import c_float, c_int, c_long, c_void_p
 from functools import cache
@@ -11,6 +12,8 @@ import torch
 from kernels.build import buildable, library
 
 CHOICE = "SHOAL_KERNELS"  # environment: an instruction set's name, or "torch"
+
+LEAST_CAPABILITY = (8, 0)  # tensor cores that multiply bf16
 
 _KINDS = {"p": c_void_p, "l": c_long, "i": c_int, "f": c_float, "-": None}
 _SIGNATURES = {
@@ -38,15 +41,17 @@ _SIGNATURES = {
 
 
 def instruction_set() -> str:
-    """The kernels that serve in this process: avx512, avx2, portable, or torch where none was built.
+    """The kernels that serve on CPU in this process: avx512, avx2, portable, or torch where none was built.
 
-    The environment's SHOAL_KERNELS names another; raises ValueError when that one cannot serve here.
+    The environment's SHOAL_KERNELS names another, or triton where Triton interprets (TRITON_INTERPRET=1): the GPU's
+    kernels, very slowly. Raises ValueError when that one cannot serve here.
     """
     able = [name for name in buildable() if runs_here(name) and library(name) is not None]
     asked = os.environ.get(CHOICE)
     if asked is None:
         return able[0] if able else "torch"
-    if asked not in (*able, "torch"):
+    interpreted = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" and _triton_is_installed() else ()
+    if asked not in (*able, "torch", *interpreted):
         raise ValueError(
             f"{CHOICE} is {asked!r}; expected one of {[*able, 'torch']} (python -m kernels.build builds them)"
         )
@@ -54,10 +59,13 @@ def instruction_set() -> str:
 
 
 def arithmetic(device: torch.device | str) -> str:
-    """Whose results have the same bits: `fused`, which AVX2 and AVX-512 are, `portable`, `torch`, or another device."""
+    """Whose results have the same bits: `fused`, which AVX2 and AVX-512 are, `portable`, `torch`, or a kind of GPU."""
     kind = torch.device(device).type
     if kind != "cpu":
-        return kind
+        if not torch.cuda.is_available():
+            return kind
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{kind} {major}.{minor} {'triton' if triton_serves(device) else 'torch'}"
     name = instruction_set()
     return "fused" if name in ("avx2", "avx512") else name
 
@@ -72,13 +80,33 @@ def runs_here(name: str) -> bool:
 def native() -> ctypes.CDLL | None:
     """The library of this process, loaded once; None where the torch kernels serve."""
     name = instruction_set()
-    if name == "torch":
+    if name in ("torch", "triton"):
         return None
     loaded = ctypes.CDLL(str(library(name)))
     for function, (result, arguments) in _SIGNATURES.items():
         getattr(loaded, function).restype = _KINDS[result]
         getattr(loaded, function).argtypes = [_KINDS[kind] for kind in arguments]
     return loaded
+
+
+def triton_serves(device: torch.device | str) -> bool:
+    """Whether the kernels in `kernels.gpu` compute for tensors of a device.
+
+    They do on CUDA where Triton is, as with every build of torch for it, and SHOAL_KERNELS is not "torch".
+    """
+    if torch.device(device).type == "cpu":
+        return os.environ.get(CHOICE) == "triton"
+    return os.environ.get(CHOICE) != "torch" and _triton_is_installed() and _multiplies_bf16()
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    return torch.cuda.get_device_capability() >= LEAST_CAPABILITY
 
 
 def native_for(device: torch.device | str) -> ctypes.CDLL | None:

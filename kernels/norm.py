@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.native import native_for
+from kernels.native import native_for, triton_serves
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -17,6 +17,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
             x.data_ptr(), width, weight.data_ptr(), x.numel() // width, width, eps, out.data_ptr(), width
         )
         return out
+    if triton_serves(x.device):
+        from kernels.gpu import rows
+
+        return rows.rms_norm(x, weight, eps)
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * scaled.to(x.dtype)

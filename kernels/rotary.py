@@ -6,7 +6,7 @@ Shapes: `T` tokens, `N` heads, `C` latent, `R` rotary dimensions, `W` = C + R, c
 import torch
 from torch import Tensor
 
-from kernels.native import native_for
+from kernels.native import native_for, triton_serves
 from kernels.norm import rms_norm
 
 
@@ -23,6 +23,11 @@ def rotate_heads(q_TNQ: Tensor, cos_TR: Tensor, sin_TR: Tensor, out_TNW: Tensor)
     """Rotate the last R numbers of every head's query into the last R of `out_TNW`; both are contiguous."""
     rotary = 2 * cos_TR.shape[1]
     native = native_for(q_TNQ.device)
+    if triton_serves(q_TNQ.device):
+        from kernels.gpu import rows as on_gpu
+
+        on_gpu.rotate_heads(q_TNQ, cos_TR, sin_TR, out_TNW)
+        return
     if native is None:
         out_TNW[..., -rotary:] = rotate(q_TNQ[..., -rotary:], cos_TR[:, None], sin_TR[:, None])
         return
@@ -48,6 +53,11 @@ def write_latents(
     """Normalise the first C numbers of each row, rotate the last R, and put the row into its slot of the cache."""
     latent = weight_C.shape[0]
     native = native_for(kv_TW.device)
+    if triton_serves(kv_TW.device):
+        from kernels.gpu import rows as on_gpu
+
+        on_gpu.write_latents(kv_TW, weight_C, eps, cos_TR, sin_TR, slot_T, cache_BSW)
+        return
     if native is None:
         latent_TC, k_rope_TR = kv_TW.split((latent, kv_TW.shape[1] - latent), dim=1)
         rows = (rms_norm(latent_TC, weight_C, eps), rotate(k_rope_TR, cos_TR, sin_TR))

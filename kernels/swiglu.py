@@ -1,6 +1,6 @@
-"""SwiGLU feed-forward networks: one, and the many of an expert layer.
+"""SwiGLU feed-forward networks.
 
-Shapes: `R` rows, `P` (row, expert) pairs, `D` model, `I` intermediate, `E` experts.
+Shapes: `R` rows, `D` model, `I` intermediate.
 """
 
 import ctypes
@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from kernels.lane import Asked
 from kernels.linear import tiled_linear
 from kernels.memory import weight_memory
-from kernels.native import native_for
+from kernels.native import native_for, triton_serves
 from kernels.packed import PANEL, PackedMatrix, kept_dtype, packed_numbers
 
 
@@ -38,7 +37,7 @@ def check_expert(expert: int, matrices: tuple[Tensor, Tensor, Tensor], hidden: i
         raise ValueError(f"expert {expert} has shapes {shapes}; expected {(wide, wide, tall)}")
 
 
-class _Plain:
+class PlainNetwork:
     """One network as torch computes it: in float32 on CPU."""
 
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
@@ -51,6 +50,16 @@ class _Plain:
     def nbytes(self) -> int:
         return sum(weight.numel() * weight.element_size() for weight in (self._gate_up, self._down))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it computes."""
+        return self._gate_up.dtype
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of [gate; up], [2I, D], and of down, [D, I], both contiguous."""
+        return self._gate_up.data_ptr(), self._down.data_ptr()
+
     def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
         gate, up = self._gate_up.to(self._dtype).chunk(2)
         return gate, up, self._down.to(self._dtype)
@@ -61,7 +70,7 @@ class _Plain:
         return tiled_linear(swiglu(tiled_linear(x_RD.float(), self._gate_up)), self._down)
 
 
-class _Packed:
+class PackedNetwork:
     """One network for the native kernels: gate's and up's panels in turn, and down's."""
 
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
@@ -84,132 +93,15 @@ class _Packed:
         return self.gate_up.unpack(0), self.gate_up.unpack(1), self.down.unpack()
 
 
-def _network(gate: Tensor, up: Tensor, down: Tensor) -> "_Plain | _Packed":
-    taken = _common_dtype(gate.device.type, (gate.dtype, up.dtype, down.dtype))
-    kind = _Plain if native_for(gate.device) is None else _Packed
+def make_network(gate: Tensor, up: Tensor, down: Tensor) -> "PlainNetwork | PackedNetwork":
+    taken = common_dtype(gate.device.type, (gate.dtype, up.dtype, down.dtype))
+    kind = PlainNetwork if native_for(gate.device) is None else PackedNetwork
     return kind(gate.to(taken), up.to(taken), down.to(taken))
 
 
-def _common_dtype(device: str, dtypes: Sequence[torch.dtype]) -> torch.dtype:
+def common_dtype(device: str, dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """In which all three matrices of a network are taken, and given back."""
     return kept_dtype(*dtypes) if device == "cpu" else reduce(torch.promote_types, dtypes)
-
-
-def _table(table_3E: Tensor) -> tuple[Tensor, int, int, int]:
-    """A table and where its rows lie."""
-    return table_3E, table_3E[0].data_ptr(), table_3E[1].data_ptr(), table_3E[2].data_ptr()
-
-
-class PackedExperts:
-    """Some of one layer's experts, each loaded and unloaded by number."""
-
-    merges = True  # a row's bits are the same whatever rows are computed with it
-
-    def __init__(self, hidden_size: int, intermediate_size: int, device: str = "cpu") -> None:
-        self._hidden = hidden_size
-        self._intermediate = intermediate_size
-        self._device = device
-        self._native = native_for(device)
-        self._experts: dict[int, _Plain | _Packed] = {}
-        # addresses of gate_up and down, 0 where none is loaded, and whether they are bf16
-        self._table = _table(torch.zeros(3, 0, dtype=torch.int64))
-
-    @property
-    def experts(self) -> tuple[int, ...]:
-        return tuple(sorted(self._experts))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(expert.nbytes for expert in self._experts.values())
-
-    def unpacked_dtype(self, dtypes: Sequence[torch.dtype]) -> torch.dtype:
-        """Of what `unpack` gives, for an expert whose gate, up and down were of these."""
-        return _common_dtype(torch.device(self._device).type, dtypes)
-
-    def load(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
-        """Take an expert's weights: gate and up [I, D], down [D, I]; raises ValueError on other shapes."""
-        check_expert(expert, (gate, up, down), self._hidden, self._intermediate)
-        network = self._experts[expert] = _network(*(weight.to(self._device) for weight in (gate, up, down)))
-        if isinstance(network, _Packed):
-            self._place(expert, network.gate_up.address, network.down.address, network.narrow)
-
-    def unload(self, expert: int) -> None:
-        """Drop an expert; raises KeyError when it is not loaded."""
-        del self._experts[expert]
-        if self._native is not None:
-            self._place(expert, 0, 0, False)
-
-    def unpack(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """gate, up and down of a loaded expert, all of one dtype; see `unpacked_dtype`."""
-        return self._experts[expert].unpack()
-
-    def __call__(self, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor | None = None) -> Tensor:
-        """FFN of pair_expert[p] on x[pair_row[p]], unweighted, in the order of the pairs: [P, D] fp32.
-
-        The result is written to `out_PD` (fp32, contiguous) if given. Raises KeyError for an expert that is not
-        loaded and IndexError for a row that does not exist.
-        """
-        if out_PD is None:
-            out_PD = torch.empty(len(pair_row_P), self._hidden, dtype=torch.float32, device=x_RD.device)
-        if self._native is not None:
-            self._call_native(self._native, x_RD, pair_row_P, pair_expert_P, out_PD)
-            return out_PD
-        for expert in pair_expert_P.unique().tolist():
-            network = self._experts[expert]
-            assert isinstance(network, _Plain)
-            pairs = (pair_expert_P == expert).nonzero().squeeze(1)
-            out_PD[pairs] = network(x_RD[pair_row_P[pairs].long()]).float()
-        return out_PD
-
-    def answer(self, lane: int, asked: Asked, held_E: int) -> bool:
-        """Compute a request where it lies in a lane, for the experts that the array of bool at `held_E` names.
-
-        False, and nothing was answered, where it names others or rows that do not exist, or torch computes.
-        """
-        if self._native is None:
-            return False
-        table_3E, gate_up, down, narrow = self._table  # a load may put a new one in its place meanwhile
-        bad = self._native.shoal_answer(
-            lane, ctypes.byref(asked), gate_up, down, narrow, held_E, table_3E.shape[1], self._intermediate
-        )
-        return bool(bad == 0)
-
-    def _call_native(
-        self, native: ctypes.CDLL, x_RD: Tensor, pair_row_P: Tensor, pair_expert_P: Tensor, out_PD: Tensor
-    ) -> None:
-        x_RD, rows, experts = x_RD.float().contiguous(), pair_row_P.int().contiguous(), pair_expert_P.int().contiguous()
-        table_3E, gate_up, down, narrow = self._table
-        assert out_PD.is_contiguous()
-        bad = native.shoal_experts(
-            x_RD.data_ptr(),
-            self._hidden,
-            len(x_RD),
-            len(rows),
-            rows.data_ptr(),
-            experts.data_ptr(),
-            gate_up,
-            down,
-            narrow,
-            table_3E.shape[1],
-            self._hidden,
-            self._intermediate,
-            out_PD.data_ptr(),
-            self._hidden,
-            None,
-        )
-        if bad:
-            row, expert = int(rows[bad - 1]), int(experts[bad - 1])
-            if expert not in self._experts:
-                raise KeyError(expert)
-            raise IndexError(f"pair {bad - 1} names row {row} of {len(x_RD)}")
-
-    def _place(self, expert: int, gate_up: int, down: int, narrow: bool) -> None:
-        """A new table, so that a call that goes on reads the one it began with."""
-        before_3E = self._table[0]
-        table_3E = torch.zeros(3, max(before_3E.shape[1], expert + 1), dtype=torch.int64)
-        table_3E[:, : before_3E.shape[1]] = before_3E
-        table_3E[:, expert] = torch.tensor((gate_up, down, narrow))
-        self._table = _table(table_3E)
 
 
 class PackedSwiglu:
@@ -219,7 +111,10 @@ class PackedSwiglu:
         """Weights gate and up [I, D], down [D, I], on the device that computes."""
         self._native = native_for(gate.device)
         self._intermediate, self._hidden = gate.shape
-        self._network = _network(gate, up, down)
+        self._network = make_network(gate, up, down)
+        self._table_21: Tensor | None = None
+        if isinstance(self._network, PlainNetwork) and triton_serves(gate.device):
+            self._table_21 = torch.tensor(self._network.addresses, device=gate.device)[:, None]
 
     @property
     def nbytes(self) -> int:
@@ -227,7 +122,9 @@ class PackedSwiglu:
 
     def __call__(self, x_TD: Tensor, add_TD: Tensor | None = None) -> Tensor:
         """[T, D] -> [T, D], plus `add_TD` if given."""
-        if isinstance(self._network, _Plain):
+        if isinstance(self._network, PlainNetwork):
+            if self._table_21 is not None:
+                return self._call_triton(x_TD.to(self._network.dtype).contiguous(), add_TD, self._table_21)
             out_TD = self._network(x_TD)
             return out_TD if add_TD is None else out_TD + add_TD
         assert self._native is not None
@@ -254,4 +151,12 @@ class PackedSwiglu:
             self._hidden,
             None if add_TD is None else add_TD.data_ptr(),
         )
+        return out_TD
+
+    def _call_triton(self, x_TD: Tensor, add_TD: Tensor | None, table_21: Tensor) -> Tensor:
+        from kernels.gpu.experts import expert_layer
+
+        out_TD = torch.empty_like(x_TD)
+        add_TD = None if add_TD is None else add_TD.contiguous()
+        expert_layer(x_TD, x_TD[:, 0], table_21, self._intermediate, out_TD, add_PD=add_TD)
         return out_TD

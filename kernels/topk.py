@@ -6,7 +6,7 @@ Shapes: `T` tokens, `E` experts, `G` groups, `K` chosen.
 import torch
 from torch import Tensor
 
-from kernels.native import native_for
+from kernels.native import native_for, triton_serves
 
 
 def softmax_top_k(
@@ -19,7 +19,12 @@ def softmax_top_k(
     the chosen or times `scale`; where a gradient is wanted, torch computes them.
     """
     native = native_for(logits_TE.device)
-    if native is not None and not (torch.is_grad_enabled() and logits_TE.requires_grad):
+    differentiable = torch.is_grad_enabled() and logits_TE.requires_grad
+    if triton_serves(logits_TE.device) and not differentiable:
+        from kernels.gpu import topk
+
+        return topk.softmax_top_k(logits_TE, groups, kept_groups, top_k, normalise, scale)
+    if native is not None and not differentiable:
         tokens, experts = logits_TE.shape
         logits_TE = logits_TE.contiguous()
         chosen_TK = torch.empty(tokens, top_k, dtype=torch.int64)

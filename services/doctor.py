@@ -61,8 +61,13 @@ def _kernels() -> Finding:
 def _gpus() -> Finding:
     import torch
 
+    from kernels.native import triton_serves
+
     count = torch.cuda.device_count()
-    return Finding("gpus", True, f"{count}; `shoal serve --gpus G` uses them" if count else "none; CPUs compute")
+    if not count:
+        return Finding("gpus", True, "none; CPUs compute")
+    kernels = "Triton's kernels" if triton_serves("cuda") else "torch, as Triton or an Ampere GPU or later is missing,"
+    return Finding("gpus", True, f"{count}; `shoal serve --gpus G` uses them: {kernels} would compute")
 
 
 def _transport() -> Finding:

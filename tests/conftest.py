@@ -1,11 +1,16 @@
 """Fixtures of every test: one thread, and checkpoints written once a run."""
 
+import ctypes
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as cluster/session.py, whichever imports ray first
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:  # no GPU: its kernels run in Triton's interpreter, which has to be said before anybody imports Triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Callable
 from pathlib import Path

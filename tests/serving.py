@@ -15,26 +15,32 @@ from model.checkpoint import Checkpoint
 from router.placement import Host, Placement, initial_placement
 
 
-def make_hosts(checkpoint: Checkpoint, count: int, replicas: int = 1) -> tuple[dict[str, ExpertHost], Placement]:
+def make_hosts(
+    checkpoint: Checkpoint, count: int, replicas: int = 1, device: str = "cpu"
+) -> tuple[dict[str, ExpertHost], Placement]:
     """`count` loaded hosts and the placement that names them."""
     names = [Host(f"host-{index}", 1, "local") for index in range(count)]
     placement = initial_placement(checkpoint.config, names, replicas)
     hosts: dict[str, ExpertHost] = {}
     for name in names:
-        hosts[name.id] = ExpertHost(checkpoint.config, name.id, name.generation)
+        hosts[name.id] = ExpertHost(checkpoint.config, name.id, name.generation, device)
         hosts[name.id].load(checkpoint, placement.held_by(name.id))
     return hosts, placement
 
 
 def make_engine(
-    path: Path, hosts: int = 2, limits: EngineLimits | None = None, transport: Transport | None = None
+    path: Path,
+    hosts: int = 2,
+    limits: EngineLimits | None = None,
+    transport: Transport | None = None,
+    device: str = "cpu",
 ) -> Engine:
     """An engine over `hosts` local expert hosts."""
     checkpoint = Checkpoint.open(path)
-    loaded, placement = make_hosts(checkpoint, hosts)
+    loaded, placement = make_hosts(checkpoint, hosts, device=device)
     source = StaticPlacement(placement)
     client = ExpertClient(transport or LocalTransport(loaded), source)
-    return Engine(Decoder(checkpoint, client, source), limits or EngineLimits(cache_blocks=256))
+    return Engine(Decoder(checkpoint, client, source, device), limits or EngineLimits(cache_blocks=256))
 
 
 class Answer:

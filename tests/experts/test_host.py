@@ -11,7 +11,7 @@ import torch
 from experts.errors import HostRefused
 from experts.host import ExpertHost
 from experts.messages import ForwardRequest
-from kernels.swiglu import PackedExperts
+from kernels.experts import PackedExperts
 from model.checkpoint import Checkpoint
 
 HELD = [(1, expert) for expert in range(0, 16, 2)] + [(2, 5)]

@@ -11,7 +11,7 @@ from experts.errors import HostRefused
 from experts.host import ExpertHost
 from experts.host_loop import HostLoop
 from experts.messages import ForwardReply, ForwardRequest
-from kernels.swiglu import PackedExperts
+from kernels.experts import PackedExperts
 from model.checkpoint import Checkpoint
 
 

@@ -17,7 +17,7 @@ from experts.loader import LoadAbandoned, Loader, WeightsDamaged
 from experts.messages import ForwardRequest
 from experts.training.store import TrainableExperts
 from experts.transfer import encode_expert
-from kernels.swiglu import PackedExperts
+from kernels.experts import PackedExperts
 from model.checkpoint import Checkpoint, CheckpointError, ExpertWeights
 from model.tensors import expert_names
 from router.holding import Pair

@@ -91,7 +91,7 @@ def test_an_expert_takes_the_memory_that_the_chart_counts() -> None:
     """The refusals name 53.6 GiB for V2-Lite's 26 layers of 64 experts in fp32, and half of it in bf16."""
     import torch
 
-    from kernels.swiglu import PackedExperts
+    from kernels.experts import PackedExperts
 
     for dtype, gibibytes in ((torch.float32, 53.6), (torch.float16, 53.6), (torch.bfloat16, 26.8)):
         store = PackedExperts(2048, 1408)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.experts import PackedExperts
 from kernels.heads import PackedHeads
 from kernels.linear import PackedLinear
 from kernels.packed import kept_dtype
-from kernels.swiglu import PackedExperts, PackedSwiglu
+from kernels.swiglu import PackedSwiglu
 
 NARROW, WIDE = torch.bfloat16, torch.float32
 

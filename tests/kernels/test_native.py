@@ -5,9 +5,10 @@ import torch
 
 from kernels import build
 from kernels.attention import latent_attention
+from kernels.experts import PackedExperts
 from kernels.linear import PackedLinear
 from kernels.native import CHOICE, arithmetic, instruction_set, native
-from kernels.swiglu import PackedExperts, PackedSwiglu
+from kernels.swiglu import PackedSwiglu
 from kernels.threads import set_threads
 
 

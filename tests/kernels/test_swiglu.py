@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from kernels.experts import PackedExperts
 from kernels.norm import rms_norm
-from kernels.swiglu import PackedExperts, swiglu
+from kernels.swiglu import swiglu
 
 
 def test_swiglu_is_silu_of_the_first_half_times_the_second() -> None:

@@ -1,0 +1,70 @@
+"""`python -m tests.gpu.compiled CAPABILITY`: which instructions the products are compiled to; no GPU is needed for it.
+
+Prints one JSON object a compiled kernel: its name, constants, and how often each kind of matrix instruction is in it.
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from kernels.gpu.attention import Cut, latent_attention
+from kernels.gpu.experts import expert_layer
+from kernels.gpu.product import head_products, product
+from kernels.gpu.tiles import NARROW
+
+MATRIX = re.compile(r"\b(wgmma\.mma_async\.sync\.aligned\.m\d+)n\d+(k\d+)|\b(mma\.sync\.aligned\.m\d+n\d+k\d+)")
+
+
+class NoDevice:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+
+def compile_only(run: Any) -> Any:
+    """In place of `JITFunction.run`."""
+
+    def compiled(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        kinds = Counter("".join(part for part in found if part) for found in MATRIX.findall(kernel.asm["ptx"]))
+        print(json.dumps({"kernel": self.fn.__name__, "constants": options, "matrix": kinds}), flush=True)
+        return kernel
+
+    return compiled
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(NoDevice(int(sys.argv[1])))
+    JITFunction.run = compile_only(JITFunction.run)
+    kind = torch.bfloat16
+    x, key, table = torch.zeros(96, 2048, dtype=kind), torch.zeros(576, dtype=torch.int64), torch.zeros(2, 64).long()
+    heads = torch.zeros(16, 512, 128, dtype=kind)
+    for tile in NARROW:
+        product(x, torch.zeros(3072, 2048, dtype=kind), kind, None, tile)
+        expert_layer(x, key, table, 1408, torch.zeros(576, 2048), top_k=6, tile=tile)
+    head_products(torch.zeros(96, 16, 128, dtype=kind), heads, torch.zeros(96, 16, 512, dtype=kind))
+    expert_layer(x, x[:, 0], table[:, :1], 2816, torch.zeros_like(x), add_PD=x)
+    cache, tables, owner = torch.zeros(100, 16, 576, dtype=kind), torch.zeros(8, 64).int(), torch.zeros(96).int()
+    for cut in (Cut(apart, together) for apart in (False, True) for together in (False, True)):
+        latent_attention(torch.zeros(96, 16, 576, dtype=kind), cache, tables, owner, owner, 512, 0.1, cut)
+
+
+if __name__ == "__main__":
+    main()

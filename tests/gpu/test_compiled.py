@@ -1,0 +1,31 @@
+"""Whatever the number of rows, a product is compiled to one kind of instruction: what its bits rest on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+TIMEOUT_S = 300
+MULTIPLY = {"_product", "_hidden", "_answers", "_attend"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "instruction"), [(80, "mma.sync.aligned.m16n8k16"), (90, "wgmma.mma_async.sync.aligned.m64k16")]
+)
+def test_every_tile_multiplies_with_one_instruction(capability: int, instruction: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.compiled", str(capability)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in kernels} >= MULTIPLY
+    for kernel in kernels:
+        assert set(kernel["matrix"]) == ({instruction} if kernel["kernel"] in MULTIPLY else set()), kernel

@@ -1,0 +1,51 @@
+"""A whole model through the GPU's kernels in Triton's interpreter: they are given what they take, and answer right."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from attention.engine import EngineLimits
+from attention.scheduler import SchedulerLimits
+from experts.local import LocalTransport
+from experts.near import NearFlight
+from kernels.native import CHOICE, native
+from tests.oracle import greedy_tokens
+from tests.serving import greedy, make_engine, run
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+LIMITS = EngineLimits(cache_blocks=32, max_length=128, scheduler=SchedulerLimits(step_tokens=12))
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(CHOICE, "triton")
+    native.cache_clear()
+    yield
+    native.cache_clear()
+
+
+@pytest.mark.parametrize(("hosts", "near"), [(1, True), (2, True), (2, False)])
+def test_tokens_are_transformers_and_log_probabilities_those_of_the_cpus_kernels(
+    checkpoint: Callable[[str], Path], hosts: int, near: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rng = checkpoint("mini"), random.Random(9)
+    prompts = [[rng.randrange(2, 512) for _ in range(length)] for length in (1, 14, 5)]
+    asked = [greedy(str(number), prompt, 3, logprobs=2) for number, prompt in enumerate(prompts)]
+    landed: list[int] = []
+    land = NearFlight.land
+    monkeypatch.setattr(NearFlight, "land", lambda self, *given: landed.append(self.rows) or land(self, *given))
+    if not near:
+        monkeypatch.setattr(LocalTransport, "lanes", lambda self, names: None)
+    here = run(make_engine(path, hosts, LIMITS), asked)
+    assert bool(landed) == near
+    monkeypatch.delenv(CHOICE)
+    native.cache_clear()
+    there = run(make_engine(path, hosts, LIMITS), asked)
+    for number, prompt in enumerate(prompts):
+        answer, expected = here[str(number)], there[str(number)]
+        assert answer.tokens == expected.tokens == greedy_tokens(path, prompt, 3)
+        for ours, theirs in zip(answer.logprobs, expected.logprobs, strict=True):
+            assert abs(ours.logprob - theirs.logprob) < 1e-4
