@@ -23,6 +23,7 @@ from cluster.step_watch import StepWatch
 from cluster.threads import node_threads
 from experts.client import ExpertClient
 from experts.nixl import prepare_environment
+from experts.transport_kinds import Way
 from experts.transports import open_transport
 from kernels.threads import set_threads
 from model.adapters.overlay import open_with_adapters
@@ -129,10 +130,15 @@ class AttentionWorker:
             epoch, newest = self._placements.epoch_in_use(lambda: self._engine.step_age_s() is None)
             counts = counts or self._meter.take()
             stats = asdict(self.stats()) | asdict(self._client.stats())
-            heard = self._greet(info | stats | {"epoch": epoch, "load": counts})
+            heard = self._greet(info | stats | {"epoch": epoch, "load": counts, "ways": self._ways()})
             if heard:
                 counts = {}
             self._beat_now.wait(HEARTBEAT_S if heard and newest else HURRY_S)
+
+    def _ways(self) -> dict[str, Way]:
+        """By which way rows go just now, by the id of each host of the newest table that was asked."""
+        placement, ways = self._placements.peek(), self._transport.ways()
+        return {host.id: ways[host] for host in placement.hosts if host in ways} if placement is not None else {}
 
     def _greet(self, info: dict[str, object]) -> bool:
         try:

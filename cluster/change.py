@@ -22,11 +22,15 @@ class ChangeRefused(ValueError):
         return str(self.args[0])
 
 
+class NotReady(ChangeRefused):
+    """The service is not ready for any wish yet."""
+
+
 def not_ready(reason: str | None) -> ChangeRefused:
     """For whoever asks before the service is ready; `reason` is why it never will be."""
     if reason is not None:
         return ChangeRefused(f"the service cannot start: {reason}")
-    return ChangeRefused("the service is not ready: ask again when it is", busy=True)
+    return NotReady("the service is not ready: ask again when it is", busy=True)
 
 
 class Phase(StrEnum):

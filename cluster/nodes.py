@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from socket import gethostname
 from typing import Any
 
 import ray
@@ -24,11 +25,14 @@ def with_cores(nodes: Collection[Node]) -> Collection[Node]:
 
 
 def shared_threads(hosts: int, nodes: Collection[Node]) -> int:
-    """Threads of each of so many expert hosts on those of these nodes that actors are put on, each with cores as here.
+    """Threads of each of so many expert hosts on those of these nodes that actors are put on, by the smallest of them.
 
-    What Ray counts there may be more than there is.
+    Of this machine it is known what a process may use, and Ray may have been told of more; of others, what Ray counts.
+    A node of which neither says anything is taken to be as this machine.
     """
-    return host_threads(hosts, max(1, len(with_cores(nodes))), node_threads())
+    able, here = with_cores(nodes), gethostname()
+    cores = [node_threads() if here in node.names or node.cpus < 1 else int(node.cpus) for node in able]
+    return host_threads(hosts, max(1, len(able)), min(cores, default=node_threads()))
 
 
 def least_crowded(nodes: Collection[Node], crowd: Mapping[str | None, int]) -> str | None:

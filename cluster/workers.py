@@ -26,7 +26,7 @@ class Workers:
         self.version = 0  # rises when workers or their addresses differ
 
     def beat(self, worker: Mapping[str, Any], now_s: float) -> None:
-        """A worker lives at worker["address"]."""
+        """A worker lives at worker["address"]; worker["ways"] has the way of its rows, by the id of each host asked."""
         worker_id = worker["id"]
         before = self._known.get(worker_id)
         self._known[worker_id] = {**worker, "since_s": before["since_s"] if before else now_s, "seen_s": now_s}

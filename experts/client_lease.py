@@ -38,6 +38,7 @@ from experts.messages import ForwardReply, ForwardRequest
 from experts.nixl import NixlMissing
 from experts.nixl_pairing import NixlPairing
 from experts.pairing import Pairing, PairingFailed
+from experts.transport_kinds import Way
 from experts.wire import identity
 from router.placement import Host
 
@@ -77,6 +78,13 @@ class ClientLease:
     @property
     def over(self) -> bool:
         return self.reason is not None
+
+    @property
+    def way(self) -> Way:
+        """That calls take just now, as long as a slot is free and they fit it; any thread may ask."""
+        if not self.ready:
+            return "grpc"
+        return "nixl" if self.lane is None else "shared"
 
     @property
     def ended(self) -> bool:

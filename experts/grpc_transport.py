@@ -8,6 +8,7 @@ from experts.frames import decode_header, decode_reply, encode_request
 from experts.grpc_stream import Codec, FrameStream, StreamCall
 from experts.messages import ForwardReply, ForwardRequest
 from experts.tls import TlsFiles
+from experts.transport_kinds import Way
 from experts.wire import METHOD
 from router.placement import Host
 
@@ -43,6 +44,10 @@ class GrpcTransport:
 
     def lanes(self, hosts: Sequence[Host]) -> None:
         return None
+
+    def ways(self) -> dict[Host, Way]:
+        """By which way rows go just now to each host that was asked; any thread may ask."""
+        return dict.fromkeys(self._streams.copy(), "grpc")
 
     def forget(self, host: Host) -> None:
         with self._lock:

@@ -17,7 +17,7 @@ from experts.nixl import machine_identity
 from experts.nixl_agent import NixlAgent
 from experts.tls import TlsFiles
 from experts.transport import Pending
-from experts.transport_kinds import Ways
+from experts.transport_kinds import Way, Ways
 from router.placement import Host
 
 RETRY_S = 5.0  # after a lease was lost, and the host was not forgotten since; twice as long after each refusal
@@ -111,6 +111,12 @@ class LeaseTransport:
                 return False
             time.sleep(0.001)
         return lease is not None
+
+    def ways(self) -> dict[Host, Way]:
+        """By which way rows go just now to each host that was asked; any thread may ask."""
+        # a copy that no thread comes between, and without the lock, which is held while an agent of NIXL is made
+        leases = self._leases.copy()
+        return self._grpc.ways() | {host: lease.way for host, lease in leases.items()}
 
     def forget(self, host: Host) -> None:
         with self._lock:

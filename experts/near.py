@@ -72,7 +72,7 @@ class NearHosts:
             for index, host in enumerate(self._hosts):
                 mine_TK = experts_TK
                 if len(self._hosts) > 1:
-                    mine_TK = torch.where(split.near_E[experts_TK] == index, experts_TK, owner_E.shape[0])
+                    mine_TK = experts_TK.masked_fill(split.near_E[experts_TK] != index, owner_E.shape[0])
                 host.compute_slots(layer, x_TD, mine_TK, y_SD)
         return NearFlight(y_SD, tokens, now_s)
 

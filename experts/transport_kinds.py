@@ -7,6 +7,8 @@ from experts.nixl import need_nixl
 
 TransportKind = Literal["auto", "shared", "nixl", "grpc"]
 TRANSPORT_KINDS: tuple[TransportKind, ...] = ("auto", "shared", "nixl", "grpc")
+Way = Literal["shared", "nixl", "grpc"]
+WAYS: tuple[Way, ...] = ("shared", "nixl", "grpc")  # the quickest first
 
 
 @dataclass(frozen=True, slots=True)

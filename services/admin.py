@@ -8,7 +8,7 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from cluster.change import ChangeRefused, Wish
+from cluster.change import ChangeRefused, NotReady, Wish
 from services.backend import Backend
 from services.openai.errors import ApiError
 from services.openai.strict import Strict
@@ -113,8 +113,14 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except ChangeRefused as refused:
-        status, code = (409, "change_under_way") if refused.busy else (400, "change_refused")
-        raise ApiError(str(refused), status, code=code) from None
+        raise ApiError(str(refused), 409 if refused.busy else 400, code=_code(refused)) from None
+
+
+def _code(refused: ChangeRefused) -> str:
+    """By which a script tells refusals apart."""
+    if isinstance(refused, NotReady):
+        return "not_ready"
+    return "change_under_way" if refused.busy else "change_refused"
 
 
 def add_admin_routes(app: FastAPI, backend: Backend) -> None:

@@ -15,7 +15,11 @@ class NotFound(CommandError):
 
 
 class NotNow(CommandError):
-    """The service refuses for now: it is not ready, or another change is under way."""
+    """The service refuses for now: another change is under way, or it is not ready."""
+
+
+class NotReady(NotNow):
+    """The service is not ready: it starts, or its controller was restarted."""
 
 
 class NotAnswered(CommandError):
@@ -33,7 +37,7 @@ class AdminClient:
         self._http = httpx.Client(base_url=record.url, headers=headers, trust_env=False)
 
     def get(self, path: str, query: dict[str, Any] | None = None, timeout_s: float = ANSWER_S) -> dict[str, Any]:
-        """Raises CommandError with the service's own words, as NotFound, NotNow or NotAnswered where it is that."""
+        """Raises CommandError with the service's own words, as one of the classes above where it is that."""
         return self._ask("GET", path, timeout_s, params=query or {})
 
     def post(self, path: str, body: dict[str, Any], timeout_s: float = ANSWER_S) -> dict[str, Any]:
@@ -49,14 +53,17 @@ class AdminClient:
         document = _document(answer)
         if answer.is_success and document is not None:
             return document
-        message = _message(document)
-        if message is None:  # not the application: a proxy that does not find it yet, or has lost it
+        refusal = _refusal(document)
+        if refusal is None:  # not the application: a proxy that does not find it yet, or has lost it
             raise NotAnswered(f"{url} answered {answer.status_code} to {method} {path}; it may be restarting")
+        message = str(refusal["message"])
         if answer.status_code >= 500:
             raise NotAnswered(message)
         if answer.status_code in (401, 403):
             raise CommandError(f"{url} does not take the admin token: set SHOAL_ADMIN_TOKEN to its own ({message})")
-        raise {404: NotFound, 409: NotNow}.get(answer.status_code, CommandError)(message)
+        if answer.status_code == 409:
+            raise (NotReady if refusal.get("code") == "not_ready" else NotNow)(message)
+        raise (NotFound if answer.status_code == 404 else CommandError)(message)
 
 
 def _document(answer: httpx.Response) -> dict[str, Any] | None:
@@ -67,7 +74,7 @@ def _document(answer: httpx.Response) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _message(document: dict[str, Any] | None) -> str | None:
-    """What an error in the shape of this service's errors says."""
+def _refusal(document: dict[str, Any] | None) -> dict[str, Any] | None:
+    """An error in the shape of this service's errors: its message, and its code."""
     error = (document or {}).get("error")
-    return str(error["message"]) if isinstance(error, dict) and "message" in error else None
+    return error if isinstance(error, dict) and "message" in error else None

@@ -191,9 +191,17 @@ def _add_experts(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]
     replicas.add_argument("--extra", type=int, metavar="E", help="further copies a layer, of its busiest experts")
 
     for change in (scale, rebalance, drain, replicas):
-        change.add_argument("--wait", action="store_true", help="until it is done; 1 when it is not")
         change.add_argument(
-            "--timeout", type=seconds, default=900.0, metavar="S", help="seconds that --wait takes at most (900)"
+            "--wait",
+            action="store_true",
+            help="until it is done; waits for a service that starts, or whose controller restarts; 1 when it is not",
+        )
+        change.add_argument(
+            "--timeout",
+            type=seconds,
+            default=900.0,
+            metavar="S",
+            help="seconds that --wait takes at most, for the service to be ready and the change done (900)",
         )
         change.add_argument("--json", action="store_true", help="the change as a document, for scripts")
 
@@ -219,7 +227,10 @@ def seconds(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; the exit status is 0, 1 for what went wrong, 2 for a wrong command line."""
+    """Entry point; the exit status is 0, 1 for what went wrong, 2 for a wrong command line, 130 after Ctrl-C.
+
+    A training run that a signal ended has 128 and its number: see `services.train_command.STATUSES`.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == [bench_command.NAME]:
         bench_command.run_bench(given[1:])
@@ -228,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except CommandError as error:
         print(f"shoal: {error}", file=sys.stderr)
-        return 1
+        return error.status
     except KeyboardInterrupt:
         return 130
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.state import ServiceRecord, is_running, read_record, running_services, state_dir
+from services.status import way_lines
 
 START_TIMEOUT_S = 6 * 3600.0  # a service that loads nothing more gives up by itself long before
 DEFAULT_PORT = 8000
@@ -21,6 +22,16 @@ DEFAULT_PORT = 8000
 
 class CommandError(Exception):
     """A message for the person at the terminal."""
+
+    status = 1  # with which the process ends
+
+
+class Interrupted(CommandError):
+    """A signal ended what was under way; the process ends with the status that a shell has for that signal."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + number
 
 
 class NoService(CommandError):
@@ -147,6 +158,8 @@ def status(options: argparse.Namespace) -> int:
         for row in rows:
             table.add_row(*(str(row[name])[:24] for name in names))
         console.print(table)
+    for line in way_lines(report["attention_workers"]):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

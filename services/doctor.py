@@ -75,7 +75,11 @@ def _transport() -> Finding:
     from experts.nixl import find_nixl
 
     nixl = find_nixl() is not None
-    near = "shared memory" if lanes_serve() else "NIXL" if nixl else "gRPC"
+    try:
+        shared = lanes_serve()
+    except ValueError as error:  # the kernels', of which the ways to share memory are part
+        return Finding("transport", False, str(error))
+    near = "shared memory" if shared else "NIXL" if nixl else "gRPC"
     far = "NIXL" if nixl else "gRPC; `make env` installs NIXL, which is quicker, on Linux"
     return Finding("transport", True, f"{near} on this machine, to others {far}")
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -13,8 +13,10 @@ from rich.table import Table
 from services.admin_client import AdminClient, NotAnswered
 from services.commands import CommandError, NoService, find_service
 from services.follow_change import follow, shown, summary, to_type
-from services.make_room import listens, make_room
+from services.forgotten_change import find_out
+from services.make_room import make_room
 from services.state import ServiceRecord
+from services.waiting import Deadline, TimeUp, listens, until_answered
 
 EVENTS = 500  # that are asked for at once: as many as the service remembers
 FOLLOW_S = 1.0
@@ -92,26 +94,64 @@ def events(options: argparse.Namespace) -> int:
 
 
 def _change(options: argparse.Namespace, action: str, body: dict[str, Any]) -> int:
-    """Begin a change, and with --wait see it through; raises CommandError when it is refused, undone or late."""
+    """Begin a change, and with --wait see it through, restarts of the controller included.
+
+    Raises CommandError when it is refused, undone or late, as NoService when the service ended before it began.
+    """
     client = AdminClient(find_service(options))
-    try:
-        change = client.post(f"/admin/experts/{action}", body)
-    except NotAnswered as error:
-        check = to_type("status", client.record)
-        raise CommandError(f"{error}; if the change has begun nevertheless, `{check}` shows it") from error
+    console = Console(stderr=options.json, highlight=False)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    def waiting(hindrance: str) -> None:
+        say(f"waiting: {hindrance}")
+
+    deadline = Deadline(options.timeout if options.wait else 0.0)
+    change = _begin(client, action, body, deadline, waiting)
     if not options.wait:
         print(json.dumps(change, indent=2) if options.json else _begun(change, client.record))
         return 0
-    console = Console(stderr=options.json, highlight=False)
     with shown(console, lines=not options.json) as show:
-        outcome = follow(client, change, options.timeout, show)
+        outcome = follow(client, change, deadline, show)
+    if not outcome.known:
+        outcome = find_out(client, outcome.change, deadline, waiting)
     if options.json:
         print(json.dumps(outcome.change, indent=2))
     if outcome.failure is not None:
         raise CommandError(outcome.failure)
-    if not options.json:
-        console.print(summary(outcome.change), markup=False, soft_wrap=True)
+    if outcome.note is not None or not options.json:
+        say(outcome.note or summary(outcome.change))
     return 0
+
+
+def _begin(
+    client: AdminClient, action: str, body: dict[str, Any], deadline: Deadline, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The change that has begun; a service that is away, or not ready, is waited for until the deadline."""
+    unanswered = False
+
+    def ask() -> dict[str, Any]:
+        nonlocal unanswered
+        try:
+            return client.post(f"/admin/experts/{action}", body)
+        except NotAnswered:
+            unanswered = True
+            raise
+
+    try:
+        return until_answered(client, ask, deadline, say)
+    except NoService:
+        raise
+    except CommandError as error:
+        words = [str(error)]
+        if isinstance(error, TimeUp):
+            waited = deadline.timeout_s > 0
+            words.append(f"it was waited for {deadline.timeout_s:g} s" if waited else "--wait waits for it")
+        if unanswered:
+            check = to_type("status", client.record)
+            words.append(f"a request that got no answer may have begun the change: `{check}` shows it")
+        raise CommandError("; ".join(words)) from error
 
 
 def _begun(change: dict[str, Any], record: ServiceRecord) -> str:

@@ -11,11 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from services.admin_client import AdminClient, NotAnswered, NotFound
 from services.state import ServiceRecord
+from services.waiting import Deadline
 
 PHASES = ("plan", "prepare", "commit", "retire")
 POLL_S = 20.0
 GRACE_S = 5.0  # for an answer to arrive, after the service has waited
 RETRY_S = 0.5
+# Of a change, from its beginning to its end; where they differ, a controller died before it had saved the id as taken
+GIVEN = ("kind", "joining", "leaving", "replicas", "extra")
 
 Document = dict[str, Any]
 Show = Callable[[Document], None]
@@ -27,46 +30,60 @@ class Outcome:
 
     change: Document
     failure: str | None = None
+    known: bool = True  # False: the service knows no such change any more
+    note: str | None = None  # on one that is done, though nobody saw its end
 
 
-def follow(client: AdminClient, change: Document, timeout_s: float, show: Show) -> Outcome:
+def follow(client: AdminClient, change: Document, deadline: Deadline, show: Show) -> Outcome:
     """Watch a change until it is over. What hinders the service from answering is ridden out until the time is up.
 
     Raises CommandError when the service refuses to tell.
     """
-    deadline_s = time.monotonic() + timeout_s
+    hindrance: NotAnswered | None = None
     show(change)
     while not change["over"]:
-        left_s = deadline_s - time.monotonic()
+        left_s = deadline.left_s
         if left_s <= 0:
-            late = f"{change['id']} is not over after {timeout_s:g} s, in phase '{change['phase']}'; it goes on"
-            return Outcome(change, f"{late}: `{to_type('status', client.record)}` shows it")
+            return Outcome(change, _late(client, change, deadline, hindrance))
         wait_s = min(POLL_S, left_s)
         path = f"/admin/changes/{change['id']}"
         try:
-            change = client.get(path, {"seen": change["version"], "timeout_s": wait_s}, wait_s + GRACE_S)
+            found = client.get(path, {"seen": change["version"], "timeout_s": wait_s}, wait_s + GRACE_S)
         except NotFound:
-            return _forgotten(client, change)
+            return _unknown(client, change)
         except NotAnswered as error:
             if client.record.ended:
                 return Outcome(change, f"the service has ended, and {change['id']} with it: {error}")
+            hindrance = error
             time.sleep(min(RETRY_S, wait_s))
             continue
+        if any(found[name] != change[name] for name in GIVEN):
+            return _unknown(client, change)
+        change, hindrance = found, None
         show(change)
     if change["phase"] == "done":
         return Outcome(change)
     return Outcome(change, f"{change['id']} was rolled back: {change['reason'] or 'no reason was given'}")
 
 
-def _forgotten(client: AdminClient, change: Document) -> Outcome:
-    """A controller that was restarted knows what was committed, and nothing of the change itself."""
-    if change["phase"] == "retire":
-        return Outcome(change)
-    return Outcome(
-        change,
-        f"{change['id']} is not known any more: the controller was restarted after phase '{change['phase']}' began, "
-        f"and undoes what was not committed; `{to_type('status', client.record)}` shows what holds",
-    )
+def forgotten(change: Document) -> str:
+    """How it is said that the service does not know a change any more."""
+    return f"{change['id']} ({change['kind']}) is not known any more, as after a restart of the controller"
+
+
+def _unknown(client: AdminClient, change: Document) -> Outcome:
+    shows = f"`{to_type('status', client.record)}` shows what holds"
+    return Outcome(change, f"{forgotten(change)}; {shows}", known=False)
+
+
+def _late(client: AdminClient, change: Document, deadline: Deadline, hindrance: NotAnswered | None) -> str:
+    """That the time is up, and what is known of the change; nothing goes on for sure where no answer came."""
+    where = f"in phase '{change['phase']}'"
+    if hindrance is None:
+        late = f"{change['id']} is not over after {deadline.timeout_s:g} s, {where}; it goes on"
+    else:
+        late = f"{change['id']} was {where} when it was last seen, and after {deadline.timeout_s:g} s: {hindrance}"
+    return f"{late}; `{to_type('status', client.record)}` shows it"
 
 
 def to_type(action: str, record: ServiceRecord) -> str:

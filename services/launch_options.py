@@ -1,5 +1,6 @@
 """What `shoal serve` was asked for, and everything that can be known to fail before anything is started."""
 
+import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +43,18 @@ class LaunchOptions:
     log: str | None = None
 
 
+def _check_kernels() -> None:
+    """Raises ValueError where the environment names kernels that cannot serve here."""
+    if "SHOAL_KERNELS" in os.environ:  # else torch need not be loaded for it
+        from kernels.native import instruction_set
+
+        instruction_set()
+
+
 def check(options: LaunchOptions) -> Checkpoint:
     """Everything that can be known to fail before anything is started; raises LaunchError."""
     try:
+        _check_kernels()
         checkpoint = open_with_adapters(options.model, options.adapters)
         Tokenizer.load(checkpoint.directory)
     except ValueError as error:

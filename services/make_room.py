@@ -5,17 +5,15 @@ import json
 import time
 from typing import Any
 
-import httpx
 from rich.console import Console
 
-from services.admin_client import ANSWER_S, AdminClient, NotAnswered, NotNow
-from services.commands import CommandError, NoService
+from services.admin_client import AdminClient, NotNow
+from services.commands import CommandError
 from services.follow_change import follow, shown, summary
 from services.state import ServiceRecord
+from services.waiting import Deadline, TimeUp, until_answered
 
 POLL_S = 0.5
-NOT_YET: dict[str, Any] = {"done": False, "change": None}
-GONE_S = 10.0  # without an answer, after which a service that answered before has ended
 
 
 def make_room(record: ServiceRecord, options: argparse.Namespace) -> int:
@@ -43,44 +41,26 @@ def _wait(client: AdminClient, options: argparse.Namespace, console: Console) ->
 
     A change that a new controller does not know any more is begun again.
     """
-    deadline_s = time.monotonic() + options.timeout
-    silent_since_s: float | None = None
+    deadline = Deadline(options.timeout)
     while True:
         try:
-            answer = _ask(client, options)
-        except NotAnswered as error:
-            now_s = time.monotonic()
-            silent_since_s = now_s if silent_since_s is None else silent_since_s
-            if now_s >= silent_since_s + GONE_S and not listens(client.record):
-                raise NoService(f"{client.record.url} has ended: {error}") from error
-            answer = NOT_YET
-        except NotNow:
-            answer, silent_since_s = NOT_YET, None
-        else:
-            silent_since_s = None
+            answer = until_answered(client, lambda: _ask(client, options), deadline, for_now=NotNow)
+        except TimeUp as late:
+            raise CommandError(f"not done after {options.timeout:g} s: {late}") from late
         if answer["done"]:
             return answer
-        left_s = deadline_s - time.monotonic()
+        left_s = deadline.left_s
         if left_s <= 0:
             raise CommandError(f"not done after {options.timeout:g} s; it goes on: ask again to wait longer")
         if answer["change"] is None:
             time.sleep(min(POLL_S, left_s))
             continue
         with shown(console, lines=not options.json) as show:
-            outcome = follow(client, answer["change"], left_s, show)
-        if outcome.failure is not None and (outcome.change["over"] or time.monotonic() >= deadline_s):
+            outcome = follow(client, answer["change"], deadline, show)
+        if outcome.failure is not None and (outcome.change["over"] or deadline.left_s <= 0):
             raise CommandError(outcome.failure)
         if outcome.failure is None and not options.json:
             console.print(summary(outcome.change), markup=False, soft_wrap=True)
-
-
-def listens(record: ServiceRecord) -> bool:
-    """Whether anything answers there at all, whatever it says."""
-    try:
-        httpx.get(f"{record.url}/health", timeout=ANSWER_S, trust_env=False)
-    except httpx.HTTPError:
-        return False
-    return True
 
 
 def _under_way(answer: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
+from experts.transport_kinds import WAYS
 from services.backend import Backend, Reading
 from services.openapi import TEXT, refusals
 
@@ -100,6 +101,7 @@ class Exposition(Collector):
             yield from _gauges(WORKER_GAUGES, status["attention_workers"], "worker")
             yield from _counters(WORKER_COUNTERS, status["attention_workers"], "worker")
             yield _dispatch_bytes(status["attention_workers"])
+            yield _ways(status["attention_workers"])
             yield _events(status["events_total"])
 
 
@@ -149,6 +151,19 @@ def _dispatch_bytes(workers: Iterable[Row]) -> Metric:
     for worker in workers:
         family.add_metric([worker["id"], "sent"], worker["bytes_sent"])
         family.add_metric([worker["id"], "received"], worker["bytes_received"])
+    return family
+
+
+def _ways(workers: Iterable[Row]) -> Metric:
+    family = GaugeMetricFamily(
+        "shoal_expert_hosts_asked",
+        "Expert hosts that the worker has asked, by the way that its rows go to them now",
+        labels=["worker", "way"],
+    )
+    for worker in workers:
+        counts = Counter(worker.get("ways", {}).values())  # none of an older release's
+        for way in WAYS:
+            family.add_metric([worker["id"], way], counts[way])
     return family
 
 

@@ -25,7 +25,7 @@ REASONS = {
     401: "The service has a key, and the request does not carry it",
     403: "Admin routes are closed: the service has no admin token",
     404: "No such model, or no such thing",
-    409: "A change is under way",
+    409: "A change is under way, or, with the code `not_ready`, the service is not ready",
     413: "The body is too large",
     415: "The body does not say that it is JSON",
     429: "No room for another request; come again after `Retry-After` seconds",

@@ -98,7 +98,7 @@ def _takes(field: FieldInfo) -> str:
 
 def metric_table() -> str:
     """What a scrape of a service of one worker, one host and one event has."""
-    one: Mapping[str, Any] = defaultdict(lambda: 1, id="", state="")
+    one: Mapping[str, Any] = defaultdict(lambda: 1, id="", state="", ways={})
     status = {
         "epoch": 1,
         "load": {"imbalance": 1},

@@ -11,19 +11,36 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from services.commands import CommandError
+from services.commands import CommandError, Interrupted
 from services.on_cluster import on_cluster
 
 if TYPE_CHECKING:  # loading them takes longer than any other subcommand needs
     from services.training.recipe import Recipe
 
 STOP_S = 300  # that a job has to end its step and keep a snapshot, once it is told to stop
+STATUSES = """\
+exit status:
+  0      all steps were made
+  1      the run failed, or what it needs has ended; the message says whether the same command goes on
+  2      the command line is wrong
+  130    Ctrl-C (SIGINT) ended it; a snapshot is kept, and the same command goes on
+  143    SIGTERM ended it, likewise
+"""
+SUBMITTED = """\
+With --submit it is that of `ray job submit`: 1 where the job failed, and 0 also where it was stopped.
+"""
 
 
 def add_parser(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `train` to the command line."""
     text = "Fine-tune a model as a recipe says, with its experts in Ray actors; SIGTERM and Ctrl-C keep a snapshot."
-    command = commands_.add_parser("train", help="Fine-tune a model as a recipe says.", description=text)
+    command = commands_.add_parser(
+        "train",
+        help="Fine-tune a model as a recipe says.",
+        description=text,
+        epilog=STATUSES + SUBMITTED,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file, such as examples/sft.yaml")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="such as lr=1e-5 or experts.hosts=4")
     command.add_argument("--dry-run", action="store_true", help="print the whole recipe and what it needs, and stop")
@@ -38,7 +55,7 @@ def add_parser(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train here, or submit; 0 when all steps were made or the job was taken."""
+    """Train here, or submit; 0 when all steps were made."""
     from services.training.recipe import RecipeError
     from services.training.recipe_file import load_recipe
 
@@ -54,15 +71,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 def train_here(recipe: "Recipe") -> int:
-    """Run to the end in this process and its Ray."""
+    """Run to the end in this process and its Ray; raises Interrupted where a signal ended it, else CommandError."""
     if recipe.experts.service is not None and not on_cluster():
         # `shoal serve` has Ray ask for a token, which joining by address does not imply; Ray looks when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from services.training.driver import train
-    from services.training.trainer import TrainingFailed
+    from services.training.trainer import TrainingFailed, TrainingStopped
 
     try:
         train(recipe, Console())
+    except TrainingStopped as stopped:
+        raise Interrupted(str(stopped), stopped.number) from stopped
     except (ValueError, OSError, TrainingFailed) as error:
         raise CommandError(str(error)) from error
     return 0

@@ -32,7 +32,16 @@ class Tile:
 
 
 NARROW = Tile(64, 32, 8)  # for dtypes of two bytes; a warp group's product has 64 rows
+SMALL = Tile(16, 32, 4)  # the same, where a program has 99 KiB of shared memory and no warp groups
 WIDE = Tile(16, 16, 4)
+CRAMPED = ((8, 6), (8, 9), (12, 0), (12, 1))  # such devices, by capability
+
+
+def tile_for(dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
+    """For a device of a capability; None: for the interpreter."""
+    if dtype == torch.float32:
+        return WIDE
+    return SMALL if capability in CRAMPED else NARROW
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +204,7 @@ def latent_attention(
     latent: int,
     scale: float,
     cut: Cut | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """As `kernels.attention.latent_attention`."""
     tokens, heads, width = q_TNW.shape
@@ -209,7 +219,8 @@ def latent_attention(
     if tokens == 0:
         return out_TNC
     cut = cut_for(tokens, sequences) if cut is None else cut
-    tile = WIDE if q_TNW.dtype == torch.float32 else NARROW
+    if tile is None:
+        tile = tile_for(q_TNW.dtype, torch.cuda.get_device_capability(device) if q_TNW.is_cuda else None)
     tile_heads = min(tile.rows, power_of_two(heads))
     together = tile.rows // tile_heads if cut.together else 1
     splits = blocks(most * size, SPLIT)

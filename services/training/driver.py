@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -14,6 +14,7 @@ from types import FrameType
 from rich.console import Console
 
 from cluster.spec import ServiceSpec
+from experts.tls import TlsFiles
 from experts.transport_kinds import check_transport
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig, read_config
@@ -35,7 +36,7 @@ from services.training.session import (
     check_service,
     ray_of_run,
 )  # nothing above imports ray, which this must do first
-from services.training.trainer import TrainingFailed, fit, plain
+from services.training.trainer import TrainingStopped, TrainingUnfinished, fit, plain
 
 UPLOADED = "working_dir_files"  # where Ray unpacks what `ray job submit --working-dir` sent
 IDLE_END_S = 120.0  # the hosts of a run that has no worker any more end so long after it
@@ -47,6 +48,8 @@ def preview(recipe: Recipe) -> tuple[ModelConfig, TrainingData, int]:
     Raises ValueError naming what is wrong; writes nothing.
     """
     check_transport(recipe.experts.transport)
+    if recipe.experts.tls is not None:
+        recipe.experts.tls.files.read()
     config = read_config(recipe.model) if recipe.init == "random" else Checkpoint.open(recipe.model).config
     config = with_yarn(config, recipe.yarn)
     check_recipe(recipe, config)
@@ -66,7 +69,7 @@ def train(recipe: Recipe, console: Console) -> int:
     """Run to the end, on the Ray that this process belongs to, the recipe's service's, or a private one; steps made.
 
     SIGINT and SIGTERM end it after a snapshot; a second one ends it at once. Raises what `preview` and
-    `first_weights` raise, ServiceUnusable, and TrainingFailed, also where it was ended before its last step.
+    `first_weights` raise, ServiceUnusable, TrainingStopped where a signal ended it, and else TrainingFailed.
     """
     recipe = absolute(recipe)
     console.print(f"reading {', '.join(file.name for file in recipe.data.files)}", markup=False, highlight=False)
@@ -91,6 +94,7 @@ def _train_alone(recipe: Recipe, checkpoint: Checkpoint, data: TrainingData, ste
     _, known = told(recipe.output_dir)
     stop_file, service = recipe.output_dir / STOP, recipe.experts.service
     stop_file.unlink(missing_ok=True)  # an earlier command's
+    heard: list[int] = []  # signals
 
     def on_end() -> None:
         stop_file.touch()
@@ -107,15 +111,18 @@ def _train_alone(recipe: Recipe, checkpoint: Checkpoint, data: TrainingData, ste
         print(f"shoal: {RAY_GONE}", file=sys.stderr, flush=True)
 
     try:
-        with ray_of_run(service, on_end, on_gone, (shared, stop_file)), _signals(stop_file, console):
-            if service is not None:
-                check_service(service, recipe.experts.hosts)
-            spec = service_spec(recipe, checkpoint)
+        with ray_of_run(service, on_end, on_gone, (shared, stop_file)), _signals(stop_file, heard, console):
+            theirs = check_service(service, recipe.experts.hosts) if service is not None else None
+            spec = service_spec(recipe, checkpoint, theirs)
             most = _find_room(recipe, spec, console)
             if stop_file.exists():
-                raise TrainingFailed("stopped before a step was made; the same command goes on")
+                raise TrainingUnfinished("stopped before a step was made; the same command goes on")
             begin_outcome(recipe.output_dir)
             return fit(recipe, spec, most, steps, console)
+    except (TrainingUnfinished, KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, TrainingUnfinished) and not heard:
+            raise  # its service ends, and no signal said so
+        raise _stopped(end, heard) from end
     finally:
         shared.unlink(missing_ok=True)
         for line in told(recipe.output_dir, known)[0]:
@@ -143,16 +150,27 @@ def absolute(recipe: Recipe) -> Recipe:
     data = recipe.data.model_copy(update={"files": tuple(_placed(file) for file in recipe.data.files)})
     at_home = UPLOADED in Path.cwd().parts
     output = Path.home() / os.path.expanduser(recipe.output_dir) if at_home else _placed(recipe.output_dir)
-    return recipe.model_copy(update={"model": _placed(recipe.model), "output_dir": output, "data": data})
+    experts = recipe.experts
+    if experts.tls is not None:
+        paths = {name: _named(getattr(experts.tls, name)) for name in ("certificate", "key", "root")}
+        experts = experts.model_copy(update={"tls": experts.tls.model_copy(update=paths)})
+    return recipe.model_copy(
+        update={"model": _placed(recipe.model), "output_dir": output, "data": data, "experts": experts}
+    )
 
 
 def _placed(path: Path) -> Path:
     return Path(os.path.expanduser(path)).resolve()  # pathlib's own ends in RuntimeError where it finds no such home
 
 
-def service_spec(recipe: Recipe, checkpoint: Checkpoint) -> ServiceSpec:
+def _named(path: Path) -> Path:
+    """The same, but through links: those of a secret that Kubernetes mounts lead elsewhere on each node, and later."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def service_spec(recipe: Recipe, checkpoint: Checkpoint, theirs: TlsFiles | None = None) -> ServiceSpec:
     """The run's expert hosts, by whose name its next life finds them again: none that writes elsewhere, or wants other
-    hosts, has the same.
+    hosts, has the same. `theirs`: of the service in whose hosts' processes they live.
     """
     experts = recipe.experts
     spec = ServiceSpec(
@@ -165,6 +183,7 @@ def service_spec(recipe: Recipe, checkpoint: Checkpoint) -> ServiceSpec:
         gpus=experts.gpus,
         resources=experts.resources,
         transport=experts.transport,
+        tls=experts.tls.files if experts.tls is not None else theirs,
         standby=0,
         follow_application=False,
         trains=True,
@@ -176,11 +195,24 @@ def service_spec(recipe: Recipe, checkpoint: Checkpoint) -> ServiceSpec:
     return replace(spec, name=f"{RUN_PREFIX}{recipe.output_dir.name}-{digest}")
 
 
+def _stopped(end: BaseException, heard: Sequence[int]) -> TrainingStopped:
+    """That signals brought a run to this end: those `heard`, or one that came before it listened or after."""
+    if isinstance(end, TrainingUnfinished):
+        return TrainingStopped(str(end), heard[0])
+    unheard = signal.SIGINT if isinstance(end, KeyboardInterrupt) else signal.SIGTERM  # for which Ray exits
+    number = heard[-1] if heard else unheard
+    return TrainingStopped("ended at once; the same command goes on from the newest snapshot", number)
+
+
 @contextlib.contextmanager
-def _signals(stop_file: Path, console: Console) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the run to end, twice insist; set after Ray, which has handlers of its own."""
+def _signals(stop_file: Path, heard: list[int], console: Console) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the run to end, twice insist; set after Ray, which has handlers of its own.
+
+    They are added to those `heard`.
+    """
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
         if stop_file.exists():
             raise KeyboardInterrupt
         stop_file.touch()

@@ -42,6 +42,7 @@ from services.training.report import RunLogError
 from services.training.result import TrainedModel, raw_with_yarn, with_yarn, write_result
 from services.training.run import Run, TooManySetbacks
 from services.training.run_records import RunRecords
+from services.training.trainer import from_plain
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
@@ -50,7 +51,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     earlier = read_outcome(recipe.output_dir)
     if earlier is not None and earlier.failed is not None:
         return  # a life of this very run found that it cannot go on, and so would this one
-    service = ServiceSpec(**{**config["service"], "tls": _tls(config["service"]["tls"])})
+    service = from_plain(config["service"])
     context = ray.train.get_context()
     ranks: Ranks = DistributedRanks() if context.get_world_size() > 1 else OneRank()
     set_threads(recipe.workers.threads or node_threads())
@@ -74,6 +75,14 @@ def _end(output_dir: Path, error: Exception) -> None:
         raise error from None
 
 
+def _look_at(tls: TlsFiles) -> None:
+    """Raises OSError where a file cannot be read on this node, which no later life of the worker would change."""
+    try:
+        tls.read()
+    except ValueError as error:
+        raise OSError(str(error)) from error
+
+
 class _WorkerRun:
     def __init__(self, recipe: Recipe, service: ServiceSpec, steps: int, ranks: Ranks) -> None:
         self._recipe = recipe
@@ -83,6 +92,8 @@ class _WorkerRun:
         self._checkpoint = Checkpoint.open(service.model)
         self._config = with_yarn(self._checkpoint.config, recipe.yarn)
         self._data = shared_data(recipe)
+        if service.tls is not None:
+            _look_at(service.tls)
         self._hosts = TrainingHosts(service, self._checkpoint, ranks.rank, recipe.micro_batch_tokens)
         self._run_id = recipe.output_dir.name
         self._identity = identify(recipe, self._data, self._checkpoint)
@@ -224,7 +235,3 @@ class _WorkerRun:
     def _tell(self, message: str) -> None:
         if self._ranks.rank == 0:
             tell(self._recipe.output_dir, message)
-
-
-def _tls(raw: Mapping[str, Any] | None) -> TlsFiles | None:
-    return TlsFiles(**raw) if raw is not None else None

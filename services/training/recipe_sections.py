@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from experts.tls import TlsFiles
 from experts.transport_kinds import TransportKind
 from services.training.part import Amount, Part
 
@@ -85,6 +86,21 @@ class Yarn(Part):
         return self
 
 
+class Tls(Part):
+    """PEM files that guard the calls between the run's workers and hosts, as every node sees them."""
+
+    certificate: Path = Field(description="that each worker and host shows, called or calling")
+    key: Path = Field(description="the certificate's private key")
+    root: Path = Field(description="whoever it signed is let in")
+    name: str | None = Field(
+        None, description="in every certificate; default: each names the address that its node listens on"
+    )
+
+    @property
+    def files(self) -> TlsFiles:
+        return TlsFiles(self.certificate, self.key, self.root, self.name)
+
+
 class Experts(Part):
     """Expert hosts of the run: processes of its own, or guests in those of a running service's hosts."""
 
@@ -105,6 +121,7 @@ class Experts(Part):
         "auto",
         description="of rows to the hosts; `auto`: shared memory on a machine, NIXL between machines, or else gRPC",
     )
+    tls: Tls | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Experts":
@@ -114,6 +131,11 @@ class Experts(Part):
             raise ValueError(
                 f"service is {self.service!r} and {', '.join(given)}; expected service alone: its hosts compute with "
                 "what that service gave them"
+            )
+        if self.service is not None and self.tls is not None:
+            raise ValueError(
+                f"service is {self.service!r} and tls is given; expected service alone: a run in its hosts is guarded "
+                "by that service's own files, where it has any"
             )
         return self
 

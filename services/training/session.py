@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster.session import LOOPBACK, LocalCluster, keep_private  # before anything that imports ray
 from cluster.spec import CONTROLLER_NAME, namespace_of
+from experts.tls import TlsFiles
 from services.on_cluster import on_cluster
 from services.state import ServiceRecord, read_record, running_services
 
@@ -88,14 +89,18 @@ def find_record(service: str, records: list[ServiceRecord]) -> ServiceRecord:
     return record
 
 
-def check_service(service: str, hosts: int) -> None:
-    """Look at the service in whose hosts' processes `hosts` expert hosts shall live; raises ServiceUnusable."""
+def check_service(service: str, hosts: int) -> TlsFiles | None:
+    """Look at the service in whose hosts' processes `hosts` expert hosts shall live, and with whose TLS.
+
+    Raises ServiceUnusable, also where its files are not here.
+    """
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError
 
     try:
         controller = ray.get_actor(CONTROLLER_NAME, namespace=namespace_of(service))
         status = ray.get(controller.status.remote(), timeout=ANSWER_S)
+        tls: TlsFiles | None = ray.get(controller.tls.remote(), timeout=ANSWER_S)
     except ValueError:
         named = ray.util.list_named_actors(all_namespaces=True)
         prefix = namespace_of("")
@@ -109,6 +114,15 @@ def check_service(service: str, hosts: int) -> None:
     except (RayActorError, GetTimeoutError) as error:
         raise ServiceUnusable(f"the service {service} does not answer: {str(error).splitlines()[0]}") from error
     check_status(service, hosts, status)
+    if tls is not None:
+        try:
+            tls.read()
+        except ValueError as error:
+            raise ServiceUnusable(
+                f"the service {service} is guarded by TLS, and so is a run in its hosts, but not all of its files are "
+                f"here: {error}"
+            ) from error
+    return tls
 
 
 def check_status(service: str, hosts: int, status: dict[str, Any]) -> None:

@@ -2,16 +2,19 @@
 
 import contextlib
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from cluster.spec import ServiceSpec
+from experts.tls import TlsFiles
 from model.snapshots.history import snapshots
 from model.snapshots.layout import step_of
-from services.training.outcome import SNAPSHOTS, read_outcome
+from services.training.outcome import SNAPSHOTS, Outcome, read_outcome
 from services.training.progress import follow
 from services.training.recipe import Recipe
 
@@ -25,10 +28,22 @@ class TrainingFailed(RuntimeError):
     """The run ended before its last step; the message says why, and what is kept."""
 
 
+class TrainingUnfinished(TrainingFailed):
+    """The run was asked to end before its last step, and did."""
+
+
+class TrainingStopped(TrainingFailed):
+    """Signal `number` ended the run before its last step; the message says from where the same command goes on."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 def fit(recipe: Recipe, service: ServiceSpec, most: int, steps: int, console: Console) -> int:
     """Run it on the Ray that is there, with up to `most` workers, show it, and say how it ended; steps made.
 
-    Raises TrainingFailed.
+    Raises TrainingFailed: TrainingUnfinished where it was asked to end.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -72,18 +87,24 @@ def fit(recipe: Recipe, service: ServiceSpec, most: int, steps: int, console: Co
         watcher.join()
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(controller.shutdown.remote(), timeout=30)
-    outcome = read_outcome(recipe.output_dir)
-    if outcome is None:
-        raise TrainingFailed("the workers ended without a word; Ray's logs say why")
-    if outcome.failed is not None:
-        raise TrainingFailed(f"{outcome.failed}; the snapshots in {recipe.output_dir / SNAPSHOTS} are kept")
-    if outcome.steps < steps:
-        kept = next((step_of(path) for path in snapshots(recipe.output_dir / SNAPSHOTS)), None)
-        onward = "there" if kept == outcome.steps else "the beginning" if kept is None else f"step {kept}"
-        raise TrainingFailed(f"{outcome.steps} of {steps} steps made; the same command goes on from {onward}")
+    outcome = last_word(recipe.output_dir, steps)
     wrote = f"; wrote {outcome.result}" if outcome.result is not None else ""
     console.print(f"{outcome.steps} steps made{wrote}", soft_wrap=True)
     return outcome.steps
+
+
+def last_word(output_dir: Path, steps: int) -> Outcome:
+    """What the workers of a run of so many steps say at its end; raises what `fit` raises where not all are made."""
+    outcome = read_outcome(output_dir)
+    if outcome is None:
+        raise TrainingFailed("the workers ended without a word; Ray's logs say why")
+    if outcome.failed is not None:
+        raise TrainingFailed(f"{outcome.failed}; the snapshots in {output_dir / SNAPSHOTS} are kept")
+    if outcome.steps < steps:
+        kept = next((step_of(path) for path in snapshots(output_dir / SNAPSHOTS)), None)
+        onward = "there" if kept == outcome.steps else "the beginning" if kept is None else f"step {kept}"
+        raise TrainingUnfinished(f"{outcome.steps} of {steps} steps made; the same command goes on from {onward}")
+    return outcome
 
 
 def with_threads(service: ServiceSpec) -> ServiceSpec:
@@ -115,8 +136,15 @@ def _fit(trainer: "TorchTrainer") -> None:
 
 
 def plain(service: ServiceSpec) -> dict[str, Any]:
-    """As JSON has it."""
-    return {**asdict(service), "resources": dict(service.resources)}
+    """As JSON has it; `from_plain` reads it."""
+    tls = {name: value and str(value) for name, value in asdict(service.tls).items()} if service.tls else None
+    return {**asdict(service), "resources": dict(service.resources), "tls": tls}
+
+
+def from_plain(raw: Mapping[str, Any]) -> ServiceSpec:
+    tls = raw["tls"]
+    files = TlsFiles(Path(tls["certificate"]), Path(tls["key"]), Path(tls["root"]), tls["name"]) if tls else None
+    return ServiceSpec(**{**raw, "tls": files})
 
 
 def _reason(error: BaseException) -> str:

@@ -1,9 +1,16 @@
 """What the controller knows of the attention workers follows from their heartbeats."""
 
+import threading
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from cluster.attention_worker import AttentionWorker
 from cluster.events import EventLog
 from cluster.workers import LATE_S, SETTLED_S, SILENT_S, Workers
+from router.placement import Host
 
 TICK_S = 0.25
 
@@ -113,3 +120,51 @@ def test_people_see_no_address_and_no_load() -> None:
     workers = Workers(EventLog())
     workers.beat(beat("a"), 1.0)
     assert workers.describe() == [{"id": "a", "node": "node", "epoch": 1, "rows_resent": 0, "resends": 0, "hedges": 0}]
+
+
+def test_people_see_which_way_rows_go_now() -> None:
+    workers = Workers(EventLog())
+    for ways in ({}, {"host-0": "grpc"}, {"host-0": "shared", "host-1": "nixl"}):
+        workers.beat(beat("a") | {"ways": ways}, 1.0)
+        assert [worker["ways"] for worker in workers.describe()] == [ways]
+
+
+@dataclass
+class Counts:
+    """Of an engine or a client."""
+
+    dispatches: int = 3
+
+
+def test_a_worker_tells_of_the_hosts_of_the_newest_table_that_it_has_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, replaced = Host("host-0", 1, "a:1"), Host("host-1", 1, "a:2")
+    successor, new = Host("host-1", 2, "a:3"), Host("host-2", 1, "a:4")
+    told: list[dict[str, Any]] = []
+    worker: Any = object.__new__(AttentionWorker)
+    worker._id, worker._leaving, worker._beat_now = "attention-a", threading.Event(), threading.Event()
+    worker._server = SimpleNamespace(address="127.0.0.1:1")
+    worker._engine = SimpleNamespace(alive=True, stats=Counts)
+    worker._client = SimpleNamespace(stats=Counts)
+    worker._meter = SimpleNamespace(take=dict)
+    placement: Any = None
+    worker._placements = SimpleNamespace(epoch_in_use=lambda idle: (1, True), peek=lambda: placement)
+    worker._transport = SimpleNamespace(ways=lambda: {successor: "nixl", asked: "shared", replaced: "grpc"})
+
+    def greet(info: dict[str, Any]) -> bool:
+        told.append(info)
+        worker._leaving.set()
+        worker._beat_now.set()
+        return True
+
+    worker._greet = greet
+    here = SimpleNamespace(get_node_id=lambda: "node")
+    monkeypatch.setattr("cluster.attention_worker.ray.get_runtime_context", lambda: here)
+    for hosts in (None, (asked, replaced), (asked, successor, new)):
+        placement = None if hosts is None else SimpleNamespace(hosts=hosts)
+        worker._leaving.clear()
+        worker._beat()
+    assert [info["ways"] for info in told] == [
+        {},
+        {"host-0": "shared", "host-1": "grpc"},
+        {"host-0": "shared", "host-1": "nixl"},
+    ]

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from cluster.spec import namespace_of
+from tests.certificates import make_certificate
 from tests.end_to_end.clients import wait_until
 from tests.end_to_end.deployment import NAME, Deployment
 from tests.end_to_end.prompts import mixed_bodies
@@ -25,8 +27,13 @@ STEPS = 16
 
 
 @pytest.fixture(scope="module")
-def service(checkpoint: Callable[[str], Path]) -> Iterator[Deployment]:
-    arguments = {"experts": {"hosts": 2, "threads": 1}, "attention": {"replicas": 1, "threads": 1}}
+def service(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Over TLS, which a run on its hosts has as well."""
+    arguments = {
+        "experts": {"hosts": 2, "threads": 1},
+        "attention": {"replicas": 1, "threads": 1},
+        "tls": asdict(make_certificate(tmp_path_factory.mktemp("tls"))),
+    }
     with Deployment(checkpoint("tiny"), **arguments) as running:
         yield running
 

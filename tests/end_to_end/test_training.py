@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import yaml
 
 from model.checkpoint import Checkpoint
+from tests.certificates import make_certificate
 from tests.oracle import logits
 from tests.serving import greedy, make_engine, run
 
@@ -77,7 +79,7 @@ def stop(process: "subprocess.Popen[str]", number: signal.Signals, out: Path) ->
     """A signal ends the run with a snapshot of the last step that it made; which that is."""
     process.send_signal(number)
     output, _ = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 1, output
+    assert process.returncode == 128 + number, output
     made = len(records(out))
     assert f"{made} of {STEPS} steps made; the same command goes on from there" in output
     assert (out / "snapshots" / f"step-{made:08}").is_dir()
@@ -188,7 +190,8 @@ def test_whatever_dies_and_however_it_is_stopped_the_curve_is_the_same(
     place: Path, undisturbed: Path, checkpoint: Callable[[str], Path]
 ) -> None:
     out, sessions = place / "disturbed", set(Path("/tmp").glob("shoal-ray-*"))
-    recipe = write_recipe(place, checkpoint("mini"), experts={"hosts": 2, "replicas": 2, "threads": 1})
+    tls = {name: str(value) for name, value in asdict(make_certificate(place)).items()}
+    recipe = write_recipe(place, checkpoint("mini"), experts={"hosts": 2, "replicas": 2, "threads": 1, "tls": tls})
     with training(recipe, out) as process:
         wait_for_step(out, 3, process)
         os.kill(hosts(process)[0], signal.SIGKILL)

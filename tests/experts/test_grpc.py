@@ -63,6 +63,14 @@ def test_the_bits_are_those_of_a_call_in_process(
         assert torch.equal(reply.y_PD, host.forward(request(rows)).y_PD)
 
 
+def test_rows_are_said_to_go_by_grpc_to_whoever_was_asked(server: ExpertServer, transport: GrpcTransport) -> None:
+    assert transport.ways() == {}
+    transport.submit(at(server), request()).result(10)
+    assert transport.ways() == {at(server): "grpc"}
+    transport.forget(at(server))
+    assert transport.ways() == {}
+
+
 def test_replies_find_their_calls_among_many(host: ExpertHost, server: ExpertServer, transport: GrpcTransport) -> None:
     pending = [transport.submit(at(server), request(3, seed)) for seed in range(20)]
     for seed, call in reversed(list(enumerate(pending))):

@@ -2,16 +2,19 @@
 
 import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from experts.arena import PAGE_BYTES, SLOTS, Arena
 from experts.arena_frames import put_request
+from experts.client_lease import ClientLease
 from experts.errors import FrameError, HostRefused, HostUnavailable
 from experts.frames import HEADER
 from experts.grpc_server import ExpertServer
@@ -151,6 +154,76 @@ def ask(transport: LeaseTransport, host: Host, wanted: ForwardRequest, timeout_s
     return copied
 
 
+def test_the_way_that_is_said_is_the_one_that_rows_take(
+    host: Counting, server: ExpertServer, make: Make, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before there is a lease, by it, after it was lost, by the next one, and once the host is forgotten."""
+    monkeypatch.setattr("experts.lease_transport.RETRY_S", 0.1)
+    transport = make()
+    assert transport.ways() == {}
+    with monkeypatch.context() as held:
+        let_go = threading.Event()
+        opened = ClientLease._open
+        held.setattr(ClientLease, "_open", lambda lease: (let_go.wait(20), opened(lease)))
+        assert not isinstance(transport.submit(at(server), request()), LeaseCall)
+        assert transport.ways() == {at(server): "grpc"}
+        let_go.set()
+        assert transport.wait_ready(at(server), 10)
+    ask(transport, at(server), request())
+    assert transport.ways() == {at(server): way}
+
+    def fail(*given: object) -> None:
+        raise PairingFailed("the connection is gone")
+
+    with monkeypatch.context() as broken:
+        for kind in (Lane, NixlPairing):
+            broken.setattr(kind, "write", fail)
+        assert not isinstance(transport.submit(at(server), request()), LeaseCall)
+    assert transport.ways() == {at(server): "grpc"}
+    deadline_s = time.monotonic() + 20
+    while transport.ways() != {at(server): way}:
+        assert time.monotonic() < deadline_s, "it went on by gRPC"
+        time.sleep(0.05)
+        transport.submit(at(server), request()).result(10)
+    transport.forget(at(server))
+    assert transport.ways() == {}
+
+
+def test_another_thread_may_ask_for_the_ways_while_hosts_come_and_go_and_waits_for_nobody(make: Make) -> None:
+    """Nor for the making of an agent of NIXL, under the lock: a heartbeat that is late is a worker that is lost."""
+    transport, lease = make(), SimpleNamespace(way="nixl", close=lambda: None, thread=threading.current_thread())
+    seen: list[int] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            seen.append(len(transport.ways()))
+
+    thread = threading.Thread(target=look, daemon=True)
+    hosts = [Host(f"host-{index}", 1, "127.0.0.1:1") for index in range(200)]
+    switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        for _ in range(30):
+            for coming in hosts:
+                transport._leases[coming] = transport._grpc._streams[coming] = lease  # type: ignore[assignment]
+            for leaving in hosts:
+                transport.forget(leaving)
+        with transport._lock, transport._grpc._lock:
+            looks, deadline_s = len(seen), time.monotonic() + 10
+            while len(seen) < looks + 3:
+                assert thread.is_alive()
+                assert time.monotonic() < deadline_s, "it waits for the lock"
+                time.sleep(0.001)
+    finally:
+        sys.setswitchinterval(switch_s)
+        over.set()
+        thread.join(10)
+        transport._leaving.clear()
+    assert max(seen) > 0
+
+
 NEAR_AND_FAR = [
     None,
     pytest.param("another machine", marks=pytest.mark.skipif(find_nixl() is None, reason="NIXL is not installed")),
@@ -159,12 +232,13 @@ NEAR_AND_FAR = [
 
 @pytest.mark.parametrize("machine", NEAR_AND_FAR, ids=["near", "far"])
 def test_the_bits_are_those_of_a_call_in_process(
-    host: Counting, server: ExpertServer, make: Make, machine: str | None
+    host: Counting, server: ExpertServer, make: Make, way: str, machine: str | None
 ) -> None:
     transport = make(machine=machine)
     assert transport.wait_ready(at(server), 10)
     for rows in (1, 7, 60, 3, 200):
         assert torch.equal(ask(transport, at(server), request(rows)).y_PD, host.forward(request(rows)).y_PD)
+    assert transport.ways() == {at(server): way if machine is None else "nixl"}
 
 
 def test_a_host_in_another_process_gives_the_same_bits(
@@ -371,6 +445,7 @@ def test_a_host_whose_memory_cannot_be_mapped_is_reached_by_nixl(
         transport.submit(at(server), request()).result(10)
         time.sleep(0.02)
     assert isinstance(transport._leases[at(server)].pairing, NixlPairing)
+    assert transport.ways() == {at(server): "nixl"}
     assert torch.equal(ask(transport, at(server), request()).y_PD, host.forward(request()).y_PD)
 
 
@@ -409,6 +484,7 @@ def test_a_host_without_leases_is_asked_by_grpc(host: Counting, make: Make) -> N
     call = transport.submit(at(server), request())
     assert not isinstance(call, LeaseCall)
     assert torch.equal(call.result(10).y_PD, host.forward(request()).y_PD)
+    assert transport.ways() == {at(server): "grpc"}
     server.stop(0)
 
 

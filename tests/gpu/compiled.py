@@ -1,6 +1,7 @@
 """`python -m tests.gpu.compiled CAPABILITY`: which instructions the products are compiled to; no GPU is needed for it.
 
-Prints one JSON object a compiled kernel: its name, constants, and how often each kind of matrix instruction is in it.
+Prints one JSON object a compiled kernel: its name, constants, how often each kind of matrix
+instruction is in it, and the bytes of shared memory that a program takes.
 """
 
 import json
@@ -14,12 +15,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kernels.gpu.attention import Cut, latent_attention
+from kernels.gpu.attention import Cut, latent_attention, tile_for
 from kernels.gpu.experts import expert_layer
 from kernels.gpu.product import head_products, product
 from kernels.gpu.tiles import NARROW
 
-MATRIX = re.compile(r"\b(wgmma\.mma_async\.sync\.aligned\.m\d+)n\d+(k\d+)|\b(mma\.sync\.aligned\.m\d+n\d+k\d+)")
+MATRIX = re.compile(
+    r"\b(wgmma\.mma_async\.sync\.aligned\.m\d+)n\d+(k\d+)|\b(mma\.sync\.aligned\.m\d+n\d+k\d+)|\b(tcgen05\.mma[.\w:]*)"
+)
 
 
 class NoDevice:
@@ -44,26 +47,29 @@ def compile_only(run: Any) -> Any:
     def compiled(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         kinds = Counter("".join(part for part in found if part) for found in MATRIX.findall(kernel.asm["ptx"]))
-        print(json.dumps({"kernel": self.fn.__name__, "constants": options, "matrix": kinds}), flush=True)
+        told = {"kernel": self.fn.__name__, "constants": options, "matrix": kinds, "shared": kernel.metadata.shared}
+        print(json.dumps(told), flush=True)
         return kernel
 
     return compiled
 
 
 def main() -> None:
-    triton.runtime.driver.set_active(NoDevice(int(sys.argv[1])))
+    capability = int(sys.argv[1])
+    triton.runtime.driver.set_active(NoDevice(capability))
     JITFunction.run = compile_only(JITFunction.run)
     kind = torch.bfloat16
     x, key, table = torch.zeros(96, 2048, dtype=kind), torch.zeros(576, dtype=torch.int64), torch.zeros(2, 64).long()
     heads = torch.zeros(16, 512, 128, dtype=kind)
-    for tile in NARROW:
-        product(x, torch.zeros(3072, 2048, dtype=kind), kind, None, tile)
-        expert_layer(x, key, table, 1408, torch.zeros(576, 2048), top_k=6, tile=tile)
+    for each in NARROW:
+        product(x, torch.zeros(3072, 2048, dtype=kind), kind, None, each)
+        expert_layer(x, key, table, 1408, torch.zeros(576, 2048), top_k=6, tile=each)
     head_products(torch.zeros(96, 16, 128, dtype=kind), heads, torch.zeros(96, 16, 512, dtype=kind))
     expert_layer(x, x[:, 0], table[:, :1], 2816, torch.zeros_like(x), add_PD=x)
     cache, tables, owner = torch.zeros(100, 16, 576, dtype=kind), torch.zeros(8, 64).int(), torch.zeros(96).int()
-    for cut in (Cut(apart, together) for apart in (False, True) for together in (False, True)):
-        latent_attention(torch.zeros(96, 16, 576, dtype=kind), cache, tables, owner, owner, 512, 0.1, cut)
+    tile = tile_for(kind, divmod(capability, 10))
+    for cut in (Cut(apart=False, together=True), Cut(apart=True, together=False)):
+        latent_attention(torch.zeros(96, 16, 576, dtype=kind), cache, tables, owner, owner, 512, 0.1, cut, tile)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Whatever the number of rows, a product is compiled to one kind of instruction: what its bits rest on."""
+"""Whatever the number of rows, a product is compiled to one kind of instruction: what its bits rest on.
+
+And every program fits the shared memory that the device has for one.
+"""
 
 import json
 import os
@@ -12,9 +15,15 @@ MULTIPLY = {"_product", "_hidden", "_answers", "_attend"}
 
 
 @pytest.mark.parametrize(
-    ("capability", "instruction"), [(80, "mma.sync.aligned.m16n8k16"), (90, "wgmma.mma_async.sync.aligned.m64k16")]
+    ("capability", "instruction", "shared_kib"),
+    [
+        (80, "mma.sync.aligned.m16n8k16", 163),
+        (89, "mma.sync.aligned.m16n8k16", 99),
+        (90, "wgmma.mma_async.sync.aligned.m64k16", 227),
+        (100, "tcgen05.mma.cta_group::1.kind::f16", 227),
+    ],
 )
-def test_every_tile_multiplies_with_one_instruction(capability: int, instruction: str) -> None:
+def test_every_tile_multiplies_with_one_instruction(capability: int, instruction: str, shared_kib: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu.compiled", str(capability)],
@@ -28,4 +37,5 @@ def test_every_tile_multiplies_with_one_instruction(capability: int, instruction
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["kernel"] for kernel in kernels} >= MULTIPLY
     for kernel in kernels:
+        assert kernel["shared"] <= shared_kib << 10, kernel
         assert set(kernel["matrix"]) == ({instruction} if kernel["kernel"] in MULTIPLY else set()), kernel

@@ -1,5 +1,6 @@
 """Jobs: what becomes of a recipe, and that the example fits the service that it is for."""
 
+import re
 import shlex
 
 import helm_python as helm
@@ -73,6 +74,21 @@ def test_a_job_that_is_deleted_has_as_long_for_its_snapshot_as_one_that_the_comm
     made = find(render(job({"output_dir": "/outputs/a"})), "RayJob")
     variables = yaml.safe_load(made["spec"]["runtimeEnvYAML"])["env_vars"]
     assert variables == {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}
+
+
+def test_nothing_runs_a_job_again() -> None:
+    spec = find(render(job({"output_dir": "/outputs/a"})), "RayJob")["spec"]
+    assert "backoffLimit" not in spec  # of KubeRay, which has none by default, and none for a cluster that is there
+    assert spec["submitterPodTemplate"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_the_readme_names_the_files_that_the_services_calls_are_guarded_by() -> None:
+    said = (JOB.parents[1] / "shoal" / "README.md").read_text()
+    (named,) = re.findall(r"`tls: (\{certificate: .*\})` under `experts`", said)
+    (application,) = serve_config(render({"tls": {"secret": "pem"}}))["applications"]
+    assert yaml.safe_load(named) == application["args"]["tls"]
+    recipe = {"output_dir": "o", "model": "m", "data": {"files": ["d.jsonl"]}, "steps": 1}
+    assert parse_recipe(recipe | {"experts": {"tls": yaml.safe_load(named)}}).experts.tls is not None
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,7 @@ def service_report(**fields: Any) -> dict[str, Any]:
                 "resends": 6,
                 "hedges": 2,
                 "rows_resent": 17,
+                "ways": {"host-0": "shared", "host-1": "shared"},
             }
         ],
         "load": {"total": 1000.0, "imbalance": 1.5},

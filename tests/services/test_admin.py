@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from ray.exceptions import RayActorError, RayTaskError
 
 from attention.requests import GenerateRequest, SamplingParams
-from cluster.change import ChangeRefused, Wish
+from cluster.change import ChangeRefused, Wish, not_ready
 from cluster.joining import OtherFiles
 from cluster.spec import ServiceSpec
 from model.generation import GenerationDefaults
@@ -106,6 +106,14 @@ def test_a_refused_change_says_why_and_whether_to_come_back(app: FastAPI, script
     script.refusal = ChangeRefused("change-2 is under way", busy=True)
     assert assert_error(admin(app, "POST", "experts/rebalance", json={}), 409, "change-2 is under way")["code"] == (
         "change_under_way"
+    )
+    script.refusal = not_ready(None)
+    for action, body in (("scale", {"hosts": 2}), ("room", {"hosts": 1})):
+        refusal = assert_error(admin(app, "POST", f"experts/{action}", json=body), 409, "ask again when it is")
+        assert refusal["code"] == "not_ready"
+    script.refusal = not_ready("the checkpoint has no config.json")  # and never will be
+    assert assert_error(admin(app, "POST", "experts/rebalance", json={}), 400, "cannot start")["code"] == (
+        "change_refused"
     )
     script.refusal = GenerationFailed("the controller is being restarted; ask again")
     assert_error(admin(app, "POST", "experts/rebalance", json={}), 503, "ask again")

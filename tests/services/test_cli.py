@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels.native import native
 from services.cli import main
 from services.commands import again
 from services.launch_options import LaunchError, LaunchOptions, application_args, check
@@ -177,6 +178,19 @@ def test_doctor_explains(capsys: pytest.CaptureFixture[str], bundled: Path, tmp_
     wrong = {finding["what"]: finding["detail"] for finding in json.loads(capsys.readouterr().out) if not finding["ok"]}
     assert set(wrong) == {"port", "checkpoint"}
     assert "config.json" in wrong["checkpoint"]
+
+
+def test_kernels_that_cannot_serve_are_told_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], bundled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_KERNELS", "sse9")
+    native.cache_clear()
+    assert "SHOAL_KERNELS is 'sse9'; expected one of" in fails(capsys, "serve", bundled, "--port", _free())
+    assert main(["doctor", str(bundled), "--json", "--port", str(_free())]) == 1
+    wrong = {finding["what"]: finding["detail"] for finding in json.loads(capsys.readouterr().out) if not finding["ok"]}
+    assert set(wrong) == {"kernels", "transport"}
+    assert all("sse9" in detail for detail in wrong.values())
+    native.cache_clear()
 
 
 def _free() -> int:

@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from cluster.change import ChangeRefused, Wish
+from cluster.change import ChangeRefused, Wish, not_ready
 from services.backend import GenerationFailed
 from services.cli import main
 from services.openai.errors import ApiError
@@ -29,6 +29,8 @@ DONE = [
 ]
 ROLLED_BACK = change_document(3, "rolled_back", reason="host-2 was lost: it does not answer")
 AWAY = GenerationFailed("the controller is being restarted; ask again")
+NOT_READY = not_ready(None)
+STATUS = "`shoal experts status --port {port}` shows it"
 
 
 @dataclass
@@ -50,6 +52,7 @@ def door(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("services.follow_change.RETRY_S", 0.01)
     monkeypatch.setattr("services.experts_command.FOLLOW_S", 0.01)
+    monkeypatch.setattr("services.waiting.POLL_S", 0.01)
     app = make_app(script, admin_token="the-admin-token")
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -219,20 +222,62 @@ def test_restarts_and_hiccups_are_ridden_out(door: Door, capsys: pytest.CaptureF
     assert run(door, "scale", 2, "--wait") == 0
 
 
+@pytest.mark.parametrize(
+    "arguments", [["scale", 2], ["rebalance"], ["drain", "host-0"], ["replicas", 2], ["scale", 2, "--json"]]
+)
+def test_a_controller_that_restarts_is_waited_for(
+    door: Door, capsys: pytest.CaptureFixture[str], arguments: list[object]
+) -> None:
+    """It is away, then not ready, and then begins what was asked for, once."""
+    door.script.story = [NOT_READY, AWAY, NOT_READY, NOT_READY, DONE[0], DONE[4]]
+    assert run(door, *arguments, "--wait") == 0
+    assert len(door.script.wishes) == 5
+    assert len(door.script.watched) == 1
+    shown = capsys.readouterr()
+    progress = (shown.err if "--json" in arguments else shown.out).splitlines()
+    assert progress[:3] == [f"waiting: {NOT_READY}", f"waiting: {AWAY}", f"waiting: {NOT_READY}"]
+    if "--json" in arguments:
+        assert json.loads(shown.out) == DONE[4]
+
+
+def test_a_service_that_is_not_ready_in_time(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    door.script.story = [NOT_READY]
+    said = fails(capsys, door, "scale", 2, "--wait", "--timeout", "0.3")
+    assert said == f"shoal: {NOT_READY}; it was waited for 0.3 s"
+    assert len(door.script.wishes) > 1
+    door.script.wishes.clear()
+    assert fails(capsys, door, "scale", 2, "--timeout", "2") == f"shoal: {NOT_READY}; --wait waits for it"
+    assert len(door.script.wishes) == 1
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        ChangeRefused("change-2 (scale, phase 'plan') is under way: ask again when it is over", busy=True),
+        ChangeRefused("there is no expert host 'host-1'; the hosts are host-0"),
+        not_ready("the checkpoint has no config.json"),
+    ],
+)
+def test_a_refusal_of_the_request_itself_is_not_waited_out(
+    door: Door, capsys: pytest.CaptureFixture[str], refusal: ChangeRefused
+) -> None:
+    door.script.refusal = refusal
+    assert fails(capsys, door, "drain", "host-1", "--wait") == f"shoal: {refusal}"
+    assert len(door.script.wishes) == 1
+    door.script.refusal = None
+    door.script.story = [AWAY, refusal]
+    maybe = f"a request that got no answer may have begun the change: {STATUS.format(port=door.port)}"
+    assert fails(capsys, door, "drain", "host-1", "--wait") == f"shoal: {refusal}; {maybe}"
+
+
 def test_a_change_that_takes_too_long_goes_on(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
-    door.script.story = [DONE[0], DONE[1]]
-    said = fails(capsys, door, "scale", 2, "--wait", "--timeout", "0.05")
-    assert "change-3 is not over after 0.05 s, in phase 'prepare'; it goes on" in said
-    door.script.story = [DONE[0], AWAY]
-    assert "it goes on" in fails(capsys, door, "scale", 2, "--wait", "--timeout", "0.05")
-
-
-def test_a_change_that_a_new_controller_does_not_know(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
-    """Undone before its commit; after it, the new controller goes on from there."""
-    door.script.story = [DONE[0], DONE[1], None]
-    assert "change-3 is not known any more: the controller was restarted" in fails(capsys, door, "scale", 2, "--wait")
-    door.script.story = [DONE[0], DONE[3], None]
-    assert run(door, "scale", 2, "--wait") == 0
+    door.script.story = [DONE[0], AWAY, DONE[1]]
+    said = fails(capsys, door, "scale", 2, "--wait", "--timeout", "1")
+    assert "change-3 is not over after 1 s, in phase 'prepare'; it goes on" in said
+    door.script.story = [DONE[0], DONE[1], AWAY]
+    said = fails(capsys, door, "scale", 2, "--wait", "--timeout", "1")
+    assert f"change-3 was in phase 'prepare' when it was last seen, and after 1 s: {AWAY}" in said
+    assert "it goes on" not in said
 
 
 def test_a_service_that_ends_is_not_waited_for(
@@ -242,11 +287,18 @@ def test_a_service_that_ends_is_not_waited_for(
     monkeypatch.setattr("services.state.is_running", lambda pid: next(seen, False))
     door.script.story = [DONE[0], AWAY]
     assert "the service has ended, and change-3 with it" in fails(capsys, door, "scale", 2, "--wait")
+    write_record(ServiceRecord(door.port, f"http://127.0.0.1:{door.port}", os.getpid(), "m", "the-admin-token"))
+    seen = iter([True, True])
+    door.script.story = [AWAY]
+    assert f"127.0.0.1:{door.port} has ended" in fails(capsys, door, "scale", 2, "--wait", "--timeout", "9")
 
 
 def test_a_service_that_does_not_answer(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
     door.script.refusal = AWAY
-    assert "ask again; if the change has begun nevertheless" in fails(capsys, door, "scale", 2, "--wait")
+    maybe = f"a request that got no answer may have begun the change: {STATUS.format(port=door.port)}"
+    said = fails(capsys, door, "scale", 2, "--wait", "--timeout", "0.2")
+    assert said == f"shoal: {AWAY}; it was waited for 0.2 s; {maybe}"
+    assert fails(capsys, door, "scale", 2, "--timeout", "2") == f"shoal: {AWAY}; --wait waits for it; {maybe}"
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]

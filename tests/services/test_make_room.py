@@ -25,7 +25,7 @@ ALL_DONE: dict[str, Any] = {"done": True, "change": None}
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.make_room.POLL_S", 0.01)
-    monkeypatch.setattr("services.make_room.GONE_S", 0.05)
+    monkeypatch.setattr("services.waiting.GONE_S", 0.05)
     for name in ("SHOAL_URL", "SHOAL_ADMIN_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
@@ -53,9 +53,11 @@ def test_a_service_that_is_not_ready_is_waited_for(
 ) -> None:
     door.script.refusal = ChangeRefused("the service is not ready: ask again when it is", busy=True)
     assert "not ready: ask again" in fails(capsys, door, "drain", "--to", 1)
-    assert "not done after 0.2 s" in fails(capsys, door, "drain", "--to", 1, "--wait", "--timeout", "0.2")
+    said = fails(capsys, door, "drain", "--to", 1, "--wait", "--timeout", "0.2")
+    assert "not done after 0.2 s: the service is not ready" in said
     assert len(door.script.rooms) > 3
-    turns: Iterator[Exception | None] = iter([AWAY, door.script.refusal, AWAY, door.script.refusal, None])
+    older = ChangeRefused("not ready", busy=True)  # as an older service says it, without a code of its own
+    turns: Iterator[Exception | None] = iter([AWAY, door.script.refusal, AWAY, older, None])
     make_room = door.script.make_room
 
     async def ready_later(hosts: int | None, node: str | None) -> dict[str, Any]:
@@ -79,8 +81,8 @@ def test_a_change_that_a_new_controller_does_not_know_is_begun_again(
 
 def test_a_change_that_takes_too_long_says_where_it_is(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
     door.script.room_answers, door.script.story = [UNDER_WAY], [DONE[1]]
-    said = fails(capsys, door, "drain", "--to", 2, "--wait", "--timeout", "0.05")
-    assert "change-3 is not over after 0.0" in said
+    said = fails(capsys, door, "drain", "--to", 2, "--wait", "--timeout", "1")
+    assert "change-3 is not over after 1 s" in said
     assert "in phase 'prepare'; it goes on" in said
 
 
@@ -113,7 +115,8 @@ def test_what_goes_wrong_is_said(door: Door, capsys: pytest.CaptureFixture[str])
 
 def test_a_controller_that_is_away_is_waited_for(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
     door.script.refusal = AWAY
-    assert "not done after 0.2 s" in fails(capsys, door, "drain", "--to", 1, "--wait", "--timeout", "0.2")
+    said = fails(capsys, door, "drain", "--to", 1, "--wait", "--timeout", "0.2")
+    assert "not done after 0.2 s: the controller is being restarted" in said
     assert len(door.script.rooms) > 2
     assert "ask again" in fails(capsys, door, "drain", "--to", 1)
 
@@ -142,11 +145,12 @@ def test_a_service_that_ends_meanwhile_needs_no_draining(
     door: Door, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     door.script.refusal = AWAY
-    monkeypatch.setattr("services.make_room.listens", lambda record: False)
-    assert "has ended" in fails(capsys, door, "drain", "--to", 1, "--wait")
+    monkeypatch.setattr("services.waiting.listens", lambda record: False)
+    assert "nothing listens at" in fails(capsys, door, "drain", "--to", 1, "--wait")
     monkeypatch.setattr("services.experts_command.listens", lambda record: True)
-    assert run(door, "drain", "--to", 1, "--wait", "--if-running") == 0
-    assert "nothing to drain" in capsys.readouterr().err
+    for which in (["--to", 1], ["host-1"]):
+        assert run(door, "drain", *which, "--wait", "--if-running") == 0
+        assert "nothing to drain" in capsys.readouterr().err
 
 
 def test_a_service_elsewhere_is_found_by_its_address(

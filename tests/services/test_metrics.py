@@ -63,6 +63,9 @@ def test_every_number_is_the_one_that_was_counted(script: Script) -> None:
         ("shoal_hedges_total", worker): 2,
         ("shoal_dispatch_bytes_total", "sent", worker): 4000,
         ("shoal_dispatch_bytes_total", "received", worker): 9000,
+        ("shoal_expert_hosts_asked", "shared", worker): 2,
+        ("shoal_expert_hosts_asked", "nixl", worker): 0,
+        ("shoal_expert_hosts_asked", "grpc", worker): 0,
         ("shoal_expert_hosts", "loading"): 0,
         ("shoal_expert_hosts", "ready"): 1,
         ("shoal_expert_hosts", "dead"): 1,
@@ -92,6 +95,7 @@ def test_every_number_is_the_one_that_was_counted(script: Script) -> None:
         ({"nodes": {"nodes": 4, "wanted": 3}}, ("shoal_expert_nodes",), 4),
         ({"nodes": {"nodes": 4, "wanted": 3}}, ("shoal_expert_hosts_wanted",), 3),
         ({"attention_workers": []}, ("shoal_dispatches_total", "attention-a"), None),
+        ({"attention_workers": []}, ("shoal_expert_hosts_asked", "shared", "attention-a"), None),
     ],
 )
 def test_what_is_not_known_has_no_sample(

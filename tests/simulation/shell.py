@@ -1,4 +1,4 @@
-"""The controller's body, as cluster/controller.py and cluster/fleet.py are: it carries out, tells, dies and returns."""
+"""The controller, as cluster/controller_body.py and cluster/fleet.py are: it carries out, tells, dies and returns."""
 
 from collections.abc import Callable
 from functools import partial

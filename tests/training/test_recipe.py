@@ -64,6 +64,15 @@ def test_overrides_reach_into_sections(tmp_path: Path) -> None:
         ("experts.replicas=3", "experts.replicas is 3; expected at most experts.hosts"),
         ("experts={service: p8000, threads: 2}", "service is 'p8000' and threads=2; expected service alone"),
         ("experts={service: p8000, gpus: 1, resources: {a: 1}}", "service is 'p8000' and gpus=1.0, resources={'a'"),
+        (
+            "experts={service: p8000, tls: {certificate: a, key: b, root: c}}",
+            "service is 'p8000' and tls is given; expected service alone: a run in its hosts is guarded by that",
+        ),
+        ("experts.tls={certificate: a, key: b}", "experts.tls.root: Field required"),
+        (
+            "experts.tls={certificate: a, key: b, root: c, ca: d}",
+            "experts.tls.ca is not a field of a recipe; expected one of certificate, key, name, root",
+        ),
         ("experts.service=not one", "experts.service: .*match"),
         ("workers.most=0", "workers.most: .*greater than or equal to 1"),
         ("batch_tokens=32", "a step has 32 tokens; expected at least data.sequence_length \\(64\\)"),
@@ -176,6 +185,7 @@ def test_yarn_is_refused_where_the_result_could_not_tell_of_it(tmp_path: Path, m
         ["init=random", "init_std=0.02"],
         ["yarn={factor: 2, original_max_position_embeddings: 64}"],
         ["batch_tokens=4096", "batch_stages=[{from_step: 0, tokens: 64}, {from_step: 5, tokens: 256}]"],
+        ["experts.tls={certificate: /a, key: /b, root: /c}", "experts.transport=grpc"],
         ["experts.resources={a: 0.5}", "snapshots.at_end=false", "warmup_steps=9"],
     ],
 )

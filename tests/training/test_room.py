@@ -270,7 +270,8 @@ def test_hosts_keep_the_threads_that_they_began_with(monkeypatch: pytest.MonkeyP
         return Node(name, frozenset({name}), cpus)
 
     monkeypatch.setattr("cluster.nodes.living_nodes", lambda resource: [node("head", 0), node("a", 8), node("b", 8)])
-    monkeypatch.setattr("cluster.nodes.node_threads", lambda: 8)
+    monkeypatch.setattr("cluster.nodes.gethostname", lambda: "head")
+    monkeypatch.setattr("cluster.nodes.node_threads", lambda: 2)  # of the driver's pod
     run = ServiceSpec("run", "model", hosts=4, trains=True)
     assert with_threads(run).threads == 4  # two on each of the nodes with cores
     assert with_threads(replace(run, threads=3)).threads == 3

@@ -96,6 +96,7 @@ def test_what_is_printed_is_the_recipe(dry_run: Train, tmp_path: Path, capsys: p
         ("data.files=[none.jsonl]", "none.jsonl is not there"),
         ("data.sequence_length=8", "tokens; the context is 8"),
         ("experts.hosts=17", "experts.hosts is 17"),
+        ("experts.tls={certificate: /none/a, key: /none/b, root: /none/c}", "TLS file /none/b: No such file"),
         ("model=/none", "/none does not exist"),
         ("warmup_steps=50", "warmup_steps is 50 and the run has"),
     ],
