@@ -154,7 +154,7 @@ class Decoder:
 
     def near_hosts(self) -> NearHosts | None:
         """The hosts of the newest table, where all are in this process and compute on its GPU."""
-        return self._experts.near(self._placements.snapshot())
+        return self._experts.near(self._placements.snapshot(), self._embedding_VD.device)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, cache: LatentCache) -> Tensor:

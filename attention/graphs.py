@@ -38,7 +38,8 @@ class StepGraphs:
         self._cache = cache
         self._spare = spare_block
         self._most_blocks = most_blocks
-        self._version: object = None
+        self._version: object = None  # of the hosts at the last step
+        self._stream: torch.cuda.Stream | None = None
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         self._pool: _POOL_HANDLE | None = None
 
@@ -49,20 +50,22 @@ class StepGraphs:
         """
         tokens = len(batch)
         hosts = self._decoder.near_hosts()
-        version = None if hosts is None else hosts.version
-        if hosts is None or version is None or tokens > MOST_ROWS:
+        if hosts is None or tokens > MOST_ROWS:
             return None
-        if version != self._version:  # experts have moved
-            self._recorded.clear()
-            self._version = version
-        key = (_rounded(tokens, 1), self._table_blocks(batch.block_tables_QM.shape[1]))
-        if key not in self._recorded:
-            self._recorded[key] = self._record(*key)
-        recorded = self._recorded[key]
-        self._fill(recorded.batch, batch)
-        with hosts.computing():  # what is unloaded from now on is freed after it
-            if hosts.version != version:
+        with hosts.computing():  # nothing is loaded or dropped before it is replayed, nor freed before it is computed
+            version = hosts.version
+            if version != self._version:  # experts move, perhaps more of them before the next step
+                self._recorded.clear()
+                self._pool = None
+                self._version = version
                 return None
+            if version is None:
+                return None
+            key = (_rounded(tokens, 1), self._table_blocks(batch.block_tables_QM.shape[1]))
+            if key not in self._recorded:
+                self._recorded[key] = self._record(*key)
+            recorded = self._recorded[key]
+            self._fill(recorded.batch, batch)
             recorded.graph.replay()
         return recorded.logits_TV[:tokens]
 
@@ -94,7 +97,9 @@ class StepGraphs:
             sin_TR=torch.zeros(rows, half, device=device),
         )
         assert all(getattr(batch, field.name).is_cuda for field in fields(batch))
-        beside = torch.cuda.Stream(device)  # recording is not for the default stream
+        if self._stream is None:  # memory of the pool is used again on its own stream alone
+            self._stream = torch.cuda.Stream(device)
+        beside = self._stream
         beside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(beside):
             self._decoder.forward(batch, self._cache)  # compiles what is not compiled, into the spare block

@@ -62,8 +62,9 @@ def draw(logits_V: Tensor, params: SamplingParams, position: int) -> int:
     probabilities = torch.softmax(scaled, dim=-1)
     threshold = uniform(params.seed, position)
     if not params.top_k and params.top_p >= 1.0 and params.min_p <= 0.0:
-        return _inverse(probabilities, threshold)
-    ordered, tokens, mass = _likeliest(probabilities, params)
+        return _inverse(probabilities.cpu(), threshold)
+    # running sums on CPU: a GPU's are not the same twice
+    ordered, tokens, mass = (each.cpu() for each in _likeliest(probabilities, params))
     keep = torch.ones_like(ordered, dtype=torch.bool)
     if params.top_p < 1.0:
         # A token stays while the mass before it, within what top_k left, is below top_p: the first always.

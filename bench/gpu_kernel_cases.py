@@ -67,6 +67,16 @@ class Candidate:
 
 
 NARROW = (
+    Candidate(Tile(16, 64, 128, 4, 4, True), 1, 32),
+    Candidate(Tile(16, 64, 128, 4, 6, True), 1, 32),
+    Candidate(Tile(16, 64, 256, 4, 3, True), 1, 32),
+    Candidate(Tile(16, 64, 256, 4, 4, True), 1, 32),
+    Candidate(Tile(16, 128, 128, 4, 4, True), 1, 32),
+    Candidate(Tile(32, 64, 128, 4, 4, True), 8, 64),
+    Candidate(Tile(64, 64, 64, 4, 4, True), 32, 512),
+    Candidate(Tile(64, 128, 64, 8, 3, True), 32, 4096),
+    Candidate(Tile(128, 128, 64, 8, 3, True), 48, 4096),
+    Candidate(Tile(256, 128, 64, 8, 3, True), 512, 4096),
     Candidate(Tile(16, 16, 256, 4, 3), 1, 32),
     Candidate(Tile(16, 32, 128, 4, 4), 1, 32),
     Candidate(Tile(16, 32, 256, 4, 3), 1, 32),
@@ -107,7 +117,8 @@ def _distinct(used: Tile, tiles: Sequence[Tile]) -> list[Tile]:
 
 
 def label(tile: Tile) -> str:
-    return f"{tile.rows}x{tile.outputs}x{tile.inner} w{tile.warps} s{tile.stages}"
+    swapped = " swapped" if tile.swapped else ""
+    return f"{tile.rows}x{tile.outputs}x{tile.inner} w{tile.warps} s{tile.stages}{swapped}"
 
 
 def drawn(*shape: int, dtype: torch.dtype = BF16, deviation: float = 1.0) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.gpu_kernel_cases import BF16, DEVICE, FP32, LITE, ROWS, Call, Case, Work, drawn
 from kernels.gpu import attention
-from kernels.gpu.attention import Cut, Tile, cut_for, latent_attention, tile_for
+from kernels.gpu.attention import Cut, Tile, cut_for, latent_attention, tiles_for
 from kernels.gpu.experts import places
 from kernels.gpu.rows import combine, rms_norm, rotate_heads, write_latents
 from kernels.gpu.tiles import blocks
@@ -112,7 +112,10 @@ class Attention:
     @property
     def used(self) -> Way:
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-        return Way(tile_for(BF16, capability), attention.SPLIT, cut_for(self.rows, self.sequences))
+        splits = blocks(self.before + self.new, attention.SPLIT)
+        cut = cut_for(self.rows, self.sequences, self.rows * _HEADS * splits * _LATENT)
+        tiles = tiles_for(BF16, capability)
+        return Way(tiles.many if cut.together else tiles.few, attention.SPLIT, cut)
 
     def cases(self) -> Iterator[Case]:
         for way in dict.fromkeys(self.ways()):

@@ -122,10 +122,12 @@ class ExpertClient:
             self._tables = OwnerTables(placement)
         return self._tables
 
-    def near(self, placement: Placement) -> NearHosts | None:
-        """All hosts of a placement, where they are in this process and on a GPU, and whose rows nobody counts."""
+    def near(self, placement: Placement, device: torch.device) -> NearHosts | None:
+        """All hosts of a placement, where they are in this process and on this device, and whose rows nobody counts."""
         lanes = self._transport.lanes(placement.hosts)
-        return lanes if isinstance(lanes, NearHosts) and not self.avoided and self._meter is None else None
+        if not isinstance(lanes, NearHosts) or not lanes.computes_on(device) or self._meter is not None:
+            return None
+        return None if self.avoided else lanes
 
     def _fly(
         self, layer: int, x_TD: Tensor, routing: Routing, tables: OwnerTables, turn: int
@@ -136,7 +138,7 @@ class ExpertClient:
         if lanes is None or self.avoided:
             return None
         if isinstance(lanes, NearHosts):
-            return self._fly_near(lanes, layer, x_TD, routing, tables, turn)
+            return self._fly_near(lanes, layer, x_TD, routing, tables)
         if (
             (tokens >= SHARED_ROWS and tables.sharers(layer) is not None)  # rows may be spread one by one
             or x_TD.dtype is not torch.float32
@@ -165,11 +167,12 @@ class ExpertClient:
         return flight
 
     def _fly_near(
-        self, hosts: NearHosts, layer: int, x_TD: Tensor, routing: Routing, tables: OwnerTables, turn: int
+        self, hosts: NearHosts, layer: int, x_TD: Tensor, routing: Routing, tables: OwnerTables
     ) -> NearFlight | None:
-        if x_TD.device.type != hosts.device:
+        if not hosts.computes_on(x_TD.device):
             return None
-        flight = hosts.take_off(tables.owners(layer, turn), layer, x_TD, routing, self._clock())
+        # by the first turn's table always: they share one device, and a graph keeps to what it was recorded with
+        flight = hosts.take_off(tables.owners(layer), layer, x_TD, routing, self._clock())
         if flight is not None:
             self._rows += flight.rows
             if self._meter is not None:

@@ -3,7 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,7 +84,7 @@ class ExpertHost:
         self._held_address: dict[int, int] = {}  # of those, for native code
         self._held: dict[Pair, int] = {}  # the same, with the bytes that each takes
         self._changes = threading.Lock()  # one thread at a time loads or unloads; taken before the others
-        self._compute = threading.Lock()  # kernels use the host's whole thread budget
+        self._compute = threading.RLock()  # kernels use the host's whole thread budget
         self._counts = threading.Lock()  # guards `_held`, and is never held for long
         self._requests = self._rows = self._pairs = 0
 
@@ -113,12 +113,14 @@ class ExpertHost:
             if (layer, expert) in self._held:
                 return False  # a request may be reading it
             target = self._layer(layer)
-            before = target.nbytes
-            target.load(expert, weights.gate_proj, weights.up_proj, weights.down_proj)
-            with self._counts:
-                self._held[layer, expert] = target.nbytes - before
-            self._held_E[layer][expert] = True
-            self.changes += 1
+            # a recorded step knows where a layer's table lies: it is replayed before a change of it, or not at all
+            with self._compute if self.computes_slots else nullcontext():
+                before = target.nbytes
+                target.load(expert, weights.gate_proj, weights.up_proj, weights.down_proj)
+                with self._counts:
+                    self._held[layer, expert] = target.nbytes - before
+                self._held_E[layer][expert] = True
+                self.changes += 1
         return True
 
     def weights_dtype(self, layer: int, dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -149,12 +151,12 @@ class ExpertHost:
             with self._compute:  # what is being computed may have begun with them; nothing begins with them after this
                 for layer, expert in pairs:
                     self._held_E[layer][expert] = False
+                with self._counts:
+                    for pair in pairs:
+                        del self._held[pair]
+                for layer, expert in pairs:
+                    self._layers[layer].unload(expert)
                 self.changes += len(pairs)
-            with self._counts:
-                for pair in pairs:
-                    del self._held[pair]
-            for layer, expert in pairs:
-                self._layers[layer].unload(expert)
 
     @property
     def held(self) -> tuple[Pair, ...]:

@@ -36,9 +36,9 @@ class NearHosts:
         self._hosts = tuple(hosts)
         self._splits: dict[tuple[int, int], _Split] = {}
 
-    @property
-    def device(self) -> str:
-        return self._hosts[0].device
+    def computes_on(self, device: torch.device) -> bool:
+        """Whether tensors of a device are where these hosts compute."""
+        return _whole(device) == _whole(torch.device(self._hosts[0].device))
 
     @property
     def version(self) -> Version | None:
@@ -86,9 +86,16 @@ class NearHosts:
         held = [{expert for held_layer, expert in host.held if held_layer == layer} for host in self._hosts]
         if any(owner < 0 or expert not in held[owner] for expert, owner in enumerate(owner_E.tolist())):
             return None
-        split = _Split(owner_E, owner_E.to(self.device), version)
+        split = _Split(owner_E, owner_E.to(self._hosts[0].device), version)
         self._splits[layer, id(owner_E)] = split
         return split
+
+
+def _whole(device: torch.device) -> torch.device:
+    """With its index, where its kind has any."""
+    if str(device) == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 class NearFlight:

@@ -2,8 +2,8 @@
 
 The keys of a sequence are taken in splits of SPLIT positions, each with a softmax of its own, and the splits are merged
 in rising order: by one program that walks them all where tokens are many, by programs side by side and a last one where
-they are few. Both compute the same numbers in the same order, in tiles of one size, and neither lets the compiler fuse
-a product and a sum as it likes, so a token's bits depend on its own past alone.
+they are few. Both compute the same numbers in the same order, so many keys at a time, whose weights a product adds up,
+and neither lets the compiler fuse a product and a sum as it likes: a token's bits depend on its own past alone.
 Shapes: `T` tokens, `N` heads, `W` cache width, `C` latent, `B` blocks, `S` block size, `Q` sequences, `M` blocks of the
 longest table.
 """
@@ -15,33 +15,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.tiles import blocks, power_of_two
+from kernels.gpu.tiles import blocks, capability_of, power_of_two
 
 SPLIT = 256  # keys; of a token's position alone, so it never varies
 LOG2_E = 1.4426950408889634
+MOST_PARTS = 1 << 26  # numbers, in fp32
 SIDE_BY_SIDE = 256  # tokens of a step up to which splits are computed by programs of their own
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a program has at a time: rows, each a head of a token, and keys. A dtype has one, as sums go by it."""
+    """What a program has at a time: rows, each a head of a token; and keys, as many in all tiles of a device."""
 
     rows: int
     keys: int
     warps: int
 
 
-NARROW = Tile(64, 32, 8)  # for dtypes of two bytes; a warp group's product has 64 rows
-SMALL = Tile(16, 32, 4)  # the same, where a program has 99 KiB of shared memory and no warp groups
-WIDE = Tile(16, 16, 4)
-CRAMPED = ((8, 6), (8, 9), (12, 0), (12, 1))  # such devices, by capability
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Of a dtype and device."""
+
+    few: Tile  # where programs have one token
+    many: Tile
 
 
-def tile_for(dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
-    """For a device of a capability; None: for the interpreter."""
+HOPPER = Tiles(Tile(16, 64, 4), Tile(64, 64, 8))  # both instructions give one row the same bits there, as tests look
+ONE_KIND = Tiles(Tile(16, 32, 4), Tile(16, 32, 4))  # fits 99 KiB of shared memory
+BLACKWELL = Tiles(Tile(64, 32, 8), Tile(64, 32, 8))  # whose instruction for 64 rows was not compared with another
+WIDE = Tiles(Tile(16, 16, 4), Tile(16, 16, 4))  # for float32
+
+
+def tiles_for(dtype: torch.dtype, capability: tuple[int, int] | None) -> Tiles:
+    """For a device of a capability; None: as Hopper, or interpreted."""
     if dtype == torch.float32:
         return WIDE
-    return SMALL if capability in CRAMPED else NARROW
+    if capability is None or capability[0] == 9:
+        return HOPPER
+    return BLACKWELL if capability[0] in (10, 11) else ONE_KIND
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +66,12 @@ class Cut:
     together: bool
 
 
-def cut_for(tokens: int, sequences: int) -> Cut:
-    """For a step of so many tokens of so many sequences; a program walks each sequence that its tokens are of."""
-    return Cut(apart=tokens <= SIDE_BY_SIDE, together=tokens >= 8 * sequences)
+def cut_for(tokens: int, sequences: int, parts: int) -> Cut:
+    """For a step of so many tokens of so many sequences; a program walks each sequence that its tokens are of.
+
+    `parts`: numbers that all splits of all tokens have, if they are apart.
+    """
+    return Cut(apart=tokens <= SIDE_BY_SIDE and parts <= MOST_PARTS, together=tokens >= 8 * sequences)
 
 
 @triton.jit
@@ -66,7 +80,9 @@ def _merge(total, total_sum, total_most, part, part_sum, part_most):
     most = tl.maximum(total_most, part_most)
     finite = tl.where(most == -float("inf"), 0.0, most)
     old, new = tl.exp2(total_most - finite), tl.exp2(part_most - finite)
-    return total * old[:, None] + part * new[:, None], total_sum * old + part_sum * new, most
+    seen = part_most != -float("inf")  # what is not seen may be no number
+    total = tl.where(seen[:, None], total * old[:, None] + part * new[:, None], total)
+    return total, tl.where(seen, total_sum * old + part_sum * new, total_sum), most
 
 
 @triton.jit
@@ -132,7 +148,9 @@ def _attend(
                 j = first + tl.arange(0, KEYS)
                 is_key = j <= furthest
                 block = tl.load(tables + s * table_row + j // SIZE, mask=is_key, other=0)
-                key_at = cache + (block.to(tl.int64) * SIZE + j % SIZE) * WIDTH
+                # Triton takes the sum for a multiple of SIZE, and a row then for better aligned than it may be
+                place = tl.multiple_of(block.to(tl.int64) * SIZE + j % SIZE, 1)
+                key_at = cache + place * WIDTH
                 latent = tl.load(key_at[:, None] + c[None, :], mask=is_key[:, None] & (c[None, :] < LATENT), other=0.0)
                 rotary = tl.load(
                     key_at[:, None] + LATENT + r[None, :], mask=is_key[:, None] & (r[None, :] < ROTARY), other=0.0
@@ -144,8 +162,11 @@ def _attend(
                 finite = tl.where(most == -float("inf"), 0.0, most)
                 old = tl.exp2(part_most - finite)
                 weight = tl.exp2(score - finite[:, None])
-                part_sum = part_sum * old + tl.sum(weight, axis=1)
-                part = tl.dot(weight.to(latent.dtype), latent, part * old[:, None], input_precision="ieee")
+                weight = weight.to(latent.dtype)
+                # all columns are the sum, in an order that is the instruction's and not the layout's
+                added = tl.dot(weight, tl.full((KEYS, 16), 1.0, dtype=latent.dtype), input_precision="ieee")
+                part_sum = part_sum * old + tl.max(added, axis=1)
+                part = tl.dot(weight, latent, part * old[:, None], input_precision="ieee")
                 part_most = most
             if APART:
                 at = (row * splits + split).to(tl.int64)
@@ -218,12 +239,13 @@ def latent_attention(
     out_TNC = torch.empty(tokens, heads, latent, dtype=q_TNW.dtype, device=device)
     if tokens == 0:
         return out_TNC
-    cut = cut_for(tokens, sequences) if cut is None else cut
+    splits = blocks(most * size, SPLIT)
+    cut = cut_for(tokens, sequences, tokens * heads * splits * latent) if cut is None else cut
     if tile is None:
-        tile = tile_for(q_TNW.dtype, torch.cuda.get_device_capability(device) if q_TNW.is_cuda else None)
+        tiles = tiles_for(q_TNW.dtype, capability_of(device))
+        tile = tiles.many if cut.together else tiles.few
     tile_heads = min(tile.rows, power_of_two(heads))
     together = tile.rows // tile_heads if cut.together else 1
-    splits = blocks(most * size, SPLIT)
     parts = sums = mosts = q_TNW
     if cut.apart:
         parts = torch.empty(tokens, heads, splits, latent, dtype=torch.float32, device=device)

@@ -9,42 +9,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.tiles import Tile, blocks, power_of_two, tile_for
+from kernels.gpu.inner import multiplied, multiplied_twice
+from kernels.gpu.tiles import Tile, blocks, capability_of, power_of_two, tile_for
 
 COUNTED = 2048  # pairs up to which a pair's place is counted, not sorted for
+COUNTERS = 16  # pairs whose places a program counts
 STEP = 128
 LAST: tl.constexpr = tl.constexpr(1 << 30)  # after every key
 
 
 @triton.jit
 def _count_places(
-    key,
-    order,
-    ends,
-    pairs,
-    experts,
-    PAIRS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    STEP: tl.constexpr,
+    key, order, ends, pairs, experts, PAIRS: tl.constexpr, EXPERTS: tl.constexpr, FEW: tl.constexpr, STEP: tl.constexpr
 ):
     """The place of each pair among those of rising key, equal ones by number; and how many have a key of e or less."""
-    first = tl.program_id(0) * STEP
+    first = tl.program_id(0) * FEW
     if first < pairs:
-        p = first + tl.arange(0, STEP)
-        mine = tl.load(key + p, mask=p < pairs, other=0)
-        place = tl.zeros((STEP,), dtype=tl.int32)
+        p = first + tl.arange(0, FEW)
+        mine = tl.load(key + p, mask=p < pairs, other=0).to(tl.int32)
+        place = tl.zeros((FEW,), dtype=tl.int32)
         for start in range(0, PAIRS, STEP):
             q = start + tl.arange(0, STEP)
-            other = tl.load(key + q, mask=q < pairs, other=LAST)
+            other = tl.load(key + q, mask=q < pairs, other=LAST).to(tl.int32)
             before = (other[None, :] < mine[:, None]) | ((other[None, :] == mine[:, None]) & (q[None, :] < p[:, None]))
             place += tl.sum(before.to(tl.int32), axis=1)
         tl.store(order + place, p, mask=p < pairs)
-    if tl.program_id(0) == 0:
+    else:  # the last program
         e = tl.arange(0, EXPERTS)
         count = tl.zeros((EXPERTS,), dtype=tl.int32)
         for start in range(0, PAIRS, STEP):
             q = start + tl.arange(0, STEP)
-            other = tl.load(key + q, mask=q < pairs, other=LAST)
+            other = tl.load(key + q, mask=q < pairs, other=LAST).to(tl.int32)
             count += tl.sum((other[None, :] <= e[:, None]).to(tl.int32), axis=1)
         tl.store(ends + e, count, mask=e < experts)
 
@@ -84,6 +79,7 @@ def _hidden(
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SWAPPED: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
     """silu(x · gateᵀ) · (x · upᵀ) of each place, [P, I]."""
@@ -96,27 +92,12 @@ def _hidden(
         row = tl.load(pair_row + pair, mask=is_row, other=0) if TOP_K == 0 else pair // TOP_K
         n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
         gate = address.to(tl.pointer_type(x.dtype.element_ty))
-        x_at = x + row[:, None].to(tl.int64) * x_row
-        gate_at = tl.multiple_of(gate, 16) + n[None, :] * INNER
+        x_at = x + row.to(tl.int64) * x_row
+        gate_at = tl.multiple_of(gate, 16) + n * INNER
         is_output = n[None, :] < WIDTH
-        gates = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
-        ups = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
-        for start in range(0, INNER, BLOCK):
-            k = start + tl.arange(0, BLOCK)
-            if INNER % BLOCK == 0:
-                left_mask, right_mask = is_row[:, None], is_output
-            else:
-                left_mask, right_mask = is_row[:, None] & (k[None, :] < INNER), is_output & (k[:, None] < INNER)
-            left = tl.load(x_at + k[None, :], mask=left_mask, other=0.0)
-            gates = tl.dot(
-                left, tl.load(gate_at + k[:, None], mask=right_mask, other=0.0), gates, input_precision="ieee"
-            )
-            ups = tl.dot(
-                left,
-                tl.load(gate_at + (WIDTH * INNER + k[:, None]), mask=right_mask, other=0.0),
-                ups,
-                input_precision="ieee",
-            )
+        gates, ups = multiplied_twice(
+            x_at, gate_at, gate_at + WIDTH * INNER, is_row, n < WIDTH, INNER, ROWS, OUTPUTS, BLOCK, SWAPPED
+        )
         made = gates * tl.sigmoid(gates) * ups
         at = hidden + place[:, None].to(tl.int64) * WIDTH + n[None, :]
         tl.store(at, made.to(hidden.dtype.element_ty), mask=is_row[:, None] & is_output)
@@ -137,6 +118,7 @@ def _answers(
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SWAPPED: tl.constexpr,
     EXPERTS: tl.constexpr,
     ADDS: tl.constexpr,
 ):
@@ -149,19 +131,10 @@ def _answers(
         pair = place if EXPERTS == 1 else tl.load(order + place, mask=is_row, other=0)
         n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
         down = address.to(tl.pointer_type(hidden.dtype.element_ty))
-        hidden_at = hidden + place[:, None].to(tl.int64) * INNER
-        down_at = tl.multiple_of(down, 16) + n[None, :] * INNER
+        hidden_at = hidden + place.to(tl.int64) * INNER
+        down_at = tl.multiple_of(down, 16) + n * INNER
         is_output = n[None, :] < WIDTH
-        total = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
-        for start in range(0, INNER, BLOCK):
-            k = start + tl.arange(0, BLOCK)
-            if INNER % BLOCK == 0:
-                left_mask, right_mask = is_row[:, None], is_output
-            else:
-                left_mask, right_mask = is_row[:, None] & (k[None, :] < INNER), is_output & (k[:, None] < INNER)
-            left = tl.load(hidden_at + k[None, :], mask=left_mask, other=0.0)
-            right = tl.load(down_at + k[:, None], mask=right_mask, other=0.0)
-            total = tl.dot(left, right, total, input_precision="ieee")
+        total = multiplied(hidden_at, down_at, is_row, n < WIDTH, INNER, ROWS, OUTPUTS, BLOCK, SWAPPED)
         at = pair[:, None].to(tl.int64) * WIDTH + n[None, :]
         whole = is_row[:, None] & is_output
         if ADDS:
@@ -178,7 +151,7 @@ def places(key_P: Tensor, experts: int) -> tuple[Tensor, Tensor]:
         return order_P.int(), torch.searchsorted(sorted_P, each_E, right=True, out_int32=True)
     order_P = torch.empty(pairs, dtype=torch.int32, device=key_P.device)
     end_E = torch.empty(experts, dtype=torch.int32, device=key_P.device)
-    _count_places[(max(1, blocks(pairs, STEP)),)](
+    _count_places[(blocks(pairs, COUNTERS) + 1,)](
         key_P,
         order_P,
         end_E,
@@ -186,6 +159,7 @@ def places(key_P: Tensor, experts: int) -> tuple[Tensor, Tensor]:
         experts,
         PAIRS=power_of_two(pairs, STEP),
         EXPERTS=power_of_two(experts),
+        FEW=COUNTERS,
         STEP=STEP,
         num_warps=4,
     )
@@ -215,12 +189,13 @@ def expert_layer(
         return
     order_P, end_E = (key_P, key_P) if experts == 1 else places(key_P, experts)
     hidden_PI = torch.empty(pairs, intermediate, dtype=x_TD.dtype, device=x_TD.device)
-    tile = tile_for(pairs / experts, x_TD.dtype) if tile is None else tile
+    tile = tile_for(pairs / experts, x_TD.dtype, capability_of(x_TD.device)) if tile is None else tile
     most = min(pairs, blocks(pairs, tile.rows) + experts)
     shared = {
         "ROWS": tile.rows,
         "OUTPUTS": tile.outputs,
         "BLOCK": tile.inner,
+        "SWAPPED": tile.swapped,
         "EXPERTS": power_of_two(experts),
         "num_warps": tile.warps,
         "num_stages": tile.stages,

@@ -8,8 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.tiles import Tile, blocks, tile_for
+from kernels.gpu.inner import multiplied
+from kernels.gpu.tiles import Tile, blocks, capability_of, tile_for
 
+FEW_OUTPUTS = 256
+PART = 128  # inner numbers
+SUMMED = 256  # outputs of a program that adds parts
 SWIZZLED = 8  # tiles of rows whose programs follow one another, so that they find each other's weights in the L2 cache
 
 
@@ -32,8 +36,10 @@ def _product(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     ADDS: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    head = tl.program_id(1)
+    head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
     row_tiles, output_tiles = tl.cdiv(rows, ROWS), tl.cdiv(outputs, OUTPUTS)
     in_group = GROUP * output_tiles
     group = tl.program_id(0) // in_group
@@ -41,23 +47,26 @@ def _product(
     place = tl.program_id(0) % in_group
     r = (group * GROUP + place % height) * ROWS + tl.arange(0, ROWS)
     n = (place // height) * OUTPUTS + tl.arange(0, OUTPUTS)
-    x_at = x + r[:, None].to(tl.int64) * x_row + head * x_head
-    weight_at = weight + n[None, :].to(tl.int64) * INNER + head * weight_head
+    SOME: tl.constexpr = INNER // PARTS
+    x_at = x + head * x_head + part * SOME + r.to(tl.int64) * x_row
+    weight_at = weight + head * weight_head + part * SOME + n.to(tl.int64) * INNER
     is_row, is_output = r[:, None] < rows, n[None, :] < outputs
-    total = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
-    for first in range(0, INNER, BLOCK):
-        k = first + tl.arange(0, BLOCK)
-        if INNER % BLOCK == 0:
-            left = tl.load(x_at + k[None, :], mask=is_row, other=0.0)
-            right = tl.load(weight_at + k[:, None], mask=is_output, other=0.0)
-        else:
-            left = tl.load(x_at + k[None, :], mask=is_row & (k[None, :] < INNER), other=0.0)
-            right = tl.load(weight_at + k[:, None], mask=is_output & (k[:, None] < INNER), other=0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    place_out = r[:, None].to(tl.int64) * out_row + head * out_head + n[None, :]
+    total = multiplied(x_at, weight_at, r < rows, n < outputs, SOME, ROWS, OUTPUTS, BLOCK, SWAPPED)
+    place_out = r[:, None].to(tl.int64) * out_row + (head * PARTS + part) * out_head + n[None, :]
     if ADDS:
         total += tl.load(add + place_out, mask=is_row & is_output, other=0.0).to(tl.float32)
     tl.store(out + place_out, total.to(out.dtype.element_ty), mask=is_row & is_output)
+
+
+@triton.jit
+def _sum_parts(parts, out, add, numbers, PARTS: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * numbers + i, mask=i < numbers, other=0.0)
+    if ADDS:
+        total += tl.load(add + i, mask=i < numbers, other=0.0).to(tl.float32)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < numbers)
 
 
 def product(
@@ -71,8 +80,33 @@ def product(
     if add_RN is not None:
         add_RN = add_RN.contiguous()
         assert add_RN.shape == out_RN.shape, f"add has shape {tuple(add_RN.shape)}; expected {tuple(out_RN.shape)}"
-    _launch(x_RK[None], weight_NK[None], out_RN[None], add_RN, tile)
+    parts = parts_of(weight_NK)
+    if parts == 1 or rows == 0:
+        _launch(x_RK[None], weight_NK[None], out_RN[None], add_RN, tile)
+        return out_RN
+    part_PRN = torch.empty(parts, rows, outputs, dtype=torch.float32, device=x_RK.device)
+    _launch(x_RK[None], weight_NK[None], part_PRN, None, tile, parts)
+    _sum_parts[(blocks(out_RN.numel(), SUMMED),)](
+        part_PRN,
+        out_RN,
+        out_RN if add_RN is None else add_RN,
+        out_RN.numel(),
+        PARTS=parts,
+        BLOCK=SUMMED,
+        ADDS=add_RN is not None,
+        num_warps=4,
+    )
     return out_RN
+
+
+def parts_of(weight_NK: Tensor) -> int:
+    """In how many sums, added up in turn, a weight's inner dimension is taken: of its shape and dtype alone.
+
+    Float32 takes long for each number, and the gate, whose outputs are few, would leave most of a device idle.
+    """
+    outputs, inner = weight_NK.shape
+    whole = weight_NK.dtype == torch.float32 and outputs <= FEW_OUTPUTS and inner % PART == 0
+    return inner // PART if whole else 1
 
 
 def head_products(x_TNK: Tensor, weight_NOK: Tensor, out_TNO: Tensor, tile: Tile | None = None) -> None:
@@ -83,13 +117,15 @@ def head_products(x_TNK: Tensor, weight_NOK: Tensor, out_TNO: Tensor, tile: Tile
     _launch(x_TNK.transpose(0, 1), weight_NOK, out_TNO.transpose(0, 1), None, tile)
 
 
-def _launch(x_HRK: Tensor, weight_HNK: Tensor, out_HRN: Tensor, add_RN: Tensor | None, tile: Tile | None) -> None:
+def _launch(
+    x_HRK: Tensor, weight_HNK: Tensor, out_HRN: Tensor, add_RN: Tensor | None, tile: Tile | None, parts: int = 1
+) -> None:
     heads, rows, inner = x_HRK.shape
     outputs = weight_HNK.shape[1]
     if rows == 0:
         return
-    tile = tile_for(rows, weight_HNK.dtype) if tile is None else tile
-    _product[(blocks(rows, tile.rows) * blocks(outputs, tile.outputs), heads)](
+    tile = tile_for(rows, weight_HNK.dtype, capability_of(x_HRK.device)) if tile is None else tile
+    _product[(blocks(rows, tile.rows) * blocks(outputs, tile.outputs), heads * parts)](
         x_HRK,
         weight_HNK,
         out_HRN,
@@ -107,6 +143,8 @@ def _launch(x_HRK: Tensor, weight_HNK: Tensor, out_HRN: Tensor, add_RN: Tensor |
         BLOCK=tile.inner,
         GROUP=SWIZZLED,
         ADDS=add_RN is not None,
+        SWAPPED=tile.swapped,
+        PARTS=parts,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

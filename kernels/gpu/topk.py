@@ -51,7 +51,7 @@ def _route(
     for slot in tl.static_range(TOP_K):
         highest = tl.max(tl.max(score, axis=1), axis=0)
         lowest = tl.where(score == highest, expert, GROUPS * SIZE)  # of equals
-        pick = tl.min(tl.min(lowest, axis=1), axis=0)
+        pick = tl.minimum(tl.min(tl.min(lowest, axis=1), axis=0), GROUPS * SIZE - 1)  # of no numbers, the last
         picked = tl.where(k == slot, pick.to(tl.int64), picked)
         affinity = tl.where(k == slot, highest, affinity)
         total += highest

@@ -15,10 +15,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kernels.gpu.attention import Cut, latent_attention, tile_for
+from kernels.gpu.attention import Cut, latent_attention, tiles_for
 from kernels.gpu.experts import expert_layer
 from kernels.gpu.product import head_products, product
-from kernels.gpu.tiles import NARROW
+from kernels.gpu.tiles import CRAMPED, CRAMPED_DEVICES, NARROW
 
 MATRIX = re.compile(
     r"\b(wgmma\.mma_async\.sync\.aligned\.m\d+)n\d+(k\d+)|\b(mma\.sync\.aligned\.m\d+n\d+k\d+)|\b(tcgen05\.mma[.\w:]*)"
@@ -61,14 +61,15 @@ def main() -> None:
     kind = torch.bfloat16
     x, key, table = torch.zeros(96, 2048, dtype=kind), torch.zeros(576, dtype=torch.int64), torch.zeros(2, 64).long()
     heads = torch.zeros(16, 512, 128, dtype=kind)
-    for each in NARROW:
+    for each in CRAMPED if divmod(capability, 10) in CRAMPED_DEVICES else NARROW:
         product(x, torch.zeros(3072, 2048, dtype=kind), kind, None, each)
         expert_layer(x, key, table, 1408, torch.zeros(576, 2048), top_k=6, tile=each)
     head_products(torch.zeros(96, 16, 128, dtype=kind), heads, torch.zeros(96, 16, 512, dtype=kind))
     expert_layer(x, x[:, 0], table[:, :1], 2816, torch.zeros_like(x), add_PD=x)
     cache, tables, owner = torch.zeros(100, 16, 576, dtype=kind), torch.zeros(8, 64).int(), torch.zeros(96).int()
-    tile = tile_for(kind, divmod(capability, 10))
+    tiles = tiles_for(kind, divmod(capability, 10))
     for cut in (Cut(apart=False, together=True), Cut(apart=True, together=False)):
+        tile = tiles.many if cut.together else tiles.few
         latent_attention(torch.zeros(96, 16, 576, dtype=kind), cache, tables, owner, owner, 512, 0.1, cut, tile)
 
 

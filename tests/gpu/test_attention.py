@@ -65,7 +65,7 @@ def paged(lengths: Sequence[int], device: str, dtype: torch.dtype, heads: int = 
 @pytest.fixture(autouse=True)
 def short_splits(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """So that a test has several."""
-    monkeypatch.setattr(attention, "SPLIT", 32)
+    monkeypatch.setattr(attention, "SPLIT", 64)
 
 
 @pytest.mark.parametrize("apart", [False, True])
