@@ -56,7 +56,8 @@ class GpuBenchmark:
         self._started_s = time.monotonic()
         started, software = datetime.now(UTC).isoformat(timespec="seconds"), read_software()
         if options.commit is not None:
-            software = software.model_copy(update={"commit": options.commit})
+            # whoever gives it, where there is no checkout, answers for it
+            software = software.model_copy(update={"commit": options.commit, "uncommitted_changes": False})
         device = read_device(options.device)
         say(f"{device.name}: a copy of {options.copy_bytes >> 20} MiB, a product of side {options.side}")
         self.run = GpuRun(

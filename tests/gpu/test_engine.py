@@ -82,7 +82,7 @@ def test_bits_do_not_depend_on_company_or_chunks(path: Path, prompts: list[list[
     for step_tokens in (1, 7, 64):
         limits = EngineLimits(cache_blocks=512, scheduler=SchedulerLimits(step_tokens=step_tokens))
         same(run(make_engine(path, 1, limits, device="cuda"), requests), alone)
-    small = EngineLimits(cache_blocks=30, scheduler=SchedulerLimits(step_tokens=40))
+    small = EngineLimits(cache_blocks=24, max_length=352, scheduler=SchedulerLimits(step_tokens=40))
     engine = make_engine(path, 1, small, device="cuda")
     same(run(engine, requests), alone)
     assert engine.stats().preemptions > 0
@@ -110,7 +110,7 @@ def test_a_recorded_step_has_the_bits_of_another(
     requests = asked(prompts)
     engine = make_engine(path, 1, ROOM, device="cuda")
     wanted = run(engine, requests)
-    assert recorded(engine) > 1
+    assert recorded(engine)
     plain = make_engine(path, 1, ROOM, device="cuda")
     monkeypatch.setattr(plain, "_graphs", None)
     same(run(plain, requests), wanted)
@@ -122,13 +122,15 @@ def test_experts_that_move_are_found_where_they_are(path: Path, prompts: list[li
     hosts, placement = make_hosts(checkpoint, 2, device="cuda")
     engine = make_engine(path, 2, ROOM, LocalTransport(hosts), device="cuda")
     wanted = run(engine, requests)
-    before = recorded(engine)
+    assert recorded(engine)
+    version = engine._graphs._version if engine._graphs is not None else None
     pairs = sorted(placement.held_by("host-1"))[:3]
     hosts["host-1"].unload(pairs)
     hosts["host-1"].load(checkpoint, pairs)
     same(run(engine, [greedy("again", prompts[2], 20, logprobs=2)]), {"again": wanted["2"]})
-    assert before > 1
-    assert recorded(engine) == 1  # those before are good no more
+    assert engine._graphs is not None
+    assert engine._graphs._version != version  # of which graphs are good no more
+    assert recorded(engine)
 
 
 def recorded(engine: Engine) -> int:
