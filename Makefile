@@ -1,6 +1,7 @@
 # The same names for everyone, CI included.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 MODEL  ?= models/bundled
 HOSTS  ?= 2
 PORT   ?= 8000
@@ -14,11 +15,13 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
 env: $(STAMP)
 
+# torch for GPUs brings the Triton that it was built with; on CPUs it interprets the GPU kernels, in the tests
 # bytecode by all cores, not by pip on one; what does not compile are packages' templates
 $(STAMP): pyproject.toml constraints.txt kernels/build.py $(wildcard kernels/csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)"
 	$(PIP) -c constraints.txt -e '.[dev,nixl]'
+	@test "$$(uname)" != Linux || $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) "$(TRITON)"
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	$(BIN)/python -m kernels.build
 	@touch $(STAMP)

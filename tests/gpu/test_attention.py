@@ -77,6 +77,17 @@ def test_every_position_is_float64s(device: str, dtype: torch.dtype, apart: bool
         close(out, data.expected(sequence), dtype)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, by which Triton interprets
+def test_what_is_no_number_in_one_sequence_stays_there(device: str, dtype: torch.dtype) -> None:
+    data = paged([20, 9], device, dtype)
+    wanted = data.attend([(0, 0, 20)])[0]
+    data.cache[data.tables[1, :3].long()] = float("nan")
+    for apart in (False, True):
+        outs = data.attend([(0, 0, 20), (1, 0, 9)], Cut(apart, together=True))
+        assert torch.equal(outs[0], wanted) if device == "cuda" else not outs[0].isnan().any()
+        assert outs[1].isnan().all()
+
+
 @pytest.mark.gpu
 def test_a_tokens_bits_are_its_own(device: str, dtype: torch.dtype) -> None:
     lengths = [70, 9, 33] if device == "cpu" else [270, 9, 133]

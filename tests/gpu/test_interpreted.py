@@ -11,6 +11,7 @@ from attention.engine import EngineLimits
 from attention.scheduler import SchedulerLimits
 from experts.local import LocalTransport
 from experts.near import NearFlight
+from kernels.experts import PackedExperts
 from kernels.native import CHOICE, native
 from tests.oracle import greedy_tokens
 from tests.serving import greedy, make_engine, run
@@ -49,3 +50,16 @@ def test_tokens_are_transformers_and_log_probabilities_those_of_the_cpus_kernels
         assert answer.tokens == expected.tokens == greedy_tokens(path, prompt, 3)
         for ours, theirs in zip(answer.logprobs, expected.logprobs, strict=True):
             assert abs(ours.logprob - theirs.logprob) < 1e-4
+
+
+@pytest.mark.parametrize("held", [(0,), (0, 2), (3,)])
+def test_slots_of_experts_that_are_not_held_stay_as_they_are(held: tuple[int, ...]) -> None:
+    store = PackedExperts(hidden_size=16, intermediate_size=8)
+    generator = torch.Generator().manual_seed(1)
+    for expert in held:
+        store.load(expert, *(torch.randn(shape, generator=generator) for shape in ((8, 16), (8, 16), (16, 8))))
+    expert_TK = torch.tensor([[0, 1], [2, 3], [3, 0]])
+    out = torch.full((6, 16), 7.0)
+    store.compute_slots(torch.randn(3, 16, generator=generator), expert_TK, out)
+    for slot, expert in enumerate(expert_TK.view(-1).tolist()):
+        assert bool((out[slot] == 7).all()) == (expert not in held)
