@@ -158,7 +158,7 @@ class PackedExperts:
 
     def _place_on_device(self) -> None:
         """New tables, one for each dtype; what is being computed goes on with those it began with."""
-        numbers = max(2, *self._experts, 0) + 1  # of one column, no key would be looked at
+        numbers = max({1, *self._experts}) + 1  # of one column, no key would be looked at
         tables: dict[torch.dtype, Tensor] = {}
         for dtype in {network.dtype for network in self._experts.values() if isinstance(network, PlainNetwork)}:
             addresses = [
