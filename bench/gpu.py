@@ -11,10 +11,11 @@ from pathlib import Path
 
 from bench.errors import BenchError
 from bench.gpu_options import PROGRAM, parse
-from bench.gpu_results import GpuResults, merge, read_results, write_results
+from bench.gpu_results import GpuResults, merge, read_results
 from bench.gpu_run import GpuBenchmark
 from bench.gpu_table import markdown
 from bench.report import replace_between
+from bench.results import write_results
 
 README = Path("README.md")
 BEGIN, END = "<!-- gpu:start -->", "<!-- gpu:end -->"

@@ -1,7 +1,6 @@
 """What `bench.gpu_kernels` found, as it lies in its JSON file, and its tables. Units are in the names."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Literal
 
 from bench.gpu_results import Ceilings, Device
@@ -47,11 +46,6 @@ class KernelResults(Model):
     bits: tuple[KernelBits, ...] = ()
     times: tuple[KernelTime, ...] = ()
     failures: tuple[str, ...] = ()  # what was not measured, and why
-
-
-def write_results(results: KernelResults, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def tables(results: KernelResults) -> Iterator[Table]:

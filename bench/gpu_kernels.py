@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from bench.gpu_ceilings import measure_ceilings
-from bench.gpu_kernel_results import KernelResults, plain, tables, write_results
+from bench.gpu_kernel_results import KernelResults, plain, tables
 from bench.gpu_run import read_device
 from bench.machine import read_software
+from bench.results import write_results
 
 PROGRAM = "python -m bench.gpu_kernels"
 OUTPUT = Path("bench/results/gpu_kernels.json")

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from bench.errors import BenchError
 from bench.machine import Machine, Software
-from bench.results import Model
+from bench.results import Model, read_document
 from bench.spread import Spread
 
 FORMAT = 1
@@ -90,18 +88,6 @@ def merge(results: Sequence[GpuResults]) -> GpuResults:
     return GpuResults(runs=runs)
 
 
-def write_results(results: GpuResults, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-
 def read_results(path: Path) -> GpuResults:
     """Raises BenchError when the file is missing or not one of these."""
-    try:
-        return GpuResults.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BenchError(f"{path} cannot be read ({error.strerror}): `python -m bench.gpu` writes it") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BenchError(f"{path} is not a result file of this version: {where}: {first['msg']}") from error
+    return read_document(GpuResults, path, "python -m bench.gpu")

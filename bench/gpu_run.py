@@ -15,14 +15,14 @@ import torch
 from bench.errors import BenchError
 from bench.gpu_ceilings import measure_ceilings
 from bench.gpu_options import Options
-from bench.gpu_results import Device, GpuResults, GpuRun, GpuThroughput, write_results
+from bench.gpu_results import Device, GpuResults, GpuRun, GpuThroughput
 from bench.gpu_shoal import GpuShoal, engine_limits
 from bench.gpu_transformers import GpuTransformers
 from bench.gpu_work import step_bytes, token_flops
 from bench.machine import read_machine, read_software
 from bench.prompts import draw_workload
 from bench.random_checkpoint import RandomCheckpoint, raw_config
-from bench.results import BASELINE
+from bench.results import BASELINE, write_results
 from bench.spread import spread
 from bench.timing import Sample, Workload
 from model.config import ModelConfig, parse_config

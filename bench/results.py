@@ -1,7 +1,7 @@
 """What a run found, as it lies in its JSON file. Units are in the names."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,6 +16,7 @@ PARALLEL = "shoal-2"
 """The service that the expert-parallel tax and HTTP are measured on."""
 Phase = Literal["prefill", "decode"]
 FORMAT = 1
+Document = TypeVar("Document", bound=BaseModel)
 
 
 class Model(BaseModel):
@@ -183,17 +184,22 @@ class Results(Model):
         return tuple(sorted({row.batch for row in self.throughput}))
 
 
-def write_results(results: Results, path: Path) -> None:
+def write_results(results: BaseModel, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def read_results(path: Path) -> Results:
     """Raises BenchError when the file is missing or not one of these."""
+    return read_document(Results, path, "python -m bench")
+
+
+def read_document(kind: type[Document], path: Path, command: str) -> Document:
+    """What `write_results` wrote; raises BenchError, naming the `command` that makes one, when it is none of a kind."""
     try:
-        return Results.model_validate_json(path.read_text(encoding="utf-8"))
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BenchError(f"{path} cannot be read ({error.strerror}): `python -m bench` writes it") from error
+        raise BenchError(f"{path} cannot be read ({error.strerror}): `{command}` writes it") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

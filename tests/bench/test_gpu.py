@@ -12,10 +12,11 @@ from bench import gpu, gpu_run
 from bench.errors import BenchError
 from bench.gpu_ceilings import measure_ceilings
 from bench.gpu_options import parse
-from bench.gpu_results import GpuResults, merge, read_results, write_results
+from bench.gpu_results import GpuResults, merge, read_results
 from bench.gpu_shoal import GpuShoal, engine_limits
 from bench.prompts import draw_workload
 from bench.random_checkpoint import RandomCheckpoint, scaled_config
+from bench.results import write_results
 
 QUICK = (
     *("--device", "cpu", "--size", "scaled", "--batches", "2", "1", "--prompt-tokens", "20", "--long", "40"),
