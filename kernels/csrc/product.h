@@ -5,6 +5,9 @@
 
 namespace shoal {
 
+// Weights are asked for so far ahead, into the second cache: the hardware's own looking ahead ends with a page.
+constexpr long AHEAD_BYTES = 8192;
+
 template <int ROWS, int VECTORS, class Weight>
 static inline void accumulate(const Weight* panel, const float* packed, long steps, float* out) {
   V sums[ROWS][VECTORS];
@@ -15,6 +18,10 @@ static inline void accumulate(const Weight* panel, const float* packed, long ste
     for (int k = 0; k < LANES; k++) {
       V weights[VECTORS];
       for (int v = 0; v < VECTORS; v++) weights[v] = load(panel + k * PANEL + v * LANES);
+      if constexpr (ROWS >= LOOKING_AHEAD) {  // of the whole line of outputs, for the passes that follow
+        const char* ahead = reinterpret_cast<const char*>(panel + k * PANEL) + AHEAD_BYTES;
+        for (size_t byte = 0; byte < PANEL * sizeof(Weight); byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+      }
 #pragma GCC unroll 12
       for (int r = 0; r < ROWS; r++) {
         V x = set1(packed[r * LANES + k]);
@@ -29,13 +36,16 @@ static inline void accumulate(const Weight* panel, const float* packed, long ste
     for (int v = 0; v < VECTORS; v++) store(out + r * PANEL + v * LANES, sums[r][v]);
 }
 
+constexpr int pass_vectors(int rows) { return rows <= FEW_ROWS ? PANEL / LANES : PASS_VECTORS; }
+
 // out[rows][PANEL] = the tile's rows times one panel, of floats or Bf16.
 template <class Weight>
 static inline void tile_product(const Weight* panel, const float* packed, int rows, long inner, float* out) {
   long steps = padded_inner(inner) / LANES;
-  for (int pass = 0; pass < PANEL; pass += PASS_VECTORS * LANES) {
+  for (int pass = 0; pass < PANEL; pass += pass_vectors(rows) * LANES) {
     switch (rows) {
-#define SHOAL_CASE(n) case n: if constexpr (n <= MAX_ROWS) accumulate<n, PASS_VECTORS>(panel + pass, packed, steps, out + pass); break
+#define SHOAL_CASE(n) \
+  case n: if constexpr (n <= MAX_ROWS) accumulate<n, pass_vectors(n)>(panel + pass, packed, steps, out + pass); break
       SHOAL_CASE(1); SHOAL_CASE(2); SHOAL_CASE(3); SHOAL_CASE(4); SHOAL_CASE(5); SHOAL_CASE(6);
       SHOAL_CASE(7); SHOAL_CASE(8); SHOAL_CASE(9); SHOAL_CASE(10); SHOAL_CASE(11); SHOAL_CASE(12);
 #undef SHOAL_CASE

@@ -19,6 +19,8 @@ struct Bf16 { uint16_t bits; };  // the upper half of a float's bits, so that it
 
 constexpr int PASS_VECTORS = 2;  // vectors of outputs in one pass of the product: with MAX_ROWS they fill the registers
 constexpr int MAX_ROWS = 12;
+constexpr int FEW_ROWS = 12;  // up to so many, a panel is read in one pass
+constexpr int LOOKING_AHEAD = 9;  // from so many on, multiplying leaves time to ask for the weights to come
 struct V { __m512 a; };
 static inline V load(const float* p) { return {_mm512_loadu_ps(p)}; }
 static inline V load(const Bf16* p) {
@@ -44,6 +46,8 @@ static inline V times_power_of_two(V a, V n) {
 
 constexpr int PASS_VECTORS = 1;
 constexpr int MAX_ROWS = 6;
+constexpr int FEW_ROWS = 3;
+constexpr int LOOKING_AHEAD = 4;
 struct V { __m256 a, b; };
 static inline V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 static inline __m256 widen(const Bf16* p) {
@@ -75,6 +79,8 @@ static inline V times_power_of_two(V v, V n) {
 
 constexpr int PASS_VECTORS = 1;
 constexpr int MAX_ROWS = 2;
+constexpr int FEW_ROWS = 0;
+constexpr int LOOKING_AHEAD = MAX_ROWS + 1;
 struct V { float a[LANES]; };
 #define SHOAL_LANES(expression) V r; for (int i = 0; i < LANES; i++) r.a[i] = (expression); return r
 static inline V load(const float* p) { V r; std::memcpy(r.a, p, sizeof r.a); return r; }
