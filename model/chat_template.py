@@ -12,6 +12,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from model.special_tokens import NAMES, named_token
+
 MAX_RENDERED_CHARS = 8_000_000
 RENDERING_ERRORS = (
     jinja2.TemplateError,
@@ -91,26 +93,36 @@ class ChatTemplate:
 
 
 def load_chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate:
-    """chat_template.jinja, else tokenizer_config.json's chat_template, else DeepSeek-V2's format."""
-    special = {
-        name: token
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-        if (token := named_token(tokenizer_config, name)) is not None
-    }
-    path = directory / "chat_template.jinja"
-    source: Any = path.read_text(encoding="utf-8") if path.exists() else tokenizer_config.get("chat_template")
-    if isinstance(source, list):  # several named templates
-        named = {item["name"]: item["template"] for item in source}
-        source = named.get("default")
+    """chat_template.jinja, else tokenizer_config.json's chat_template, else DeepSeek-V2's format.
+
+    Raises ChatTemplateError for what is no template, and for several of which none is the default.
+    """
+    special = {name: token for name in NAMES if (token := named_token(tokenizer_config, name)) is not None}
+    source = _source(directory / "chat_template.jinja", tokenizer_config.get("chat_template"))
     return ChatTemplate(source or DEFAULT, {"bos_token": "", "eos_token": ""} | special)
 
 
-def named_token(tokenizer_config: Mapping[str, Any], name: str) -> str | None:
-    """The text of a special token, which may be written as an object; None where there is none."""
-    value = tokenizer_config.get(name)
-    if isinstance(value, dict):
-        return str(value.get("content", ""))
-    return None if value is None else str(value)
+def _source(path: Path, configured: Any) -> str | None:
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ChatTemplateError(f"{path} cannot be read: {error}") from error
+    match configured:
+        case None | str():
+            return configured
+        case [*items] if all(isinstance(item, dict) for item in items):  # several named templates
+            source = {str(item.get("name")): item.get("template") for item in items}.get("default")
+        case {**named}:
+            source = named.get("default")
+        case _:
+            source = None
+    if not isinstance(source, str):
+        raise ChatTemplateError(
+            f"tokenizer_config.json: chat_template is {configured!r:.200}; expected a template, or several by name "
+            "with one called default"
+        )
+    return source
 
 
 def _to_json(

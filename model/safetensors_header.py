@@ -51,6 +51,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{path}: the header is not JSON ({error}); the file is damaged") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: the header is a JSON {type(raw).__name__}; expected an object")
+    metadata = raw.get("__metadata__")
+    if metadata is not None and not _texts(metadata):
+        raise CheckpointError(f"{path}: the header's __metadata__ is {metadata!r:.200}; expected names and texts")
     data_bytes = size - 8 - length
     entries = {
         name: _entry(path, name, value, size - data_bytes, data_bytes)
@@ -63,7 +66,19 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             f"{path}: the tensors cover {covered} of {data_bytes} bytes of data, off by "
             f"{abs(data_bytes - covered)} bytes; the file is damaged: fetch it again"
         )
+    end = size - data_bytes
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset != end:
+            raise CheckpointError(
+                f"{path}: {name} begins {entry.offset - end:+} bytes from where the tensor before it ends; "
+                "the file is damaged: fetch it again"
+            )
+        end += entry.nbytes
     return entries
+
+
+def _texts(metadata: object) -> bool:
+    return isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
 
 
 def _entry(path: Path, name: str, raw: object, start: int, data_bytes: int) -> TensorEntry:

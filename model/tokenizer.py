@@ -7,10 +7,10 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 
-from model.chat_template import ChatTemplate, ChatTemplateError, load_chat_template, named_token
-from model.json_file import read_object
+from model.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
 from model.least_tokens import longest_token
 from model.safetensors_header import CheckpointError
+from model.special_tokens import CONFIG, add_special_tokens, named_token, read_tokenizer_config
 
 __all__ = ["ChatTemplateError", "Detokenizer", "Tokenizer"]
 
@@ -49,9 +49,9 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
         fast.no_truncation()  # some files ask for it, and would cut prompts in silence
         fast.no_padding()
-        config_path = directory / "tokenizer_config.json"
-        config = read_object(config_path, CheckpointError, "") if config_path.exists() else {}
-        _add_ends(fast, config, config_path)
+        config = read_tokenizer_config(directory)
+        add_special_tokens(fast, config)
+        _add_ends(fast, config, directory / CONFIG)
         return cls(fast, load_chat_template(directory, config))
 
     @property

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -89,11 +90,19 @@ def train_here(recipe: "Recipe") -> int:
 
 def job_command(options: argparse.Namespace) -> list[str]:
     """What `ray job submit` is told, with the directory that holds the code and the recipe."""
-    entry = ["python", "-m", "services.train", str(options.recipe), *options.overrides]
+    entry = ["python", "-m", "services.train", *map(_through_ray, (str(options.recipe), *options.overrides))]
     # Ray's supervisor of the job, which has the job's environment, kills it 3 s after `ray job stop` without this
     environment = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}})
     where = ["--address", options.address, "--working-dir", ".", "--runtime-env-json", environment]
     return ["ray", "job", "submit", *where, "--", *entry]
+
+
+def _through_ray(word: str) -> str:
+    """A word that arrives as it is given: `ray job submit` puts it in double quotes where it has a space and escapes
+    double quotes in it, with the backslashes before them, as Windows has it; on the other side a shell reads it."""
+    spaced = " " in word or "\t" in word
+    special = r"\\(?!\\*(?:\"|$))|[$`]" if spaced else r"\\(?!\\*\")|[^\w@%+=:,./\"\\-]"
+    return re.sub(special, r"\\\g<0>", word)
 
 
 def _submit(options: argparse.Namespace) -> int:

@@ -145,9 +145,10 @@ def parse_recipe(raw: dict[str, Any]) -> Recipe:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            raise RecipeError(f"{place} is not a field of a recipe; {_known(place)}") from error
+            raise RecipeError(f"{place} is not a field of a recipe; {_known(first['loc'])}") from error
         given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r:.80})"
-        message = first["msg"].removeprefix("Value error, ")
+        is_list = first["type"] == "tuple_type"
+        message = "expected a list, such as [a, b]" if is_list else first["msg"].removeprefix("Value error, ")
         raise RecipeError(f"{place + ': ' if place else ''}{message}{given}") from error
 
 
@@ -159,10 +160,14 @@ def _changed(name: str, given: Any, default: Any) -> str:
     return f"{name}.{field} is {getattr(given, field)}"
 
 
-def _known(place: str) -> str:
+def _known(place: tuple[int | str, ...]) -> str:
+    *sections, last = place
+    section, dot, rest = str(last).partition(".")
+    if dot:
+        return f"only the command line has dots into sections: write {section}: {{{rest}: ...}}"
     part: Any = Recipe
-    for name in place.split(".")[:-1]:
-        part = part if name.isdigit() else _part(part.model_fields[name].annotation)
+    for name in sections:
+        part = part if isinstance(name, int) else _part(part.model_fields[name].annotation)
     return f"expected one of {', '.join(sorted(part.model_fields))}"
 
 

@@ -1,5 +1,6 @@
 """A recipe from its YAML file and from what the command line changes of it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML leaves open which of two equal keys counts: here neither does."""
+    """YAML leaves open which of two equal keys counts: here neither does. Its version 1.1 takes 1e-5 for text."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Raises MarkedYAMLError naming a key that is given twice, and both lines."""
@@ -45,6 +46,11 @@ class _Loader(yaml.SafeLoader):
                 )
             lines[key.value] = line
         return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
+)
 
 
 def _yaml(text: str) -> Any:
@@ -76,14 +82,4 @@ def _override(raw: dict[str, Any], text: str) -> None:
         parsed = _yaml(value)
     except (ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"{key}: {value!r} cannot be read as YAML: {error}") from error
-    target[last] = _number(parsed)
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 takes 1e-5 for text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    target[last] = parsed

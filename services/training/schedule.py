@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import Field
@@ -29,7 +30,9 @@ class LearningRate(Part):
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         if self.schedule == "steps":
-            return self.peak * self.decay ** sum(step >= share * steps for share in self.decays_at)
+            # shares as they are written: 0.55 of 100 steps are 55, and not one more for the float's last bit
+            begun = sum(step >= Fraction(str(share)) * steps for share in self.decays_at)
+            return self.peak * self.decay**begun
         if self.schedule == "cosine":
             done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
             return self.peak * (self.lowest + (1 - self.lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))

@@ -123,6 +123,7 @@ NAMED = [{"name": "tool_use", "template": "tool"}, {"name": "default", "template
         ("config", "file", "file"),
         ("config", None, "config"),
         (NAMED, None, "named"),
+        ({"tool_use": "tool", "default": "named"}, None, "named"),
         (None, None, "<bos>User: Hi <b>there</b> & 🐟\n\n\nAssistant:"),
     ],
 )
@@ -131,6 +132,20 @@ def test_template_comes_from_the_file_then_the_config_then_v2s(
 ) -> None:
     tokenizer = load_with(copy, template, jinja)
     assert tokenizer.apply_chat_template([USER]) == tokenizer.encode(rendered)
+
+
+@pytest.mark.parametrize("template", [NAMED[:1], [{"name": "default"}], ["text"], {"tool_use": "tool"}, 3])
+def test_a_template_that_is_none_is_named(copy: Path, template: object) -> None:
+    with pytest.raises(ChatTemplateError, match=r"tokenizer_config\.json: chat_template is .*expected a template, or"):
+        load_with(copy, template, None)
+    load_with(copy, template, "file")
+
+
+def test_a_template_that_is_not_utf8_is_named(copy: Path) -> None:
+    load_with(copy, None, "file")
+    (copy / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ChatTemplateError, match=r"chat_template\.jinja cannot be read: 'utf-8'"):
+        Tokenizer.load(copy)
 
 
 @pytest.mark.parametrize(

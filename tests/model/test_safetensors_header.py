@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from model.checkpoint import Checkpoint, CheckpointError
 from model.safetensors_header import read_header
@@ -73,6 +75,28 @@ def test_bytes_that_no_tensor_covers_are_refused(copy: Path) -> None:
     with (copy / "model.safetensors").open("ab") as file:
         file.write(b"left over")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: .*9 bytes"):
+        Checkpoint.open(copy)
+
+
+def test_tensors_that_share_bytes_are_refused(copy: Path) -> None:
+    """safetensors itself refuses them where a tensor is read, by an error that is no ValueError."""
+    file = copy / "model.safetensors"
+    header, data = split(file)
+    other = next(name for name, entry in header.items() if entry.get("shape") == header[NORM]["shape"] and name != NORM)
+    header[NORM]["data_offsets"] = header[other]["data_offsets"]
+    join(file, header, data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .* begins -128 bytes from where .* damaged"):
+        Checkpoint.open(copy)
+
+
+@pytest.mark.parametrize("metadata", [{"step": 3}, ["pt"], "pt", {"a": None}])
+def test_metadata_that_safetensors_refuses_are_refused(copy: Path, metadata: object) -> None:
+    file = copy / "model.safetensors"
+    header, data = split(file)
+    join(file, header | {"__metadata__": metadata}, data)
+    with pytest.raises(SafetensorError):
+        load_file(file)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the header's __metadata__ is .*expected names"):
         Checkpoint.open(copy)
 
 

@@ -126,7 +126,7 @@ def test_a_token_that_the_model_lacks_is_named(
 
 
 def test_keys_are_ignored(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = written(tmp_path / "a.jsonl", {"prompt": "Hi", "source": None, **GOOD})
+    path = written(tmp_path / "a.jsonl", {"prompt": "Hi", "source": "somewhere", **GOOD})
     assert run(path, "--ignore", "prompt") == 1
     assert f"{path}:1: source: unknown" in capsys.readouterr().out
     assert run(path, "--ignore", "prompt", "--ignore", "source") == 0

@@ -17,6 +17,8 @@ from tests.conftest import MakeCheckpoint
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
+HUMAN = {"from": "human", "value": "Hi"}
+GPT = {"from": "gpt", "value": "Hello"}
 GOOD = {"messages": [USER, ASSISTANT]}
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 
@@ -65,6 +67,10 @@ def test_messages_of_every_format_are_the_templates(tmp_path: Path) -> None:
         "h.jsonl": {"instruction": "And", "output": "so", "system": "Be brief.", "history": [["Hi", "Hello"]]},
         "i.jsonl": {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]},
         "j.jsonl": {"conversations": [{"from": "user", "value": "Hi"}, {"from": "chatgpt", "value": "Hello"}]},
+        "k.jsonl": {"conversations": [HUMAN, GPT], "system": "Be brief."},
+        "l.jsonl": {"conversations": [HUMAN, GPT], "system": ""},
+        "m.jsonl": {"messages": [USER | {"name": None}, ASSISTANT | {"tool_calls": None}], "tools": None},
+        "n.jsonl": {"conversations": [HUMAN, GPT | {"markdown": None, "text": None}], "system": None, "model": None},
     }
     read = {}
     for name, record in given.items():
@@ -86,7 +92,20 @@ def test_messages_of_every_format_are_the_templates(tmp_path: Path) -> None:
         ),
         "i.jsonl": (USER, ASSISTANT),
         "j.jsonl": (USER, ASSISTANT),
+        "k.jsonl": (system, USER, ASSISTANT),
+        "l.jsonl": (USER, ASSISTANT),
+        "m.jsonl": (USER, ASSISTANT),
+        "n.jsonl": (USER, ASSISTANT),
     }
+
+
+def test_fields_and_context_count_the_system_text_beside_the_turns(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines({"system": "Be brief.", "conversations": [HUMAN, GPT | {"train": False}, HUMAN, GPT]}))
+    [found] = records(path)
+    assert isinstance(found, Conversation)
+    assert found.fields == ("system", *(f"conversations[{index}].value" for index in range(4)))
+    assert found.context == {2}
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
@@ -124,6 +143,8 @@ def test_keys_that_are_ignored_are_not_looked_at(tmp_path: Path, tokenizer: Trai
     assert ignored.fingerprint() == TrainingData.load(plain, tokenizer, 64).fingerprint()
     assert find_format(path, "auto") == "messages"
     assert find_format(path, "auto", ("messages",)) == "text"
+    path.write_bytes(lines({"messages": None, "conversations": None, "text": "Hi"}))
+    assert find_format(path, "auto") == "text"
 
 
 def test_text_is_a_document_a_line_or_a_file(tmp_path: Path) -> None:
@@ -265,6 +286,13 @@ OTHERS = {
         "history[0][1]",
         "empty",
     ),
+    "two system texts": (
+        "sharegpt",
+        {"conversations": [{"from": "system", "value": "A"}, HUMAN, GPT], "system": "B"},
+        "system",
+        "given, and conversations[0].value is of the system, too",
+    ),
+    "system text that is blank": ("sharegpt", {"conversations": [HUMAN, GPT], "system": " "}, "system", "empty"),
     "weight beyond 1": (
         "messages",
         {"messages": [USER, ASSISTANT | {"weight": 2}]},

@@ -234,6 +234,24 @@ def test_end_token_may_be_config_jsons(make: Make, checkpoint: MakeCheckpoint) -
     assert TrainingTokenizer.load(directory).eos_token_id == 1
 
 
+def test_an_end_token_that_the_config_alone_names_is_learned_whole(make: Make) -> None:
+    def unlisted(raw: Any) -> None:
+        raw["added_tokens"] = []
+
+    directory = make(DEFAULT, (), unlisted)
+    tokenizer = TrainingTokenizer.load(directory)
+    tokens = tokens_of(conversation(*CHAT), tokenizer)
+    assert (tokens.ids_T[-1], tokens.mask_T[-1]) == (tokenizer.eos_token_id, True) == (1, True)
+    assert tokenizer.find_control("a<eos>b") is not None
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    named = {name: config.pop(name) for name in ("bos_token", "eos_token")}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "special_tokens_map.json").write_text(json.dumps(named))
+    older = TrainingTokenizer.load(directory)
+    assert older.eos_token_id == 1
+    assert tokens_of(conversation(*CHAT), older).ids_T.tolist() == tokens.ids_T.tolist()
+
+
 def test_offsets_without_their_spaces_change_no_mask(make: Make, ours: dict[str, TrainingTokenizer]) -> None:
     """Some tokenizer.json cut leading spaces off a token's characters: the line feed before an answer is then empty."""
 

@@ -78,6 +78,7 @@ def test_overrides_reach_into_sections(tmp_path: Path) -> None:
         ("batch_tokens=32", "a step has 32 tokens; expected at least data.sequence_length \\(64\\)"),
         ("micro_batch_tokens=32", "micro_batch_tokens is 32; expected at least data.sequence_length"),
         ("data.files=[]", "data.files: .*at least 1 item"),
+        ("data.files=a.jsonl", r"data.files: expected a list, such as \[a, b\] \(given: 'a.jsonl'\)"),
         ("seed=-1", "seed: .*greater than or equal to 0"),
         ("batch_stages=[{from_step: 5, tokens: 64}]", "batch_stages begin at steps \\[5\\]"),
         ("init=random", None),
@@ -137,6 +138,21 @@ def test_files_that_are_no_recipe_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(RecipeError, match="cannot be read as YAML"):
         load_recipe(tmp_path / "bad.yaml", [])
+
+
+@pytest.mark.parametrize("key", ["lora.rank", "no.such.key"])
+def test_a_key_with_dots_in_the_file_is_named(tmp_path: Path, key: str) -> None:
+    section, _, rest = key.partition(".")
+    with pytest.raises(RecipeError, match=f"{key} is not a field of a recipe; only the .* {section}: {{{rest}: ...}}"):
+        load_recipe(write(tmp_path, **{key: 8}), [])
+
+
+def test_numbers_and_quoted_words_are_alike_in_the_file_and_beside_it(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("steps: 10", "steps: 1e3\nlr: 2E-4\noutput_dir: '1e5'"))
+    path.write_text(path.read_text().replace("output_dir: o\n", ""))
+    assert load_recipe(path, []) == load_recipe(write(tmp_path), ["steps=1e3", "lr=2E-4", 'output_dir="1e5"'])
+    assert load_recipe(path, ["experts.service='123'"]).experts.service == "123"
 
 
 def test_a_key_that_is_given_twice_is_refused_with_its_lines(tmp_path: Path) -> None:
@@ -245,6 +261,8 @@ def test_the_learning_rate_has_the_papers_shape() -> None:
     assert [rate.at(step, 100) for step in (0, 4, 9, 10, 59)] == [0.1, 0.5, 1.0, 1.0, 1.0]
     assert [rate.at(step, 100) for step in (60, 89)] == pytest.approx([0.316, 0.316])
     assert rate.at(90, 100) == pytest.approx(0.316**2)
+    uneven = LearningRate(peak=1.0, decays_at=(0.07, 0.55), decay=0.5)  # 7.000000000000001 and 55.00000000000001 of 100
+    assert [uneven.at(step, 100) for step in (6, 7, 54, 55)] == [1.0, 0.5, 0.5, 0.25]
     cosine = LearningRate(peak=2.0, schedule="cosine", lowest=0.1)
     assert [cosine.at(step, 100) for step in (0, 50, 100)] == pytest.approx([2.0, 1.1, 0.2])
     constant = LearningRate(peak=2.0, schedule="constant", warmup_steps=2)

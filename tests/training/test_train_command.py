@@ -3,12 +3,15 @@
 import argparse
 import json
 import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from services import train_command
 from services.commands import CommandError
@@ -163,6 +166,31 @@ def test_what_is_submitted_is_what_is_printed(
     assert environment["RAY_AUTH_MODE"] == (mode or "token")
     assert (printed[0], printed[1:]) == (Path(command[0]).name, command[1:])
     assert printed[printed.index("--") + 1 :][:3] == ["python", "-m", "services.train"]
+
+
+ODD = [
+    "data.files=[it's.jsonl]",
+    "a=$HOME/x",
+    "a=`x`",
+    "a={b: 1, c: '$d'}",
+    'a="b c"',
+    "a=b;c&d|(e)<f>",
+    "a=*?[b]",
+    "~/x",
+]
+
+
+@settings(max_examples=30)
+@example(words=ODD)
+@given(words=st.lists(st.text(st.sampled_from("ab= \t\"'\\$`;*~#!&[]{}"), min_size=1), min_size=1))
+def test_a_job_has_the_words_that_were_given(words: list[str]) -> None:
+    """Through what Ray makes one line of them with, and the shell that reads it."""
+    options = argparse.Namespace(recipe=Path("recipe.yaml"), overrides=words, address="http://h:1")
+    command = train_command.job_command(options)
+    _, _, _, *entry = command[command.index("--") + 1 :]
+    line = subprocess.list2cmdline(["printf", r"%s\\0", *entry])
+    read = subprocess.run(line, shell=True, check=True, capture_output=True, text=True).stdout
+    assert read.split("\0") == ["recipe.yaml", *words, ""]
 
 
 def test_a_job_that_is_stopped_has_time_for_a_snapshot(

@@ -1,7 +1,7 @@
 """The formats of training data: what a record may hold, and what is wrong with one that holds something else."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,9 @@ class Faults(list[tuple[str, str]]):
         return value
 
     def unknown(self, owner: dict[str, Any], known: Sequence[str], prefix: str = "") -> None:
-        for key in owner:
-            if key not in known:
+        """What is null says nothing: columns of a table are keys of every record, whether it has them or not."""
+        for key, value in owner.items():
+            if key not in known and value is not None:
                 name = key if key.isidentifier() else shown(key)
                 way = "" if prefix else ": take it out, or ignore it (data.ignore, --ignore)"
                 self.append((f"{prefix}{name}", f"unknown; expected only {', '.join(known)}{way}"))
@@ -100,8 +101,16 @@ def _messages(line: int, raw: dict[str, Any], faults: Faults) -> Record:
 
 
 def _sharegpt(line: int, raw: dict[str, Any], faults: Faults) -> Record:
-    faults.unknown(raw, ("conversations", "id"))
-    return _turns(line, raw, Keys("conversations", "from", "value", SHAREGPT_ROLES), faults)
+    """A system text may be the first turn, or stand beside the turns."""
+    faults.unknown(raw, ("conversations", "system", "id"))
+    found = _turns(line, raw, Keys("conversations", "from", "value", SHAREGPT_ROLES), faults)
+    if raw.get("system") in ABSENT:
+        return found
+    system = {"role": "system", "content": faults.text(raw, "system", "system")}
+    if found.messages and found.messages[0]["role"] == "system":
+        faults.append(("system", f"given, and {found.fields[0]} is of the system, too; expected one of them"))
+    context = frozenset(place + 1 for place in found.context)
+    return replace(found, messages=(system, *found.messages), fields=("system", *found.fields), context=context)
 
 
 def _alpaca(line: int, raw: dict[str, Any], faults: Faults) -> Record:
@@ -214,7 +223,7 @@ def find_format(path: Path, wanted: str, ignore: Collection[str] = ()) -> str | 
         return first
     if isinstance(first.value, dict):
         for name, format_ in FORMATS.items():
-            if format_.sign in first.value and format_.sign not in ignore:
+            if first.value.get(format_.sign) is not None and format_.sign not in ignore:
                 return name
     signs = ", ".join(f"{format_.sign} ({name})" for name, format_ in FORMATS.items())
     return Problem(

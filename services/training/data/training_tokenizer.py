@@ -1,6 +1,5 @@
 """A checkpoint's tokenizer as training needs it: in batches, and with the characters that each token covers."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from tokenizers import processors
 
 from model.chat_template import ChatTemplate
 from model.config import read_config, read_raw_config
+from model.special_tokens import named_token, read_tokenizer_config
 from model.tokenizer import Tokenizer
 
 
@@ -103,10 +103,8 @@ def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
 
 
 def _eos(directory: Path, fast: FastTokenizer) -> int | None:
-    path = directory / "tokenizer_config.json"
-    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token") if path.is_file() else None
-    text = named.get("content") if isinstance(named, dict) else named
-    token = fast.token_to_id(text) if isinstance(text, str) else None
+    named = named_token(read_tokenizer_config(directory), "eos_token")
+    token = fast.token_to_id(named) if named is not None else None
     if token is not None:
         return int(token)
     ends = read_config(directory).eos_token_ids if (directory / "config.json").is_file() else ()
