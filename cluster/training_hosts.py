@@ -53,9 +53,14 @@ class TrainingHosts:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def newest(self, wait: bool) -> Placement:
-        """See `attention.training.worker.Placements`; raises StepLost when no table comes in time, or none can come."""
+        """See `attention.training.worker.Placements`; raises StepLost when no table comes in time, or none can come.
+
+        How long one waits counts from when a table was last asked for without waiting.
+        """
         known = self._follower.peek()
-        if wait and known is not None:
+        if not wait:
+            self._waiting_since_s = None
+        elif known is not None:
             self._waiting_since_s = self._waiting_since_s or time.monotonic()
             if time.monotonic() > self._waiting_since_s + NEXT_TABLE_S:
                 raise StepLost(f"hosts of the newest table did not take part for {NEXT_TABLE_S:.0f} s")
@@ -72,7 +77,6 @@ class TrainingHosts:
 
     def used(self, placement: Placement) -> None:
         self._follower.use(placement.epoch)
-        self._waiting_since_s = None
 
     def close(self) -> None:
         """Leave the controller's list, and drop all connections."""

@@ -3,6 +3,7 @@
 from experts.frames import MAX_PAIRS, MAX_PAYLOAD_BYTES
 from model.config import ModelConfig
 from router.losses import BalanceCoefficients
+from services.training.initial import INITIAL
 from services.training.method import make_method
 from services.training.recipe import Recipe
 
@@ -32,8 +33,22 @@ def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
             "drop_tokens is true, but the model routes all its experts as one group (n_group is 1), whose load is the "
             "average: nothing would ever be dropped; leave drop_tokens out"
         )
+    _check_place(recipe)
     _check_frames(recipe, config)
     make_method(recipe, config, "checked")
+
+
+def _check_place(recipe: Recipe) -> None:
+    """What the run writes must not take the place of the model that it reads."""
+    written = {"its first weights": INITIAL} if recipe.init == "random" else {}
+    if recipe.method == "full" and recipe.export:
+        written["its result"] = "model"
+    for what, name in written.items():
+        if recipe.model.is_relative_to(recipe.output_dir / name):
+            raise ValueError(
+                f"model is {recipe.model}, and the run would write {what} to {recipe.output_dir / name}; expected them "
+                "apart: give another output_dir"
+            )
 
 
 def _check_frames(recipe: Recipe, config: ModelConfig) -> None:

@@ -182,17 +182,14 @@ class Keeper:
         wanted = list(self._optimizer.wanted())
         self._optimizer.restore(dict(zip(wanted, snapshot.tensors(wanted), strict=True)), snapshot.manifest.step)
 
-    def drop(self) -> None:
-        """Give up what was begun: the step that it is of is gone back from, or the run ends."""
+    def close(self) -> None:
+        """Give up what was begun: the run ends."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.dense.exception()
             if pending.experts is not None:
                 pending.experts.exception()
                 self._abandon(pending.staging)
-
-    def close(self) -> None:
-        self.drop()
         self._pool.shutdown()
 
     def _share(self) -> dict[str, Tensor]:

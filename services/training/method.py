@@ -9,6 +9,7 @@ from torch import Tensor
 
 from experts.training.adamw import AdamW
 from experts.training.spec import ExpertTraining, LowRank
+from model.adapters.errors import AdapterError
 from model.adapters.spec import LoraSpec, lora_targets, lora_tensors
 from model.config import ModelConfig
 from router.holding import Pair
@@ -37,7 +38,7 @@ class Method:
 
 
 def make_method(recipe: Recipe, config: ModelConfig, run_id: str, chosen: tuple[Pair, ...] | None = None) -> Method:
-    """`chosen` are the experts that ESFT trains. Raises AdapterError for a target that the model lacks."""
+    """`chosen` are the experts that ESFT trains. Raises AdapterError for targets that the model lacks."""
     lora = lora_spec(recipe, config) if recipe.method == "lora" else None
     only: tuple[Pair, ...] | None = None
     if recipe.method == "esft":
@@ -65,7 +66,10 @@ def keeps_activations(recipe: Recipe) -> bool:
 
 
 def lora_spec(recipe: Recipe, config: ModelConfig) -> LoraSpec:
-    """The targets by their layers' names; those of a group that this model lacks are left out."""
+    """The targets by their layers' names; those of a group that this model lacks are left out.
+
+    Raises AdapterError where none is left.
+    """
     possible = lora_targets(config)
     targets: list[str] = []
     for target in recipe.lora.targets:
@@ -73,6 +77,11 @@ def lora_spec(recipe: Recipe, config: ModelConfig) -> LoraSpec:
             targets.extend(name for name in GROUPS[target] if name in possible)
         elif target != "experts":
             targets.append(target)
+    if not targets and "experts" not in recipe.lora.targets:
+        raise AdapterError(
+            f"lora.targets is {list(recipe.lora.targets)}, and this model has no such layers; expected some of "
+            f"experts, {', '.join(possible)}"
+        )
     return LoraSpec(
         rank=recipe.lora.rank,
         alpha=recipe.lora.alpha,

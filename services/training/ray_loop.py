@@ -205,7 +205,8 @@ class _WorkerRun:
         return chosen_pairs(found, recipe.esft.share)
 
     def _dense(self, method: Method) -> DenseParameters:
-        factors = {name: factor.to(self._device) for name, factor in method.factors.items()}
+        # the method's own stay what they are, as the values that a run begins again with
+        factors = {name: factor.to(self._device, copy=True) for name, factor in method.factors.items()}
         return DenseParameters.load(
             self._checkpoint, method.trains_dense, factors, method.scale, self._recipe.dtype, self._device
         )

@@ -19,7 +19,7 @@ from services.training.plans import plan_step
 from services.training.recipe import Recipe
 from services.training.schedule import batch_tokens
 
-MAX_SETBACKS = 8  # steps lost in a row, without one made between
+MAX_SETBACKS = 8  # steps lost, without one made that was not made before
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Records(Protocol):
 
 
 class TooManySetbacks(RuntimeError):
-    """The same steps were lost again and again."""
+    """A run went back again and again, and never got beyond where it had been."""
 
 
 class Run:
@@ -94,7 +94,7 @@ class Run:
         Raises NotFinite, SnapshotError, and TooManySetbacks.
         """
         step, cursor = self.restore()
-        setbacks = 0
+        setbacks, furthest = 0, step
         while step < self._steps:
             batch = self._data.batch(cursor, batch_tokens=batch_tokens(self._recipe.stages, step))
             started_s = time.monotonic()
@@ -105,15 +105,18 @@ class Run:
                 raise
             except StepLost as lost:
                 setbacks += 1
-                self._keeper.drop()
+                self._keeper.finish()  # of an earlier step, and may be whole all the same
                 if setbacks > MAX_SETBACKS:
-                    raise TooManySetbacks(f"step {step} was lost {setbacks} times, the last time: {lost}") from lost
+                    raise TooManySetbacks(
+                        f"step {furthest} was not made in {setbacks} tries, the last of which lost step {step}: {lost}"
+                    ) from lost
                 self._tell(f"step {step} is lost ({lost}); going back to the last snapshot")
                 step, cursor = self.restore()
                 continue
-            setbacks = 0
             self._keeper.finish()  # of an earlier step: this one waited until it was written
             step, cursor = step + 1, batch.cursor_after
+            if step > furthest:
+                setbacks, furthest = 0, step
             self._record(step, report, batch, time.monotonic() - started_s)
             stopping = self._agree_to_stop()
             kept = self._recipe.snapshots

@@ -13,6 +13,7 @@ from tests.checkpoints import LITE_LIKE, SHAPES
 
 GROUPED = parse_config({"architectures": ["DeepseekV2ForCausalLM"], **SHAPES["tiny"]})
 LITE = parse_config({"architectures": ["DeepseekV2ForCausalLM"], **SHAPES["tiny"], **LITE_LIKE})
+SPARSE = replace(GROUPED, first_k_dense_replace=0, n_shared_experts=0)
 DENSE = replace(GROUPED, first_k_dense_replace=GROUPED.num_hidden_layers)
 
 
@@ -36,6 +37,18 @@ def check(config: ModelConfig, **given: Any) -> None:
         (LITE, {"balance": {"communication": 0.02}}, "communication is 0.02, but"),
         (LITE, {"drop_tokens": True}, "drop_tokens is true, but .* nothing would ever be dropped"),
         (GROUPED, {"method": "lora", "lora": {"targets": ["v_proj"]}}, "LoRA targets v_proj"),
+        (
+            SPARSE,
+            {"method": "lora", "lora": {"targets": ["dense", "shared"]}},
+            r"lora.targets is \['dense', 'shared'\], and this model has no such layers; expected some of experts, q_a_",
+        ),
+        (GROUPED, {"model": "o/model"}, "model is o/model, and the run would write its result to o/model;"),
+        (GROUPED, {"model": "o/model/base"}, "model is o/model/base, and the run would write its result to o/model;"),
+        (
+            GROUPED,
+            {"model": "o/initial", "init": "random"},
+            "model is o/initial, and the run would write its first weights to o/initial; .* give another output_dir",
+        ),
     ],
 )
 def test_what_the_model_cannot_do_is_refused(config: ModelConfig, given: dict[str, Any], told: str) -> None:
@@ -52,3 +65,10 @@ def test_what_the_model_can_do_passes(method: str) -> None:
 def test_the_context_is_the_trained_models() -> None:
     lengths = {"data": {"files": ["d"], "sequence_length": 8192}, "batch_tokens": 8192, "micro_batch_tokens": 8192}
     check(GROUPED, yarn={"factor": 2, "original_max_position_embeddings": 4096}, **lengths)
+
+
+def test_a_model_beside_what_is_written_passes() -> None:
+    check(GROUPED, model="o/base")
+    check(GROUPED, model="o/model", method="lora")  # which writes an adapter
+    check(GROUPED, model="o/model", export=False)
+    check(GROUPED, model="o/initial")

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from model.snapshots.errors import DiskFull
 from model.staging import NotWritten
 from services.training import ray_loop
 from services.training.driver import first_weights, preview, service_spec
+from services.training.method import make_method
 from services.training.outcome import Outcome, begin_outcome, read_outcome, write_outcome
 from services.training.recipe import parse_recipe
 from services.training.report import RunLogError
@@ -117,3 +119,21 @@ def test_a_result_that_cannot_be_written_ends_a_run_with_a_message(
     begin_outcome(tmp_path / "out")
     with pytest.raises(NotWritten):
         ray_loop.train_worker(config)
+
+
+@pytest.mark.parametrize("method_name", ["full", "lora"])
+def test_a_run_that_begins_again_has_its_first_values(
+    checkpoint: Callable[[str], Path], tmp_path: Path, method_name: str
+) -> None:
+    recipe = parse_recipe(small_run(checkpoint("mini"), tmp_path) | {"method": method_name})
+    run = ray_loop._WorkerRun.__new__(ray_loop._WorkerRun)
+    run._recipe, run._checkpoint, run._device = recipe, first_weights(recipe), "cpu"
+    method = make_method(recipe, run._checkpoint.config, "run")
+    dense, first = run._dense(method), run._first_values(method)
+    began = {name: trained.value.detach().clone() for name, trained in dense.trained.items()}
+    with torch.no_grad():
+        for trained in dense.trained.values():
+            trained.value += 1.0  # steps
+    dense.restore(first)
+    assert began
+    assert all(torch.equal(dense.trained[name].value, value) for name, value in began.items())

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from attention.training.parameters import DenseParameters
 from attention.training.ranks import OneRank
 from attention.training.worker import NotFinite, StepPlan, StepReport
 from experts.training.host import TrainingHost
+from experts.training.step_hosts import StepHosts
 from model.checkpoint import Checkpoint
 from model.snapshots.errors import DiskFull, SnapshotError
 from model.snapshots.history import snapshots
@@ -252,9 +254,61 @@ def test_a_run_that_only_falls_back_ends_and_keeps_what_it_has(
             rig.table.on_wait = lambda: (again(), strike(rig, "backward", "host-1"))[0]
 
     setup.kept.after = kill
-    with pytest.raises(TooManySetbacks, match="was lost 9 times"):
+    with pytest.raises(TooManySetbacks, match="step 3 was not made in 9 tries"):
         setup.run.train()
     assert [path.name for path in snapshots(tmp_path / "run" / "snapshots")] == ["step-00000002"]
+
+
+def test_a_run_that_always_loses_the_same_step_ends_though_it_makes_others_in_between(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path
+) -> None:
+    setup = begin(checkpoint("mini"), tmp_path / "run", data_file)
+    rig, tries = setup.rig, 0
+
+    def again() -> None:
+        if "host-1" not in rig.hosts:
+            come_back(rig, "host-1", rig.table.placement.hosts[1].generation + 1)
+
+    def kill(steps: int) -> None:
+        nonlocal tries
+        if steps == 3:
+            tries += 1
+            assert tries < 20, "it goes on for ever"
+            strike(rig, "backward", "host-1")
+
+    rig.table.on_wait = again
+    setup.kept.after = kill
+    with pytest.raises(TooManySetbacks, match="step 3 was not made in 9 tries, the last of which lost step 3"):
+        setup.run.train()
+    assert setup.kept.resumes == [0] + [2] * 8
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_snapshot_that_is_written_when_the_next_step_is_lost_is_gone_back_to(
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    data_file: Path,
+    undisturbed: Setup,
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+) -> None:
+    setup = begin(checkpoint("mini"), tmp_path / "run", data_file)
+    rig, start = setup.rig, Keeper.start
+    rig.table.on_wait = lambda: come_back(rig, "host-1", 2) if "host-1" not in rig.hosts else None
+
+    def start_and_kill(keeper: Keeper, hosts: StepHosts, step: int, *given: Any) -> None:
+        start(keeper, hosts, step, *given)
+        if step == at:
+            assert keeper._pending is not None
+            assert keeper._pending.experts is not None
+            keeper._pending.experts.result()  # their files lie there
+            strike(rig, "backward", "host-1")
+
+    monkeypatch.setattr(Keeper, "start", start_and_kill)
+    assert setup.run.train() == STEPS
+    assert setup.kept.resumes == [0, at]
+    assert setup.kept.losses == undisturbed.kept.losses
+    assert same(weights(rig), weights(undisturbed.rig))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_it_has(
