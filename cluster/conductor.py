@@ -66,6 +66,11 @@ class Conductor:
         return self._transaction.committed
 
     @property
+    def state(self) -> SavedState:
+        """What the next life has to know."""
+        return SavedState(self.epoch, dict(self.roster.generations), self.committed, self._transaction.numbered)
+
+    @property
     def change(self) -> Change | None:
         """The one that is under way."""
         return self._transaction.change
@@ -163,7 +168,10 @@ class Conductor:
         self._workers.pop(worker_id, None)
 
     def request(self, wish: Wish, now_s: float) -> Change:
-        """Begin a change; raises ChangeRefused when it cannot be had, or another one is under way."""
+        """Begin a change; raises ChangeRefused when it cannot be had, or another one is under way.
+
+        Save `state` before anybody hears of it: its id would be another's after a restart.
+        """
         if not self.ever_ready or self.reason is not None:
             raise not_ready(self.reason)
         return self._transaction.begin(wish, now_s)
@@ -186,10 +194,9 @@ class Conductor:
                 actions.append(Probe(host_id, generation))
         actions += self._stops
         self._stops = []
-        state = SavedState(self.epoch, dict(self.roster.generations), self.committed, self._transaction.numbered)
-        if state != self._saved:
-            self._saved = state
-            actions.insert(0, Save(state))
+        if self.state != self._saved:
+            self._saved = self.state
+            actions.insert(0, Save(self._saved))
         return actions
 
     def _start_hosts(self, now_s: float) -> list[Action]:

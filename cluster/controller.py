@@ -115,7 +115,7 @@ class Controller(Body):
                 "(shoal experts drain --to N, or --node NODE)"
             )
         change = self._conductor.request(Wish.from_plain(wish), time.monotonic())
-        self._changed.set()
+        self._begun(self._conductor)
         return change.describe()
 
     async def make_room(self, hosts: int | None, node: str | None) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Controller(Body):
         if self._conductor is None or self._fleet is None or self._stopping:
             raise not_ready(self._reason)
         answer = make_room(self._conductor, self._following, self._fleet.homes(), hosts, node, time.monotonic())
-        self._changed.set()
+        self._begun(self._conductor)
         return answer
 
     async def watch_change(self, change_id: str, seen: int, timeout_s: float) -> dict[str, Any] | None:

@@ -180,6 +180,12 @@ class Body:
             fleet.keep_standby()
         await self._notice.give()
 
+    def _begun(self, conductor: Conductor) -> None:
+        """A change may have been begun: see to it that it is saved before anybody hears of it, and goes on."""
+        if conductor.state != self._state.core:
+            self._remember(core=conductor.state)
+        self._changed.set()
+
     def _remember(self, core: SavedState | None = None) -> None:
         """Save what the conductor wants saved, the actors that there are, and the files that they read."""
         if self._pool is not None and self._fleet is not None:
@@ -201,7 +207,7 @@ class Body:
         """One host on each node, as far as nobody wants it otherwise."""
         while not self._stopping:
             if await following.follow(conductor, fleet.homes):
-                self._changed.set()
+                self._begun(conductor)
 
     async def _follow_application(self) -> None:
         if await wait_until_over(self._spec, lambda: self._application_came, lambda: self._workers.any):

@@ -52,8 +52,9 @@ class ExpertLife:
         self._host: ExpertHost | None = None
         self._loader: Loader | None = None
         self._beginning = threading.Lock()  # around `begin`
-        self._taking = threading.Lock()  # around one change's load; taken after the other
+        self._taking = threading.Lock()  # around one change's load, or a drop; taken after the other
         self._over = False
+        self._asked: set[str] = set()  # changes for which something was, or will be, taken
         self._abandoned: set[str] = set()
         self._taken = ("", 0)  # change, and pairs loaded for it so far
 
@@ -82,6 +83,8 @@ class ExpertLife:
     def _begin(
         self, host_id: str, generation: int, pairs: Collection[Pair], threads: int, stamps: Stamps | None, address: str
     ) -> None:
+        if self._over:
+            raise LoadAbandoned(f"{self._name} was ended before it began")
         self._compute_with(threads)
         checkpoint = self.warm()
         self.stamps = stamps or checkpoint.stamps()
@@ -123,8 +126,8 @@ class ExpertLife:
         return self._host.stats().nbytes if self._host is not None else 0
 
     def settle(self) -> None:
-        """End what an earlier controller began."""
-        self._abandoned.add(self._taken[0])
+        """End what an earlier controller began: what is held then stays so."""
+        self._abandoned |= self._asked
         with self._taking:
             return
 
@@ -132,6 +135,7 @@ class ExpertLife:
         """Hold further pairs, all of them or none; raises what `Loader.load` raises."""
         if self._loader is None:
             raise RuntimeError(f"{self._name} is still loading")
+        self._asked.add(change_id)
         with self._taking:
             self._taken = (change_id, 0)
 
@@ -150,10 +154,11 @@ class ExpertLife:
 
     def drop(self, pairs: Collection[Pair]) -> None:
         """Hold these pairs no longer; those that are not held are fine."""
-        if self._host is None:
-            raise RuntimeError(f"{self._name} is still loading")
-        held = set(self._host.held)
-        self._host.unload(sorted(pair for pair in pairs if pair in held))
+        with self._taking:
+            if self._host is None:
+                raise RuntimeError(f"{self._name} is still loading")
+            held = set(self._host.held)
+            self._host.unload(sorted(pair for pair in pairs if pair in held))
 
     def share(self, share: Share) -> None:
         """Keep to a share of the node's cores, and compute with its threads where the bits do not depend on them."""

@@ -21,7 +21,7 @@ from cluster.threads import Share
 from model.checkpoint import Stamps
 
 STOP_TIMEOUT_S = 5.0
-ADOPT_TIMEOUT_S = 5.0
+ADOPT_TIMEOUTS_S = (5.0, 20.0)  # for a life that does not even answer a ping, and for one that does
 PROBE_TIMEOUTS_S = (0.5, 0.9)  # the shortest and the longest
 PROGRESS_TIMEOUT_S = 1.0
 log = logging.getLogger("shoal.fleet")
@@ -152,7 +152,7 @@ class Fleet:
         if process is None:
             return
         try:
-            info = await asyncio.wait_for(process.actor.settle.remote(), ADOPT_TIMEOUT_S)
+            info = await _settled(process.actor)
         except (TimeoutError, RayError):
             self._pool.end(process)
             return
@@ -215,7 +215,8 @@ class Fleet:
             log.info("%s took %d pairs from hosts, %d from disk", life.host_id, from_hosts, from_disk)
             self._conductor.loaded(action.change_id, life.host_id, life.generation, action.pairs)
         finally:
-            life.taking = None
+            if life.taking == action.change_id:  # the next change may have begun while this one's load was undone
+                life.taking = None
             self._changed.set()
 
     async def _retire(self, life: Life, action: Retire) -> None:
@@ -265,6 +266,23 @@ class Fleet:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _settled(actor: Any) -> HostInfo:
+    """What a life is once it has ended what an earlier controller began; raises RayError, and TimeoutError.
+
+    It may have to wait for an expert that is on its way from a host that stands still, and serves meanwhile.
+    """
+    at_once_s, longest_s = ADOPT_TIMEOUTS_S
+    async with asyncio.timeout(longest_s):
+        settling: asyncio.Future[HostInfo] = asyncio.ensure_future(actor.settle.remote())
+        try:
+            return await asyncio.wait_for(asyncio.shield(settling), at_once_s)
+        except TimeoutError:
+            await asyncio.wait_for(actor.ping.remote(), PROBE_TIMEOUTS_S[1])
+            return await settling
+        finally:
+            settling.cancel()
 
 
 def _patience_s(life: Life) -> float:

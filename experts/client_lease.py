@@ -194,6 +194,7 @@ class ClientLease:
                 continue  # nothing is expected; the end is what it is for
         except grpc.RpcError as error:
             reason = describe(error)
+            error.with_traceback(None)  # it is the stream itself, and would keep this frame, and so the memory
         except (LeaseRefused, PairingFailed, NixlMissing) as error:
             reason = str(error)
             self._messages.cancel()  # no call was made yet, so the host writes nothing
@@ -244,7 +245,7 @@ class ClientLease:
         pairing.connect(end.agent, end.metadata, end.address, end.bell, self._on_note)
         accept = NixlEnd(
             agent=pairing.agent.name,
-            metadata=pairing.metadata(),
+            metadata=pairing.metadata,
             bell=settings.bell.address if near else None,
             address=incoming.address,
         )

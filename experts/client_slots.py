@@ -1,6 +1,7 @@
 """A client's bookkeeping of the slots of one lease: which are free, whose call each carries, which replies came."""
 
 import collections
+import contextlib
 import itertools
 import threading
 
@@ -25,7 +26,8 @@ class SlotTable:
     def take(self) -> tuple[int, int] | None:
         """A free slot and the id of its call, or None when all are in use."""
         while self._dropped:
-            self.abandon(self._dropped.popleft())
+            with contextlib.suppress(IndexError):  # another thread took the last
+                self.abandon(self._dropped.popleft())
         with self._lock:
             if not self._free:
                 return None

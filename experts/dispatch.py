@@ -174,6 +174,7 @@ class Dispatch:
         finally:
             kept = [part for part, _ in won] or ([late] if lost is None else [])
             _release(part for part in (late, *rivals) if part not in kept)
+            lost = None  # an error that its own frame refers to keeps all that this one does
 
     def _outwait(self, part: Part) -> ForwardReply:
         """The reply of a late host that has no rival; raises HostUnavailable once there is no hope for it."""
@@ -184,7 +185,10 @@ class Dispatch:
                 lost = self._hopeless(part, slow)
                 if lost is not None:
                     part.pending.release()
-                    raise lost from slow
+                    try:
+                        raise lost from slow
+                    finally:
+                        del lost  # or it keeps this frame, and so the call
 
     def _hopeless(self, part: Part, slow: HostSlow) -> HostUnavailable | None:
         """Why a late reply is not waited for any longer."""

@@ -49,7 +49,8 @@ class ExpertServer(grpc.GenericRpcHandler):
         self._packing = threading.Lock()  # weights are made ready for one receiver at a time, beside the computing
         self._loop = HostLoop(host, door)
         # a client may hold two streams: its calls, and its lease
-        self._server = grpc.server(ThreadPoolExecutor(2 * MAX_CLIENTS, "expert-stream"), options=OPTIONS)
+        self._streams = ThreadPoolExecutor(2 * MAX_CLIENTS, "expert-stream")
+        self._server = grpc.server(self._streams, options=OPTIONS)
         self._server.add_generic_rpc_handlers((self,))
         if tls is None:
             port = self._server.add_insecure_port(bind)
@@ -64,6 +65,7 @@ class ExpertServer(grpc.GenericRpcHandler):
     def stop(self, grace_s: float = 1.0) -> None:
         """Refuse new streams, give running ones `grace_s`, then cut them."""
         self._server.stop(grace_s).wait(grace_s + 1.0)
+        self._streams.shutdown(wait=False)  # a guest's threads would stay with its host
         ended = self._loop.close(grace_s + 1.0)
         if self._door is not None and ended:
             self._door.close()

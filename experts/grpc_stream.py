@@ -93,12 +93,13 @@ class FrameStream(Generic[Request, Reply]):
     def send(self, request: Request, correlation: int) -> StreamCall[Reply]:
         future: Future[Reply] = Future()
         call = StreamCall(future, self._host)
+        frame = self._codec.encode(request, correlation)
         with self._lock:
             if self._broken is not None:
                 future.set_exception(HostUnavailable(self._broken))
                 return call
             self._calls[correlation] = future
-        self._out.put(self._codec.encode(request, correlation))
+        self._out.put(frame)
         return call
 
     def close(self) -> None:

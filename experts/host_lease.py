@@ -83,7 +83,7 @@ class HostLease:
         """
         with self._lock:
             self.ended = True
-            self.pairing.close()
+        self.pairing.close()  # which may take a while, and the loop, which has others to answer, waits for the lock
 
 
 @dataclass(frozen=True, slots=True)

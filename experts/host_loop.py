@@ -107,6 +107,7 @@ class HostLoop:
         self._source: Source = source or NoSource()
         self._submitted: collections.deque[_Submitted] = collections.deque()
         self._closing = threading.Event()
+        self._over = False  # who sees this refuses what it has submitted; who does not is seen by the loop at its end
         self._thread = threading.Thread(target=self._run, name=f"expert-{host.host_id}", daemon=True)
 
     def start(self) -> None:
@@ -117,7 +118,7 @@ class HostLoop:
         job = _Submitted(request)
         self._submitted.append(job)
         self._source.ring()
-        if not self._thread.is_alive():
+        if self._over or not self._thread.is_alive():
             self._refuse_all("the host is closed")
         return job.future
 
@@ -147,6 +148,7 @@ class HostLoop:
                 idle_s = time.monotonic() - last_s
                 slept = self._source.wait(rings, idle_s, patience.look_s, self._look) or slept
         finally:
+            self._over = True
             self._refuse_all("the host is closed")
 
     def _answer_some(self) -> bool:

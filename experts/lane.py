@@ -69,11 +69,11 @@ class Lane(Pairing):
     def poll(self) -> int:
         library = native()
         assert library is not None
-        told = (Asked * MOST_SLOTS)()  # threads may look at once
+        told, on_note = (Asked * MOST_SLOTS)(), self._on_note  # threads may look at once, and one may close it
         found: int = library.shoal_news(self._own_address, 1, told, MOST_SLOTS)
         for asked in told[:found]:
-            if self._on_note is not None and 0 <= asked.length < 1 << 32:
-                self._on_note(NOTE.pack(asked.slot, asked.length, asked.correlation))
+            if on_note is not None and 0 <= asked.length < 1 << 32:
+                on_note(NOTE.pack(asked.slot, asked.length, asked.correlation))
         return found
 
     def write(self, slot: int, length: int, correlation: int) -> None:
@@ -92,4 +92,5 @@ class Lane(Pairing):
     def close(self) -> None:
         """Memory stays mapped for as long as anybody refers to this, so that a late write harms nobody."""
         self.end()
+        self._on_note = None  # which refers to whoever has this: nobody shall wait for a collection to free the memory
         self._shared.close()

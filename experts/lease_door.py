@@ -236,7 +236,7 @@ class LeaseDoor:
         outgoing, incoming = Arena(hello.reply_bytes, hello.slots), Arena(hello.request_bytes, hello.slots)
         pairing = NixlPairing(agent, near, outgoing, incoming)
         end = NixlEnd(
-            agent=agent.name, metadata=pairing.metadata(), bell=bell if near else None, address=incoming.address
+            agent=agent.name, metadata=pairing.metadata, bell=bell if near else None, address=incoming.address
         )
         return pairing, end
 

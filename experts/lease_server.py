@@ -22,5 +22,6 @@ def serve_lease(door: LeaseDoor, messages: Iterator[bytes], context: Any) -> Ite
                 raise LeaseRefused("nothing is expected after Accept but the end")
         finally:
             door.end(lease)
+            del lease  # gRPC keeps what broke the stream, and with it this frame
     except (LeaseRefused, PairingFailed) as error:
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))

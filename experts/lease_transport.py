@@ -63,6 +63,7 @@ class LeaseTransport:
         self._refused: dict[Host, int] = {}  # leases of each host, one after another
         self._asked: tuple[ClientLease, ...] = ()  # near ones whose hosts were woken last
         self._grpc = GrpcTransport(token, tls)
+        self._making = threading.Lock()  # around an agent's making, for which nobody else waits
         self._lock = threading.Lock()
         self._leases: dict[Host, ClientLease] = {}
         self._leaving: dict[Host, threading.Thread] = {}  # of leases closed here, and not yet by the host
@@ -114,7 +115,7 @@ class LeaseTransport:
 
     def ways(self) -> dict[Host, Way]:
         """By which way rows go just now to each host that was asked; any thread may ask."""
-        # a copy that no thread comes between, and without the lock, which is held while an agent of NIXL is made
+        # a copy that no thread comes between, and without the lock
         leases = self._leases.copy()
         return self._grpc.ways() | {host: lease.way for host, lease in leases.items()}
 
@@ -175,7 +176,7 @@ class LeaseTransport:
             return lease
 
     def _agent_for(self, near: bool) -> NixlAgent:
-        with self._lock:
+        with self._making:
             if near not in self._agents:
                 self._agents[near] = NixlAgent(f"client-{secrets.token_hex(8)}", near)
             return self._agents[near]

@@ -131,6 +131,10 @@ def transfer_bytes(length: int) -> int:
     return -(-length // step) * step
 
 
+def _nobody() -> None:
+    """Who hears of no write any more."""
+
+
 class SlotWriter:
     """One-sided writes of a slot's beginning into its counterpart, one at a time; its agent's lock is taken inside."""
 
@@ -190,7 +194,7 @@ class SlotWriter:
             if self._moving is not None:
                 transfers.add(self._moving)
             self._ready.clear()
-            self._moving = None
+            self._moving, self._on_sent = None, _nobody  # the pairing, which has this, is free without a collection
             self._owner._moving.discard(self)
             for transfer in transfers:
                 try:

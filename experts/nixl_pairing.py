@@ -1,6 +1,8 @@
 """A pairing by NIXL: one-sided writes into registered memory, and notes that come with them."""
 
+import logging
 import time
+from typing import Any
 
 from experts.arena import Arena
 from experts.lease import NOTE
@@ -9,6 +11,7 @@ from experts.pairing import Pairing
 
 WRITE_OUT_S = 1.0  # for writes under way when it ends
 POLL_S = 1e-3
+log = logging.getLogger("shoal.experts")
 
 
 class NixlPairing(Pairing):
@@ -21,23 +24,27 @@ class NixlPairing(Pairing):
         self.outgoing = outgoing
         self.incoming = incoming
         self.writers: tuple[SlotWriter, ...] = ()
-        self._registrations = [agent.register(incoming)]
-        self._registrations.append(agent.register(outgoing))
-
-    def metadata(self) -> bytes:
-        """What the peer needs to write into `incoming`, and nothing else of ours."""
-        return self.agent.metadata(self._registrations[0])
+        self._registrations: list[Any] = []
+        try:
+            for arena in (incoming, outgoing):
+                self._registrations.append(agent.register(arena))
+            # what the peer needs to write into `incoming`, and nothing else of ours
+            self.metadata = agent.metadata(self._registrations[0])
+        except NixlFailed:
+            self._deregister()
+            raise
 
     def connect(self, peer: str, metadata: bytes, address: int, bell: str | None, on_note: OnMessage) -> None:
         """Know the peer, whose slots begin at `address`; raises PairingFailed when its metadata lies."""
         self._hear(bell if self.near else None)
-        self.agent.add_peer(peer, metadata, on_note)
-        self.peer = peer
         size = self.outgoing.slot_bytes
+        # first: from `add_peer` on, another thread that polls may be told of what needs them
         self.writers = tuple(
             self.agent.writer(peer, slot, address + index * size, self._on_sent)
             for index, slot in enumerate(self.outgoing.slots)
         )
+        self.agent.add_peer(peer, metadata, on_note)
+        self.peer = peer
 
     def poll(self) -> int:
         return self.agent.poll()
@@ -65,7 +72,15 @@ class NixlPairing(Pairing):
             writer.close()
         if self.peer:
             self.agent.remove_peer(self.peer)
-        for registration in self._registrations:
-            self.agent.deregister(registration)
+        self._deregister()
         if self._ringer is not None:
             self._ringer.close()
+
+    def _deregister(self) -> None:
+        """Once; one that NIXL does not let go keeps nobody from ending this."""
+        registrations, self._registrations = self._registrations, []
+        for registration in registrations:
+            try:
+                self.agent.deregister(registration)
+            except NixlFailed as error:
+                log.warning("%s keeps an arena of %s: %s", self.agent.name, self.peer or "nobody", error)

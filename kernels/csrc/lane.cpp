@@ -98,11 +98,13 @@ long shoal_send(const Lane* const* lanes, Leg* legs, long hosts, const long* exp
     if (legs[h].pairs)
       lanes[h]->announce(legs[h].slot, HEADER_BYTES + legs[h].rows * width * 4 + legs[h].pairs * 8,
                          static_cast<uint64_t>(legs[h].correlation));
-  // whoever sleeps on this core may take it at once, so it is woken last
+  // whoever sleeps on this core may take it at once, so it is woken last; it may go elsewhere meanwhile, and is asked once
   uint32_t here = this_core();
-  for (int own = 0; own < 2; own++)
+  long* own = first_row;
+  for (long h = 0; h < hosts; h++) own[h] = lanes[h]->bell && lanes[h]->bell->core.load() == here;
+  for (long last = 0; last < 2; last++)
     for (long h = 0; h < hosts; h++)
-      if (legs[h].pairs && lanes[h]->bell && (lanes[h]->bell->core.load() == here) == (own == 1)) ring(lanes[h]->bell);
+      if (legs[h].pairs && lanes[h]->bell && own[h] == last) ring(lanes[h]->bell);
   return 0;
 }
 

@@ -46,6 +46,8 @@ class Actor:
             raise RayActorError(error_msg="it was killed")
         if isinstance(answer, Exception):
             raise answer
+        if isinstance(answer, asyncio.Future):
+            return await answer
         return answer if method in self.answers else getattr(self, f"_{method}")(*arguments)
 
     def _begin(self, host_id: str, generation: int, held: frozenset[Pair], threads: int, stamps: object) -> HostInfo:
@@ -242,6 +244,31 @@ def test_an_earlier_controllers_life_that_has_ended_is_not_taken_over(play: Play
     play(scene)
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_an_earlier_controllers_life_is_waited_for_while_it_answers(
+    play: Play, monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    """What it still loads may come from a host that stands still."""
+    monkeypatch.setattr(fleet_module, "ADOPT_TIMEOUTS_S", (0.01, 10.0))
+    monkeypatch.setattr(fleet_module, "PROBE_TIMEOUTS_S", (0.01, 0.05))
+
+    async def scene(world: World) -> None:
+        process = world.pool.take(1)
+        info = process.actor._begin("host-0", 1, pairs(0, 1), 1, {})
+        settled = process.actor.answers["settle"] = asyncio.get_running_loop().create_future()
+        if not answers:
+            process.actor.answers["ping"] = NEVER
+        adopting = asyncio.create_task(world.fleet.adopt([process.name]))
+        await asyncio.sleep(0.1)
+        assert world.pool.ended == ([] if answers else [process])
+        if answers:
+            settled.set_result(info)
+        await adopting
+        assert list(world.fleet.lives) == ([("host-0", 1)] if answers else [])
+
+    play(scene)
+
+
 @each_end
 def test_a_life_that_cannot_be_asked_to_stop_is_ended(play: Play, end: RayError) -> None:
     async def scene(world: World) -> None:
@@ -306,5 +333,30 @@ def test_a_change_may_load_for_as_long_as_it_gets_on(play: Play) -> None:
         await world.act(after_s=2.0)
         assert change.phase is Phase.ROLLED_BACK
         assert world.service.held() == {"host-0": pairs(0, 1), "host-1": pairs(2, 3)}
+
+    play(scene)
+
+
+def test_a_load_that_is_undone_late_does_not_hide_how_far_the_next_one_is(play: Play) -> None:
+    async def scene(world: World) -> None:
+        await world.act()
+        first = world.service.begin(Wish("replicas", replicas=2))
+        undone: list[asyncio.Future[Any]] = []
+        for process in world.pool.made:
+            undone.append(asyncio.get_running_loop().create_future())
+            process.actor.answers |= {"take": undone[-1], "taken": 0}
+        await world.act()
+        await world.act(after_s=DEADLINES.prepare_s)
+        assert first.phase is Phase.ROLLED_BACK
+        for process in world.pool.made:
+            process.actor.answers["take"] = NEVER
+        second = world.service.begin(Wish("replicas", replicas=2))
+        await world.act()
+        for late in undone:
+            late.set_exception(RayTaskError("take", "", ValueError("it was given up")))
+        await world.act()
+        world.pool.made[1].actor.answers["taken"] = 1
+        await world.fleet.refresh_progress()
+        assert (second.phase, second.progress) == (Phase.PREPARE, {"host-1": 1})
 
     play(scene)

@@ -1,7 +1,7 @@
 """A guest leaves its host's process as it found it, and ends when nobody wants it, its host leaves, or it shall."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from cluster.resident import Resident
 from cluster.spec import ServiceSpec
 from experts.loader import LoadAbandoned
 from model.checkpoint import Checkpoint
+from router.holding import Pair
 from tests.end_to_end.clients import wait_until
 
 LODGER = ServiceSpec("run", "m", trains=True, lodges_with="p8000")
@@ -168,3 +169,75 @@ def test_a_guest_that_is_ended_while_it_loads_keeps_nothing(
     assert "was ended while it was loading" in str(errors[0])
     with pytest.raises(RuntimeError, match="still loading"):
         guest.report()
+
+
+def test_a_guest_that_was_ended_before_it_began_does_not_begin(checkpoint: Callable[[str], Path]) -> None:
+    """Its controller's call was on its way when it was evicted, and a door that opens now would never be closed."""
+    guest = life(checkpoint("tiny"))
+    guest.end()
+    with pytest.raises(LoadAbandoned, match="before it began"):
+        guest.begin("host-0", 1, (), 5, None, "127.0.0.1:0")
+    assert guest._server is None
+
+
+@pytest.fixture
+def serving(checkpoint: Callable[[str], Path]) -> Iterator[ExpertLife]:
+    """A life that holds expert 0 of every layer."""
+    made = life(checkpoint("tiny"))
+    made.begin("host-0", 1, held_at_first(checkpoint), 1, None, "127.0.0.1:0")
+    yield made
+    made.end()
+
+
+def held_at_first(checkpoint: Callable[[str], Path]) -> frozenset[Pair]:
+    return frozenset((layer, 0) for layer in Checkpoint.open(checkpoint("tiny")).config.moe_layers)
+
+
+def test_what_an_earlier_controller_drops_is_gone_when_the_next_is_told_what_is_held(
+    serving: ExpertLife, checkpoint: Callable[[str], Path]
+) -> None:
+    """Else its table would name what is dropped a moment later."""
+    told: list[frozenset[Pair]] = []
+
+    def settle() -> None:
+        serving.settle()
+        told.append(serving.report().held)
+
+    dropping = threading.Thread(target=serving.drop, args=(held_at_first(checkpoint),))
+    settling = threading.Thread(target=settle)
+    assert serving._host is not None
+    with serving._host.computing():
+        dropping.start()
+        wait_until(serving._host._changes.locked, 5)
+        settling.start()
+        settling.join(0.2)
+    dropping.join(10)
+    settling.join(10)
+    assert told == [frozenset()]
+
+
+def test_all_that_an_earlier_controller_began_to_load_is_given_up(
+    serving: ExpertLife, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what waits for the load of a change before it to be undone."""
+    began: list[threading.Thread] = []
+
+    def load(pairs: object, sources: object, abandoned: Callable[[], bool], progress: object) -> None:
+        began.append(threading.current_thread())
+        wait_until(abandoned, 5)
+        raise LoadAbandoned("it was given up")
+
+    def take(change_id: str) -> None:
+        with pytest.raises(LoadAbandoned):
+            serving.take(change_id, (), {})
+
+    monkeypatch.setattr(serving._loader, "load", load)
+    loads = [threading.Thread(target=take, args=(change_id,)) for change_id in ("change-1", "change-2")]
+    for each in loads:
+        each.start()
+        wait_until(lambda: bool(began), 5)
+    loads[1].join(0.1)
+    serving.settle()
+    for each in loads:
+        each.join(2)
+    assert not any(each.is_alive() for each in loads)

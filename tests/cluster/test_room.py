@@ -1,6 +1,7 @@
 """Fewer hosts, or none on a node, with hosts that follow nodes and with those that do not."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from cluster import room
 from cluster.change import ChangeRefused, Phase, Wish
 from cluster.controller import Controller
 from cluster.following import Following, find_node
+from cluster.joining import Joining
 from cluster.node_follower import RETRY_S, Desired
 from cluster.nodes import Node, parse_nodes
+from cluster.spec import ServiceSpec
 from cluster.state import ControllerState
 from tests.cluster.test_conductor import Service
 
@@ -128,6 +131,28 @@ def test_a_controller_without_its_hosts_says_whether_to_ask_again(call: str, ser
     controller._reason = "the checkpoint has no config.json"
     assert not refusal().busy
     assert "cannot start: the checkpoint has no config.json" in str(refusal())
+
+
+@pytest.mark.parametrize("call", ["begin_change", "make_room"])
+def test_the_id_of_a_change_that_was_told_is_no_others_after_a_restart(
+    call: str, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the controller dies before it does anything for the change."""
+    kept: list[ControllerState] = []
+    monkeypatch.setattr("cluster.controller_body.save_state", lambda name, state: kept.append(state))
+    controller = object.__new__(Controller)
+    controller._conductor, controller._stopping, controller._following = service.conductor, False, None
+    controller._spec, controller._joining = ServiceSpec("s", "m"), Joining(ServiceSpec("s", "m"), None)
+    controller._pool, controller._fleet = None, SimpleNamespace(homes=lambda: HOMES)  # type: ignore[assignment]
+    controller._state, controller._changed = ControllerState("token", core=service.saved), asyncio.Event()
+    if call == "begin_change":
+        told = asyncio.run(controller.begin_change({"kind": "scale", "hosts": 3}))
+    else:
+        told = asyncio.run(controller.make_room(1, None))["change"]
+    assert controller._changed.is_set()
+    later = Service(2, kept[-1].core)
+    later.settle()
+    assert later.conductor.request(Wish("replicas", replicas=2), later.now_s).id != told["id"]
 
 
 def test_what_is_desired_is_saved_and_then_done(followed: Followed) -> None:

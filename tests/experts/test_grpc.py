@@ -8,7 +8,7 @@ import grpc
 import pytest
 import torch
 
-from experts.errors import HostRefused, HostUnavailable
+from experts.errors import FrameError, HostRefused, HostUnavailable
 from experts.frames import decode_header, decode_reply, encode_request
 from experts.grpc_server import ExpertServer
 from experts.grpc_transport import GrpcTransport
@@ -197,3 +197,23 @@ def test_a_missing_tls_file_is_named(host: ExpertHost, tmp_path: Path) -> None:
     nowhere = TlsFiles(tmp_path / "a.pem", tmp_path / "a.key", tmp_path / "root.pem")
     with pytest.raises(ValueError, match=r"a\.key: No such file"):
         ExpertServer(host, tls=nowhere)
+
+
+def test_a_request_over_the_caps_is_not_waited_for(server: ExpertServer, transport: GrpcTransport) -> None:
+    wide = ForwardRequest(1, 1, 1, torch.empty(0, 1 << 17), torch.zeros(0).int(), torch.zeros(0).int())
+    for _ in range(3):
+        with pytest.raises(FrameError, match="over the caps"):
+            transport.submit(at(server), wide)
+    assert not transport._streams[at(server)]._calls
+
+
+def test_a_stopped_server_leaves_no_thread(host: ExpertHost, transport: GrpcTransport) -> None:
+    server = ExpertServer(host, token=TOKEN)
+    server.start()
+    transport.submit(at(server), request()).result(10)
+    streams = [each for each in threading.enumerate() if each.name.startswith("expert-stream")]
+    server.stop(0)
+    for thread in streams:
+        thread.join(10)
+    assert streams
+    assert not any(thread.is_alive() for thread in streams)

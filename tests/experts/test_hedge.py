@@ -1,5 +1,6 @@
 """What the client does about hosts that are slow: frozen ones too."""
 
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -29,8 +30,10 @@ class Slow(LocalTransport):
         self.now_s = 0.0
         self.delays: dict[str, float] = {}
         self.down: set[str] = set()
+        self.dies_s: dict[str, float] = {}
         self.asked: list[str] = []
         self.open: set[object] = set()
+        self.calls: list[weakref.ref[_Call]] = []
         self.reports: list[tuple[str, str]] = []
         self.replaced_at_s = NEVER
         self.next_lives: Placement | None = None
@@ -40,6 +43,7 @@ class Slow(LocalTransport):
         self.asked.append(host.id)
         call = _Call(self, host, super().submit(host, request), self.now_s)
         self.open.add(call)
+        self.calls.append(weakref.ref(call))
         return call
 
     def snapshot(self) -> Placement:
@@ -66,7 +70,7 @@ class _Call:
     def result(self, timeout_s: float) -> ForwardReply:
         world = self._world
         ready_s = self._sent_s + world.delays.get(self._host.id, 0.0)
-        if self._host.id in world.down:
+        if self._host.id in world.down or world.now_s >= world.dies_s.get(self._host.id, NEVER):
             self.release()
             raise HostUnavailable(f"{self._host.id} is down")
         if ready_s > world.now_s + timeout_s:
@@ -148,6 +152,7 @@ def test_without_a_replica_a_late_reply_is_waited_for(opened: Checkpoint, rows: 
     assert not world.open
 
 
+@pytest.mark.usefixtures("uncollected")
 def test_a_late_life_that_was_replaced_is_given_up(opened: Checkpoint, rows: torch.Tensor, routing: Routing) -> None:
     hosts, placement = make_hosts(opened, 2)
     world = Slow(hosts, placement)
@@ -171,6 +176,20 @@ def test_a_late_life_that_was_replaced_is_given_up(opened: Checkpoint, rows: tor
     assert 1.5 <= world.now_s < 1.6
     assert client.stats().resends == 1
     assert not world.open
+    del dispatch
+    assert not any(call() for call in world.calls)  # each of which keeps what is shared with its host
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_of_a_late_host_that_dies_nothing_is_kept(opened: Checkpoint, rows: torch.Tensor, routing: Routing) -> None:
+    world, client, run, expected = arrange(opened, rows, routing, 2, 2)
+    world.delays = {"host-0": NEVER, "host-1": 0.05}
+    world.dies_s = {"host-0": 0.42}
+    assert torch.equal(run(), expected)
+    assert client.stats().hedges == 1
+    assert world.now_s == pytest.approx(0.45)
+    assert not world.open
+    assert not any(call() for call in world.calls)
 
 
 def test_a_rival_that_fails_leaves_the_late_reply(opened: Checkpoint, rows: torch.Tensor, routing: Routing) -> None:

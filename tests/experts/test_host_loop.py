@@ -143,3 +143,26 @@ def test_after_the_end_a_request_is_refused(host: ExpertHost) -> None:
     refusal = loop.submit(request()).result(10)
     assert isinstance(refusal, HostRefused)
     assert refusal.code == "failed"
+
+
+def test_a_request_that_comes_while_the_loop_ends_is_refused(host: ExpertHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the last look for requests, and before its thread is seen to have ended."""
+    loop = HostLoop(host)
+    looked, let_go = threading.Event(), threading.Event()
+    refuse_all = loop._refuse_all
+
+    def linger(reason: str) -> None:
+        refuse_all(reason)
+        if threading.current_thread() is loop._thread:
+            looked.set()
+            assert let_go.wait(10)
+
+    monkeypatch.setattr(loop, "_refuse_all", linger)
+    loop.start()
+    assert not loop.close(0.0)
+    assert looked.wait(10)
+    try:
+        assert isinstance(loop.submit(request()).result(5), HostRefused)
+    finally:
+        let_go.set()
+    assert loop.close(10)

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -166,3 +168,40 @@ def test_native_code_and_python_mean_the_same_bytes() -> None:
     assert NativeLane.seen.offset == 72
     assert HEADER.size == 64
     assert LEG == 6
+
+
+WANDERING = """
+import ctypes, sys
+from experts.shared_memory import map_shared
+words = (ctypes.c_uint32 * 4).from_buffer(map_shared(sys.argv[1], 4096))
+print("there", flush=True)
+while True:
+    for core in map(int, sys.argv[2:]):
+        words[2] = core
+"""
+
+
+def test_a_host_that_wakes_now_here_now_there_is_woken_each_time() -> None:
+    """Whoever sleeps on the sender's core is woken last, and is not missed when it is elsewhere by then."""
+    cores = sorted(os.sched_getaffinity(0))
+    ends, bell = Ends(), Bell()
+    ends.client._hear(bell.address)
+    ends.client.native.bell = bell.page
+    lanes = Lanes((Host("host-0", 7, ""),), [Leased(ends)], Bell(), 2)  # type: ignore[list-item]
+    owner_E, x_TD, experts_TK = torch.zeros(16, dtype=torch.int32), torch.randn(1, 8), torch.tensor([[3]])
+    bell._page.asleep = True
+    command = [sys.executable, "-c", WANDERING, bell.address, str(cores[0]), str(cores[-1])]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE) as host:
+        try:
+            assert host.stdout is not None
+            assert host.stdout.readline()
+            for _ in range(5000):
+                before = bell.rings
+                flight = take_off(lanes, owner_E, 3, 11, x_TD, experts_TK, None, 0.0)
+                assert flight is not None
+                for *_, call in flight.calls():
+                    lanes.leases[0].slots.answer(call._slot, 1, call._correlation)
+                    call.release()
+                assert bell.rings > before
+        finally:
+            host.kill()

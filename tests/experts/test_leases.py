@@ -1,6 +1,7 @@
 """Hosts by lease: the same bits, slots that come back, peers that die, freeze or lie, and nothing left behind."""
 
 import gc
+import mmap
 import os
 import sys
 import threading
@@ -25,7 +26,7 @@ from experts.lease_call import LeaseCall
 from experts.lease_door import LeaseDoor
 from experts.lease_transport import LeaseTransport
 from experts.messages import ForwardReply, ForwardRequest
-from experts.nixl import find_nixl, prepare_environment
+from experts.nixl import NixlMissing, find_nixl, prepare_environment
 from experts.nixl_pairing import NixlPairing
 from experts.pairing import Pairing, PairingFailed
 from experts.transport_kinds import Ways
@@ -190,7 +191,7 @@ def test_the_way_that_is_said_is_the_one_that_rows_take(
 
 
 def test_another_thread_may_ask_for_the_ways_while_hosts_come_and_go_and_waits_for_nobody(make: Make) -> None:
-    """Nor for the making of an agent of NIXL, under the lock: a heartbeat that is late is a worker that is lost."""
+    """Nor for whoever holds a lock: a heartbeat that is late is a worker that is lost."""
     transport, lease = make(), SimpleNamespace(way="nixl", close=lambda: None, thread=threading.current_thread())
     seen: list[int] = []
     over = threading.Event()
@@ -222,6 +223,39 @@ def test_another_thread_may_ask_for_the_ways_while_hosts_come_and_go_and_waits_f
         thread.join(10)
         transport._leaving.clear()
     assert max(seen) > 0
+
+
+@pytest.mark.skipif(find_nixl() is None, reason="NIXL is not installed")
+def test_no_call_waits_for_the_making_of_an_agent(
+    host: Counting, server: ExpertServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes as long as many layers: neither one to that host or another, nor one whose host is lost meanwhile."""
+    making, let_go, over = threading.Event(), threading.Event(), threading.Event()
+
+    def slowly(*given: object) -> None:
+        making.set()
+        let_go.wait(20)
+        raise NixlMissing("not today")
+
+    monkeypatch.setattr("experts.lease_transport.NixlAgent", slowly)
+    transport = make(machine="another machine")
+    other = Host("host-1", 1, server.address)
+
+    def work() -> None:
+        for asked in (at(server), other):
+            transport.submit(asked, request()).result(10)
+        transport.forget(other)
+        over.set()
+
+    transport.submit(at(server), request()).result(10)
+    assert making.wait(10)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        assert over.wait(5), "it waits for the agent"
+    finally:
+        let_go.set()
+        thread.join(10)
 
 
 NEAR_AND_FAR = [
@@ -638,25 +672,32 @@ def test_memory_of_a_frozen_host_is_kept_until_it_lets_go(processes: Callable[..
     assert transport.wait_ready(other.host, 10)
 
 
-def footprint() -> tuple[int, int, frozenset[str]]:
-    """Threads, open files, and the mappings that are as long as this test's arenas, with their addresses."""
-    gc.collect()
-    arenas: set[str] = set()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        start, end = (int(address, 16) for address in line.split()[0].split("-"))
-        if end - start in (SLOTS * 333 * PAGE_BYTES, (SLOTS * 333 + 1) * PAGE_BYTES):
-            arenas.add(line)
-    return threading.active_count(), len(os.listdir("/proc/self/fd")), frozenset(arenas)
+ARENA_BYTES = (SLOTS * 333 * PAGE_BYTES, (SLOTS * 333 + 1) * PAGE_BYTES)  # of slots that only the next test asks for
 
 
-def test_peers_that_come_and_go_leave_nothing_behind(server: ExpertServer, door: LeaseDoor, make: Make) -> None:
-    others = footprint()[2]  # that no arena of this test is
+def footprint() -> tuple[int, int, int]:
+    """Threads, open files, and the next test's arenas that are mapped.
+
+    They are counted as objects: the system shows neighbours as one mapping, and may have others of their length.
+    """
+    arenas = [each for each in gc.get_objects() if type(each) is mmap.mmap and len(each) in ARENA_BYTES]
+    return threading.active_count(), len(os.listdir("/proc/self/fd")), len(arenas)
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("agreed", [True, False], ids=["in agreement", "without a word"])
+def test_peers_that_come_and_go_leave_nothing_behind(
+    server: ExpertServer, door: LeaseDoor, make: Make, agreed: bool
+) -> None:
     transport = make(slot=333 * PAGE_BYTES)
 
     def come_and_go() -> None:
         assert transport.wait_ready(at(server), 10)
         lease = transport._leases[at(server)]
         ask(transport, at(server), request())
+        if not agreed:
+            lease._channel.close()  # as when the client's process ends
+            assert lease.join(10)
         transport.forget(at(server))
         assert lease.join(10)
 
@@ -664,15 +705,30 @@ def test_peers_that_come_and_go_leave_nothing_behind(server: ExpertServer, door:
         come_and_go()
     time.sleep(0.5)
     threads, files, _ = footprint()
-    for _ in range(50):
+    for _ in range(20):
         come_and_go()
     deadline_s = time.monotonic() + 20
     while True:
         now = footprint()
-        if now[0] <= threads + 2 and now[1] <= files + 4 and not now[2] - others and door.leases == 0:
+        if now[0] <= threads + 2 and now[1] <= files + 4 and now[2] == 0 and door.leases == 0:
             return
-        assert time.monotonic() < deadline_s, (now, (threads, files, others), door.leases)
+        assert time.monotonic() < deadline_s, (now, (threads, files), door.leases)
         time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_of_a_killed_host_no_memory_is_left(processes: Callable[..., HostProcess], make: Make) -> None:
+    other = processes()
+    transport = make(slot=333 * PAGE_BYTES)
+    assert transport.wait_ready(other.host, 10)
+    ask(transport, other.host, request())
+    thread = transport._leases[other.host].thread
+    assert footprint()[2] > 0
+    other.process.kill()
+    thread.join(10)
+    transport.forget(other.host)
+    assert not thread.is_alive()
+    assert footprint()[2] == 0
 
 
 def test_a_stopped_server_ends_its_leases(host: Counting, door: LeaseDoor, make: Make) -> None:

@@ -1,5 +1,6 @@
 """What NIXL's way is made of, without NIXL: slots, frames in them, bells, patience."""
 
+import collections
 import os
 import subprocess
 import sys
@@ -165,6 +166,18 @@ def test_a_dropped_call_gives_its_slot_back_when_answered() -> None:
     assert taken is not None
     table.answer(taken[0], 100, taken[1])
     table.drop(taken[0])
+    assert table.take() is not None
+
+
+def test_threads_that_give_dropped_slots_back_at_once_do_not_fail() -> None:
+    table = SlotTable(1)
+
+    class Contested(collections.deque[int]):
+        def popleft(self) -> int:
+            self.clear()  # as another thread does that saw the same
+            return super().popleft()
+
+    table._dropped = Contested([0])
     assert table.take() is not None
 
 

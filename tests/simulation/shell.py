@@ -35,6 +35,7 @@ class Shell:
         self._placement: Placement | None = None
         self._crash_after: int | None = None  # actions
         self._acting = False
+        self._told: set[str] = set()  # ids of changes, over all lives
         self._boot()
 
     @property
@@ -80,6 +81,10 @@ class Shell:
             return None
         if running is not None:
             raise Violation(f"{wish} was begun while {running.id} is under way")
+        if change.id in self._told:
+            raise Violation(f"{wish} has the id of an earlier change, {change.id}")
+        self._told.add(change.id)
+        self._kept = conductor.state.to_json()
         self._world.note("wish", wish.kind, wish.hosts, wish.leaving, wish.replicas)
         self._act()
         return change
