@@ -152,19 +152,23 @@ class Decoder:
         # in fp32: as bf16, the likeliest tokens would often be alike
         self._head = PackedLinear(read_weight(checkpoint, head, dtype, device), torch.float32)
 
-    def near_hosts(self) -> NearHosts | None:
-        """The hosts of the newest table, where all are in this process and compute on its GPU."""
-        return self._experts.near(self._placements.snapshot(), self._embedding_VD.device)
+    def placement(self) -> Placement:
+        """The newest table."""
+        return self._placements.snapshot()
+
+    def near_hosts(self, placement: Placement) -> NearHosts | None:
+        """The hosts of a table, where all are in this process and compute on its GPU."""
+        return self._experts.near(placement, self._embedding_VD.device)
 
     @torch.inference_mode()
-    def forward(self, batch: StepBatch, cache: LatentCache) -> Tensor:
+    def forward(self, batch: StepBatch, cache: LatentCache, placement: Placement | None = None) -> Tensor:
         """Compute the step's latents into `cache`; logits [L, V] fp32 of the rows that want them.
 
-        The whole step uses one snapshot of the placement table. Raises ExpertsUnavailable when the holders of
-        some expert stayed unreachable for the client's whole deadline; the cache slots of this step's tokens
-        are then undefined, all others unharmed.
+        The whole step uses one placement table: the given one, else a snapshot of the newest. Raises
+        ExpertsUnavailable when the holders of some expert stayed unreachable for the client's whole deadline; the
+        cache slots of this step's tokens are then undefined, all others unharmed.
         """
-        placement = self._placements.snapshot()
+        placement = self.placement() if placement is None else placement
         halved = self._halve_from is not None and len(batch) >= max(2, self._halve_from)
         parts = batch.halves() if halved else (batch,)
         underway = [Underway(self._embedding_VD[part.token_T].to(self.dtype)) for part in parts]

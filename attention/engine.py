@@ -10,6 +10,7 @@ from attention.cache import LatentCache
 from attention.decoder import Decoder
 from attention.finish import finish_reason
 from attention.graphs import StepGraphs
+from attention.recorder import Recorder
 from attention.requests import GenerateRequest, TokenLogprob, Update
 from attention.rope import RotaryTable
 from attention.sampling import GREEDY_BELOW, draw, forbid, penalised, score
@@ -60,7 +61,8 @@ class Engine:
         self._graphs: StepGraphs | None = None
         if recorded:
             most_blocks = -(-self.max_length // limits.block_size)
-            self._graphs = StepGraphs(decoder, self._cache, limits.cache_blocks, most_blocks)
+            recorder = Recorder(self._cache.data_LBSW.device)
+            self._graphs = StepGraphs(decoder, self._cache, limits.cache_blocks, most_blocks, recorder)
         self._rotary = RotaryTable(config, self.max_length, decoder.device)
         self._scheduler = Scheduler(self._pool, limits.scheduler)
         self._sequences: dict[str, Sequence] = {}

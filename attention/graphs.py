@@ -5,8 +5,7 @@ sequences and a length of block table, both rounded up; what fills it up are row
 Shapes: `T` tokens, one a sequence, `M` blocks of a table, `V` vocabulary.
 """
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,34 +13,36 @@ from torch import Tensor
 from attention.batch import StepBatch
 from attention.cache import LatentCache
 from attention.decoder import Decoder
-
-if TYPE_CHECKING:
-    from torch.cuda import _POOL_HANDLE
+from attention.recorder import Recorded, Recorder
+from experts.near import NearHosts, Version
+from router.placement import Placement
 
 MOST_ROWS = 256  # of a step that is worth a graph
 TABLE_TOKENS = 256  # least that a recorded block table reaches
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Recorded:
-    graph: torch.cuda.CUDAGraph
+class _Step:
     batch: StepBatch  # read when it is replayed
-    logits_TV: Tensor  # written then
+    logits: Recorded  # [T, V]
 
 
 class StepGraphs:
     """The graphs of one decoder and cache, recorded when a step first wants one."""
 
-    def __init__(self, decoder: Decoder, cache: LatentCache, spare_block: int, most_blocks: int) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: LatentCache, spare_block: int, most_blocks: int, recorder: Recorder
+    ) -> None:
         """`spare_block` is written to by rows that nobody wants; `most_blocks` is the longest table's."""
         self._decoder = decoder
         self._cache = cache
         self._spare = spare_block
         self._most_blocks = most_blocks
-        self._version: object = None  # of the hosts at the last step
-        self._stream: torch.cuda.Stream | None = None
-        self._recorded: dict[tuple[int, int], _Recorded] = {}
-        self._pool: _POOL_HANDLE | None = None
+        self._recorder = recorder
+        self._hosts: NearHosts | None = None  # of the last step: graphs read what these keep on the device
+        self._version: Version | None = None
+        self._steps: dict[tuple[int, int], _Step] = {}
+        self._full = False  # the device has no room for one more
 
     def forward(self, batch: StepBatch) -> Tensor | None:
         """Logits [T, V] of a step with one token a sequence, all of which want them; good until the next call.
@@ -49,25 +50,47 @@ class StepGraphs:
         None where such a step cannot be recorded just now.
         """
         tokens = len(batch)
-        hosts = self._decoder.near_hosts()
-        if hosts is None or tokens > MOST_ROWS:
+        placement = self._decoder.placement()
+        hosts = self._decoder.near_hosts(placement)
+        if hosts is None:
+            self._begin_anew(None, None)
+            return None
+        if tokens > MOST_ROWS:
             return None
         with hosts.computing():  # nothing is loaded or dropped before it is replayed, nor freed before it is computed
             version = hosts.version
-            if version != self._version:  # experts move, perhaps more of them before the next step
-                self._recorded.clear()
-                self._pool = None
-                self._version = version
+            if hosts is not self._hosts or version != self._version:
+                self._begin_anew(hosts, version)  # experts move, perhaps more of them before the next step
                 return None
             if version is None:
                 return None
-            key = (_rounded(tokens, 1), self._table_blocks(batch.block_tables_QM.shape[1]))
-            if key not in self._recorded:
-                self._recorded[key] = self._record(*key)
-            recorded = self._recorded[key]
-            self._fill(recorded.batch, batch)
-            recorded.graph.replay()
-        return recorded.logits_TV[:tokens]
+            step = self._step(_rounded(tokens, 1), self._table_blocks(batch.block_tables_QM.shape[1]), placement)
+            if step is None:
+                return None
+            self._fill(step.batch, batch)
+            step.logits.replay()
+        return step.logits.out[:tokens]
+
+    def _begin_anew(self, hosts: NearHosts | None, version: Version | None) -> None:
+        self._hosts, self._version, self._full = hosts, version, False
+        self._steps.clear()
+        self._recorder.forget()
+
+    def _step(self, rows: int, blocks: int, placement: Placement) -> _Step | None:
+        """What is recorded for so many rows and blocks; None where it cannot be."""
+        found = self._steps.get((rows, blocks))
+        # a dispatch that is turned down goes another way, which waits for the device
+        if found is not None or self._full or self._hosts is None or not self._hosts.hold(placement):
+            return found
+        batch = self._filler(rows, blocks)
+        try:
+            logits = self._recorder.record(lambda: self._decoder.forward(batch, self._cache, placement))
+        except torch.OutOfMemoryError:  # what graphs have taken, other steps may need
+            self._begin_anew(self._hosts, self._version)
+            self._full = True
+            return None
+        step = self._steps[rows, blocks] = _Step(batch, logits)
+        return step
 
     def _table_blocks(self, blocks: int) -> int:
         least = -(-TABLE_TOKENS // self._cache.block_size)
@@ -82,11 +105,12 @@ class StepGraphs:
             into.slot_T[tokens:].fill_(self._spare * self._cache.block_size)
             into.position_T[tokens:].zero_()
 
-    def _record(self, rows: int, blocks: int) -> _Recorded:
+    def _filler(self, rows: int, blocks: int) -> StepBatch:
+        """A step of rows that nobody wants, in the spare block."""
         device = self._cache.data_LBSW.device
         half = self._decoder.config.qk_rope_head_dim // 2
         numbers = torch.arange(rows, device=device)
-        batch = StepBatch(
+        return StepBatch(
             token_T=torch.zeros_like(numbers),
             position_T=torch.zeros_like(numbers, dtype=torch.int32),
             sequence_T=numbers.int(),
@@ -96,20 +120,6 @@ class StepGraphs:
             cos_TR=torch.ones(rows, half, device=device),
             sin_TR=torch.zeros(rows, half, device=device),
         )
-        assert all(getattr(batch, field.name).is_cuda for field in fields(batch))
-        if self._stream is None:  # memory of the pool is used again on its own stream alone
-            self._stream = torch.cuda.Stream(device)
-        beside = self._stream
-        beside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(beside):
-            self._decoder.forward(batch, self._cache)  # compiles what is not compiled, into the spare block
-        torch.cuda.current_stream(device).wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"):
-            logits_TV = self._decoder.forward(batch, self._cache)
-        return _Recorded(graph, batch, logits_TV)
 
 
 def _rounded(count: int, least: int) -> int:

@@ -101,15 +101,24 @@ WIDE = (
 )
 
 
+def capability() -> tuple[int, int] | None:
+    """Of the device that is measured; None where there is none."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def used_tile(rows: float, dtype: torch.dtype) -> Tile:
+    return tile_for(rows, dtype, capability())
+
+
 def tiles_for(rows: float, dtype: torch.dtype) -> list[Tile]:
     """The one in use first, then every candidate."""
     candidates = WIDE if dtype == FP32 else NARROW
-    return _distinct(tile_for(rows, dtype), [each.tile for each in candidates if each.least <= rows <= each.most])
+    return _distinct(used_tile(rows, dtype), [each.tile for each in candidates if each.least <= rows <= each.most])
 
 
 def all_tiles(dtype: torch.dtype) -> list[Tile]:
     """The one in use for one row first."""
-    return _distinct(tile_for(1, dtype), [each.tile for each in (WIDE if dtype == FP32 else NARROW)])
+    return _distinct(used_tile(1, dtype), [each.tile for each in (WIDE if dtype == FP32 else NARROW)])
 
 
 def _distinct(used: Tile, tiles: Sequence[Tile]) -> list[Tile]:
@@ -156,7 +165,7 @@ class Product:
 
     def cases(self) -> Iterator[Case]:
         for rows in ROWS:
-            work, used = self.work(rows), tile_for(rows, self.dtype)
+            work, used = self.work(rows), used_tile(rows, self.dtype)
             for tile in tiles_for(rows, self.dtype):
                 make = partial(self.make, rows, tile, self.out_dtype)
                 yield Case(self.name, label(tile), tile == used, rows, work, make)
@@ -212,7 +221,7 @@ class Experts:
     def cases(self) -> Iterator[Case]:
         for rows in ROWS:
             each = rows * self.top_k / self.experts
-            used = tile_for(each, BF16)
+            used = used_tile(each, BF16)
             for tile in tiles_for(max(1.0, each), BF16):
                 make = partial(self.make, rows, tile)
                 yield Case(self.name, label(tile), tile == used, rows, self.work(rows), make)

@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.gpu_kernel_cases import BF16, DEVICE, FP32, LITE, ROWS, Call, Case, Work, drawn
+from bench.gpu_kernel_cases import BF16, DEVICE, FP32, LITE, ROWS, Call, Case, Work, capability, drawn
 from kernels.gpu import attention
-from kernels.gpu.attention import Cut, Tile, cut_for, latent_attention, tiles_for
+from kernels.gpu.attention import latent_attention
+from kernels.gpu.attention_cut import Cut, Tile, cut_for, tiles_for
 from kernels.gpu.experts import places
 from kernels.gpu.rows import combine, rms_norm, rotate_heads, write_latents
 from kernels.gpu.tiles import blocks
@@ -111,10 +112,9 @@ class Attention:
 
     @property
     def used(self) -> Way:
-        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
         splits = blocks(self.before + self.new, attention.SPLIT)
         cut = cut_for(self.rows, self.sequences, self.rows * _HEADS * splits * _LATENT)
-        tiles = tiles_for(BF16, capability)
+        tiles = tiles_for(BF16, capability())
         return Way(tiles.many if cut.together else tiles.few, attention.SPLIT, cut)
 
     def cases(self) -> Iterator[Case]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experts.host import ExpertHost
 from router.gate import Routing
-from router.placement import Host
+from router.placement import Host, Placement
 
 Version = tuple[tuple[Host, int], ...]
 """Of each host, its life and how many experts it had loaded or dropped."""
@@ -24,7 +24,8 @@ class _Split:
     """Which host computes which expert of a layer, found to be held by it at some version."""
 
     owner_E: Tensor  # as the client has it, on CPU
-    near_E: Tensor  # on the device
+    near_E: Tensor  # on the device; one of a layer, for a recorded dispatch knows where it lies
+    holders: tuple[int, ...]  # indexes of the hosts that hold any expert of the layer, at this version
     version: Version
 
 
@@ -34,7 +35,8 @@ class NearHosts:
     def __init__(self, names: Sequence[Host], hosts: Sequence[ExpertHost]) -> None:
         self._names = tuple(names)
         self._hosts = tuple(hosts)
-        self._splits: dict[tuple[int, int], _Split] = {}
+        self._in_turn = tuple(sorted(hosts, key=lambda host: host.host_id))  # whatever a table's order is
+        self._splits: dict[int, _Split] = {}  # the newest of each layer
 
     def computes_on(self, device: torch.device) -> bool:
         """Whether tensors of a device are where these hosts compute."""
@@ -50,11 +52,18 @@ class NearHosts:
             return None
         return tuple((name, host.changes) for name, host in zip(self._names, self._hosts, strict=True))
 
+    def hold(self, placement: Placement) -> bool:
+        """Whether each holds all that a table of these hosts says: no dispatch by it is then turned down."""
+        return all(
+            set(placement.held_by(name.id)) <= set(host.held)
+            for name, host in zip(self._names, self._hosts, strict=True)
+        )
+
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Nothing is unloaded from any of them meanwhile."""
         with ExitStack() as locks:
-            for host in self._hosts:
+            for host in self._in_turn:
                 locks.enter_context(host.computing())
             yield
 
@@ -69,25 +78,26 @@ class NearHosts:
             experts_TK = routing.experts_TK.contiguous()
             tokens, top_k = experts_TK.shape
             y_SD = torch.empty(tokens * top_k, x_TD.shape[1], dtype=torch.float32, device=x_TD.device)
-            for index, host in enumerate(self._hosts):
+            for index in split.holders:
                 mine_TK = experts_TK
-                if len(self._hosts) > 1:
+                if len(split.holders) > 1:
                     mine_TK = experts_TK.masked_fill(split.near_E[experts_TK] != index, owner_E.shape[0])
-                host.compute_slots(layer, x_TD, mine_TK, y_SD)
+                self._hosts[index].compute_slots(layer, x_TD, mine_TK, y_SD)
         return NearFlight(y_SD, tokens, now_s)
 
     def _split(self, owner_E: Tensor, layer: int) -> _Split | None:
         version = self.version
         if version is None:
             return None
-        found = self._splits.get((layer, id(owner_E)))
+        found = self._splits.get(layer)
         if found is not None and found.owner_E is owner_E and found.version == version:
             return found
         held = [{expert for held_layer, expert in host.held if held_layer == layer} for host in self._hosts]
         if any(owner < 0 or expert not in held[owner] for expert, owner in enumerate(owner_E.tolist())):
             return None
-        split = _Split(owner_E, owner_E.to(self._hosts[0].device), version)
-        self._splits[layer, id(owner_E)] = split
+        near_E = owner_E.to(self._hosts[0].device, copy=True) if found is None else found.near_E.copy_(owner_E)
+        holders = tuple(index for index, experts in enumerate(held) if experts)
+        self._splits[layer] = split = _Split(owner_E, near_E, holders, version)
         return split
 
 

@@ -45,8 +45,8 @@ def _count_places(
 
 
 @triton.jit
-def _block(ends, block, pairs, experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """The expert of a block of rows, and the first and the end of its places; experts where there are no more."""
+def _block(table, ends, block, pairs, experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """The weights' address of a block of rows, 0 where there are none, and the first and the end of its places."""
     if EXPERTS == 1:  # whose places are the pairs as they come
         expert, first, last = 0, block * ROWS, pairs
     else:
@@ -59,7 +59,16 @@ def _block(ends, block, pairs, experts, ROWS: tl.constexpr, EXPERTS: tl.constexp
         before = tl.sum(tl.where(e < expert, count, 0), axis=0)
         first = tl.sum(tl.where(e == expert, begin, 0), axis=0) + (block - before) * ROWS
         last = tl.sum(tl.where(e == expert, end, 0), axis=0)
-    return expert, first, last
+    return tl.load(table + expert, mask=expert < experts, other=0), first, last
+
+
+@triton.jit
+def _rows(order, first, end, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Places from the first on, which of them there are, and their pairs."""
+    place = first + tl.arange(0, ROWS)
+    is_row = place < end
+    pair = place if EXPERTS == 1 else tl.load(order + place, mask=is_row, other=0)
+    return place, is_row, pair
 
 
 @triton.jit
@@ -83,12 +92,9 @@ def _hidden(
     EXPERTS: tl.constexpr,
 ):
     """silu(x · gateᵀ) · (x · upᵀ) of each place, [P, I]."""
-    expert, first, end = _block(ends, tl.program_id(1), pairs, experts, ROWS, EXPERTS)
-    address = tl.load(table + expert, mask=expert < experts, other=0)
+    address, first, end = _block(table, ends, tl.program_id(1), pairs, experts, ROWS, EXPERTS)
     if address != 0:
-        place = first + tl.arange(0, ROWS)
-        is_row = place < end
-        pair = place if EXPERTS == 1 else tl.load(order + place, mask=is_row, other=0)
+        place, is_row, pair = _rows(order, first, end, ROWS, EXPERTS)
         row = tl.load(pair_row + pair, mask=is_row, other=0) if TOP_K == 0 else pair // TOP_K
         n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
         gate = address.to(tl.pointer_type(x.dtype.element_ty))
@@ -123,12 +129,9 @@ def _answers(
     ADDS: tl.constexpr,
 ):
     """hidden · downᵀ (+ add) of each place, into the row of its pair."""
-    expert, first, end = _block(ends, tl.program_id(1), pairs, experts, ROWS, EXPERTS)
-    address = tl.load(table + expert, mask=expert < experts, other=0)
+    address, first, end = _block(table, ends, tl.program_id(1), pairs, experts, ROWS, EXPERTS)
     if address != 0:
-        place = first + tl.arange(0, ROWS)
-        is_row = place < end
-        pair = place if EXPERTS == 1 else tl.load(order + place, mask=is_row, other=0)
+        place, is_row, pair = _rows(order, first, end, ROWS, EXPERTS)
         n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
         down = address.to(tl.pointer_type(hidden.dtype.element_ty))
         hidden_at = hidden + place.to(tl.int64) * INNER

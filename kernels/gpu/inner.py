@@ -5,6 +5,27 @@ import triton.language as tl
 
 
 @triton.jit
+def _within(is_there, k, INNER: tl.constexpr, BLOCK: tl.constexpr):
+    """Which numbers k of which rows there are."""
+    return is_there[:, None] if INNER % BLOCK == 0 else is_there[:, None] & (k[None, :] < INNER)
+
+
+@triton.jit
+def _part(at, k, mask):
+    """The numbers k of rows, of pointers to them; 0 where there are none."""
+    return tl.load(at[:, None] + k[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _added(total, rows, outputs, SWAPPED: tl.constexpr):
+    if SWAPPED:
+        total = tl.dot(outputs, tl.trans(rows), total, input_precision="ieee")
+    else:
+        total = tl.dot(rows, tl.trans(outputs), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def multiplied(
     x_at,
     weight_at,
@@ -20,16 +41,8 @@ def multiplied(
     total = tl.zeros((OUTPUTS, ROWS) if SWAPPED else (ROWS, OUTPUTS), dtype=tl.float32)
     for first in range(0, INNER, BLOCK):
         k = first + tl.arange(0, BLOCK)
-        if INNER % BLOCK == 0:
-            x_mask, weight_mask = is_row[:, None], is_output[:, None]
-        else:
-            x_mask, weight_mask = is_row[:, None] & (k[None, :] < INNER), is_output[:, None] & (k[None, :] < INNER)
-        rows = tl.load(x_at[:, None] + k[None, :], mask=x_mask, other=0.0)
-        outputs = tl.load(weight_at[:, None] + k[None, :], mask=weight_mask, other=0.0)
-        if SWAPPED:
-            total = tl.dot(outputs, tl.trans(rows), total, input_precision="ieee")
-        else:
-            total = tl.dot(rows, tl.trans(outputs), total, input_precision="ieee")
+        x_mask, weight_mask = _within(is_row, k, INNER, BLOCK), _within(is_output, k, INNER, BLOCK)
+        total = _added(total, _part(x_at, k, x_mask), _part(weight_at, k, weight_mask), SWAPPED)
     return tl.trans(total) if SWAPPED else total
 
 
@@ -51,19 +64,10 @@ def multiplied_twice(
     other = tl.zeros((OUTPUTS, ROWS) if SWAPPED else (ROWS, OUTPUTS), dtype=tl.float32)
     for first in range(0, INNER, BLOCK):
         k = first + tl.arange(0, BLOCK)
-        if INNER % BLOCK == 0:
-            x_mask, weight_mask = is_row[:, None], is_output[:, None]
-        else:
-            x_mask, weight_mask = is_row[:, None] & (k[None, :] < INNER), is_output[:, None] & (k[None, :] < INNER)
-        rows = tl.load(x_at[:, None] + k[None, :], mask=x_mask, other=0.0)
-        outputs = tl.load(first_at[:, None] + k[None, :], mask=weight_mask, other=0.0)
-        others = tl.load(second_at[:, None] + k[None, :], mask=weight_mask, other=0.0)
-        if SWAPPED:
-            one = tl.dot(outputs, tl.trans(rows), one, input_precision="ieee")
-            other = tl.dot(others, tl.trans(rows), other, input_precision="ieee")
-        else:
-            one = tl.dot(rows, tl.trans(outputs), one, input_precision="ieee")
-            other = tl.dot(rows, tl.trans(others), other, input_precision="ieee")
+        x_mask, weight_mask = _within(is_row, k, INNER, BLOCK), _within(is_output, k, INNER, BLOCK)
+        rows = _part(x_at, k, x_mask)
+        outputs, others = _part(first_at, k, weight_mask), _part(second_at, k, weight_mask)
+        one, other = _added(one, rows, outputs, SWAPPED), _added(other, rows, others, SWAPPED)
     if SWAPPED:
         one, other = tl.trans(one), tl.trans(other)
     return one, other

@@ -84,6 +84,12 @@ def test_every_kernel_is_tried_as_it_is_used() -> None:
     assert any(tile.startswith("16x") for tile in tried)  # of another instruction on Hopper
 
 
+def test_what_is_used_goes_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "capability", lambda: tiles.CRAMPED_DEVICES[0])
+    used = next(case for case in products.HEAD.cases() if case.used)
+    assert used.tile == label(tiles.CRAMPED[0]) != label(tiles.NARROW[0])
+
+
 def test_bits_are_those_of_what_is_used_for_few_rows() -> None:
     for what, same in groupby(products.product_bit_cases(), lambda case: case.what):
         dtype = torch.float32 if what == products.GATE.name else torch.bfloat16

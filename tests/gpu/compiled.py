@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kernels.gpu.attention import Cut, latent_attention, tiles_for
+from kernels.gpu.attention import latent_attention
+from kernels.gpu.attention_cut import Cut, tiles_for
 from kernels.gpu.experts import expert_layer
 from kernels.gpu.product import head_products, product
 from kernels.gpu.tiles import CRAMPED, CRAMPED_DEVICES, NARROW

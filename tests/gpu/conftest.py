@@ -1,9 +1,12 @@
 """Triton kernels on a GPU where there is one, else on the CPU by Triton's interpreter, which takes no bf16."""
 
 import importlib.util
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from kernels.native import CHOICE, native
 
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]  # it is for Linux
 
@@ -11,6 +14,17 @@ collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whole models through the GPU's kernels, on the CPU."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    monkeypatch.setenv(CHOICE, "triton")
+    native.cache_clear()
+    yield
+    native.cache_clear()
 
 
 def dtypes() -> list[torch.dtype]:

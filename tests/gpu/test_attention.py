@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels.gpu import attention
-from kernels.gpu.attention import Cut, latent_attention
+from kernels.gpu.attention import latent_attention
+from kernels.gpu.attention_cut import Cut
 from tests.gpu.errors import close
 
 HEADS, LATENT, ROTARY, BLOCK = 3, 40, 6, 4

@@ -135,4 +135,4 @@ def test_experts_that_move_are_found_where_they_are(path: Path, prompts: list[li
 
 def recorded(engine: Engine) -> int:
     assert engine._graphs is not None
-    return len(engine._graphs._recorded)
+    return len(engine._graphs._steps)

@@ -1,7 +1,7 @@
 """A whole model through the GPU's kernels in Triton's interpreter: they are given what they take, and answer right."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,16 +16,8 @@ from kernels.native import CHOICE, native
 from tests.oracle import greedy_tokens
 from tests.serving import greedy, make_engine, run
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+pytestmark = pytest.mark.usefixtures("interpreted")
 LIMITS = EngineLimits(cache_blocks=32, max_length=128, scheduler=SchedulerLimits(step_tokens=12))
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(CHOICE, "triton")
-    native.cache_clear()
-    yield
-    native.cache_clear()
 
 
 @pytest.mark.parametrize(("hosts", "near"), [(1, True), (2, True), (2, False)])
