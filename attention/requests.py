@@ -112,7 +112,8 @@ class Update:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # of the next prompt tokens, in order
-    finish_reason: str | None = None  # "stop", "length", "error", or "lost": the worker's end, not the request's fault
+    # "stop": by the last of `token_ids`; "length"; "error"; or "lost": the worker's end, not the request's fault
+    finish_reason: str | None = None
     error: str | None = None
     cached_tokens: int = 0  # prompt tokens that a reused prefix spared
 

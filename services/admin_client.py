@@ -4,7 +4,7 @@ from typing import Any
 
 import httpx
 
-from services.commands import CommandError
+from services.commands import CommandError, authorization
 from services.state import ServiceRecord
 
 ANSWER_S = 15.0
@@ -33,7 +33,7 @@ class AdminClient:
         if not record.admin_token:
             raise CommandError(f"set SHOAL_ADMIN_TOKEN to the admin token of {record.url}")
         self.record = record
-        headers = {"Authorization": f"Bearer {record.admin_token}"}
+        headers = authorization(record.admin_token, "the admin token")
         self._http = httpx.Client(base_url=record.url, headers=headers, trust_env=False)
 
     def get(self, path: str, query: dict[str, Any] | None = None, timeout_s: float = ANSWER_S) -> dict[str, Any]:

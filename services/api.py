@@ -37,14 +37,14 @@ def create_app(
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         plan = await asyncio.to_thread(plan_chat, body, backend)  # a long text takes a tokenizer seconds
         if body.stream:
-            return await stream(stream_chat(plan, backend))
+            return await unless_gone(request, stream(stream_chat(plan, backend)))
         return await _written(await unless_gone(request, complete_chat(plan, backend)))
 
     @app.post("/v1/completions", responses=generating)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         plan = await asyncio.to_thread(plan_completion, body, backend)
         if body.stream:
-            return await stream(stream_completion(plan, body, backend))
+            return await unless_gone(request, stream(stream_completion(plan, body, backend)))
         return await _written(await unless_gone(request, complete(plan, body, backend)))
 
     @app.exception_handler(ClientGone)
@@ -88,7 +88,8 @@ def _add_small_routes(app: FastAPI, backend: Backend) -> None:
         if body.messages is not None:
             text, special = chat_text(body.messages, backend.model, body.add_generation_prompt), False
         else:
-            text, special = body.prompt or "", body.add_special_tokens
+            text, special = body.prompt or "", True
+        special = special if body.add_special_tokens is None else body.add_special_tokens
         tokens = tokenizer.encode(text, special)
         answer: dict[str, Any] = {
             "count": len(tokens),

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cluster.spec import ServiceSpec
 from experts.tls import TlsFiles
 from experts.transport_kinds import TransportKind
 from model.adapters.overlay import open_with_adapters
+from services.keys import check_key
 
 SHORTEST_KEY = 8  # characters
 
@@ -95,6 +96,11 @@ class AppArgs(BaseModel):
     experts: ExpertArgs = ExpertArgs()
     attention: AttentionArgs = AttentionArgs()
     tls: TlsArgs | None = None
+
+    @field_validator("api_key", "admin_token")
+    @classmethod
+    def _sendable(cls, key: str | None) -> str | None:
+        return None if key is None else check_key(key)
 
     @model_validator(mode="before")
     @classmethod

@@ -9,27 +9,29 @@ from typing import Any
 import httpx
 from rich.console import Console
 
+from services.commands import CommandError, authorization
+
 
 def converse(options: argparse.Namespace, url: str, console: Console) -> int:
     """Stream answers; 1 when the service refused the one question. A conversation goes on without what was refused."""
     messages: list[dict[str, str]] = []
     if options.system:
         messages.append({"role": "system", "content": options.system})
-    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+    headers = authorization(options.api_key, "the API key") if options.api_key else {}
     with httpx.Client(base_url=url, headers=headers, timeout=None, trust_env=False) as client:
         models = client.get("/v1/models")
         if models.status_code != 200:
             return _refused(models)
-        settings: dict[str, Any] = {"model": models.json()["data"][0]["id"]}
+        settings: dict[str, Any] = {"model": _served(models)}
         for name in ("max_tokens", "temperature", "seed"):
             if getattr(options, name) is not None:
                 settings[name] = getattr(options, name)
-        for question in [options.message] if options.message else _questions(console):
+        for question in _questions(console) if options.message is None else [options.message]:
             messages.append({"role": "user", "content": question})
-            answer = _ask(client, settings | {"messages": messages, "stream": True}, console)
+            answer = _ask(client, settings | {"messages": messages, "stream": True})
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
-            elif options.message:
+            elif options.message is not None:
                 return 1
             else:
                 messages.pop()
@@ -40,13 +42,24 @@ def _questions(console: Console) -> Iterator[str]:
     while True:
         try:
             question = console.input("[bold]> [/bold]")
+            question.encode()
         except EOFError:
             return
+        except UnicodeError as error:
+            raise CommandError(f"a line of standard input cannot be sent, as it is no UTF-8: {error}") from None
         if question.strip():
             yield question
 
 
-def _ask(client: httpx.Client, body: dict[str, Any], console: Console) -> str | None:
+def _served(models: httpx.Response) -> str:
+    try:
+        return str(models.json()["data"][0]["id"])
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise CommandError(f"{models.url} names no model: is it the address of a service of Shoal's?") from None
+
+
+def _ask(client: httpx.Client, body: dict[str, Any]) -> str | None:
+    """The answer, which is printed as it is written: no console that wraps lines, or reads more into them."""
     answer = ""
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
@@ -58,15 +71,15 @@ def _ask(client: httpx.Client, body: dict[str, Any], console: Console) -> str | 
                 continue
             chunk = json.loads(line.removeprefix("data: "))
             if "error" in chunk:
-                console.print()
+                print()
                 print(f"shoal: {chunk['error']['message']}", file=sys.stderr)
                 return None
             text = chunk["choices"][0]["delta"].get("content", "")
             if not answer:
                 text = text.lstrip()  # DeepSeek's template writes a space of its own before what is sent back
             answer += text
-            console.print(text, end="", markup=False)
-    console.print()
+            print(text, end="", flush=True)
+    print()
     return answer
 
 

@@ -1,11 +1,9 @@
 """The `shoal` command."""
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from services import (
     bench_command,
@@ -16,7 +14,10 @@ from services import (
     plan_command,
     train_command,
 )
+from services.closed_pipe import while_it_is_read
 from services.commands import CommandError
+from services.parser import Parser
+from services.values import count, number, seconds, utf8
 
 DESCRIPTION = "Serve DeepSeek-V2-family models with their experts in separate Ray actors."
 EPILOG = """\
@@ -52,13 +53,6 @@ REMOTE = (
 )  # what can be asked of a service on another machine
 
 
-class Parser(argparse.ArgumentParser):
-    """Takes no abbreviation, which a later option of the same beginning would break; nor do its subcommands."""
-
-    def __init__(self, *names: Any, **options: Any) -> None:
-        super().__init__(*names, **options | {"allow_abbrev": False})
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line; every subcommand explains itself with --help."""
     root: argparse.ArgumentParser = Parser(
@@ -68,10 +62,10 @@ def parser() -> argparse.ArgumentParser:
     _add_serve(commands_)
 
     chat = _add(commands_, "chat", commands.chat, "Talk to a running service, or ask one question.")
-    chat.add_argument("message", nargs="?", help="ask this, print the answer and leave")
-    chat.add_argument("--system", help="text that comes before the conversation")
+    chat.add_argument("message", nargs="?", type=utf8, help="ask this, print the answer and leave")
+    chat.add_argument("--system", type=utf8, help="text that comes before the conversation")
     chat.add_argument("--max-tokens", type=count, metavar="N", help="of an answer (default: what the context leaves)")
-    chat.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
+    chat.add_argument("--temperature", type=number, metavar="T", help="0: always the likeliest token")
     chat.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same answer")
     _add_key(chat)
 
@@ -85,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     plan_command.add_parser(commands_)
 
     stop = _add(commands_, "stop", commands.stop, "End a running service and everything that it started.")
-    stop.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait (default 60)")
+    stop.add_argument("--timeout", type=seconds, default=60.0, metavar="S", help="seconds to wait (default 60)")
 
     doctor = _add(commands_, "doctor", commands.doctor, "Check this machine, and a checkpoint if one is given.")
     doctor.add_argument("model", nargs="?", metavar="MODEL", help="directory of a checkpoint")
@@ -155,7 +149,7 @@ def _add_serve(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     serve.add_argument(
         "--gpus",
-        type=float,
+        type=number,
         default=0.0,
         metavar="G",
         help="of each host and worker; a part, such as 0.3, lets several share one (default 0: CPUs compute)",
@@ -175,15 +169,17 @@ def _add_experts(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]
 
     scale = _add(actions, "scale", experts_command.scale, "Go on with another number of hosts.")
     scale.add_argument("hosts", type=int, metavar="N", help="how many hosts there shall be")
-    scale.add_argument("--leaving", nargs="+", default=[], metavar="HOST", help="who leaves first (the youngest)")
+    scale.add_argument(
+        "--leaving", nargs="+", type=utf8, default=[], metavar="HOST", help="who leaves first (the youngest)"
+    )
 
     rebalance = _add(actions, "rebalance", experts_command.rebalance, "Spread the experts by the load that was seen.")
 
     drain = _add(actions, "drain", experts_command.drain, "Empty hosts and end them.")
     which = drain.add_mutually_exclusive_group(required=True)
-    which.add_argument("hosts", nargs="*", default=[], metavar="HOST", help="id of a host, such as host-1")
+    which.add_argument("hosts", nargs="*", type=utf8, default=[], metavar="HOST", help="id of a host, such as host-1")
     which.add_argument("--to", type=count, metavar="N", help="those beyond N, before their nodes go")
-    which.add_argument("--node", metavar="NODE", help="those on this Ray node, by its id, address or name")
+    which.add_argument("--node", type=utf8, metavar="NODE", help="those on this Ray node, by its id, address or name")
     drain.add_argument("--if-running", action="store_true", help="do nothing, and succeed, where no service answers")
 
     replicas = _add(actions, "replicas", experts_command.replicas, "Change how many hosts hold each expert.")
@@ -210,38 +206,24 @@ def _add_experts(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]
     events.add_argument("--json", action="store_true", help="one object a line, for scripts")
 
 
-def count(text: str) -> int:
-    """A command line's number of things; argparse shows this name for what is no number."""
-    given = int(text)
-    if given < 1:
-        raise argparse.ArgumentTypeError(f"{text} given; expected at least 1")
-    return given
-
-
-def seconds(text: str) -> float:
-    """A command line's number of seconds; argparse shows this name for what is no number."""
-    given = float(text)
-    if not 0 < given < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} given; expected a number of seconds above 0")
-    return given
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the exit status is 0, 1 for what went wrong, 2 for a wrong command line, 130 after Ctrl-C.
 
+    Raises SystemExit with 1 when nobody reads the output any more, and with 2.
     A training run that a signal ended has 128 and its number: see `services.train_command.STATUSES`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == [bench_command.NAME]:
         bench_command.run_bench(given[1:])
-    options = parser().parse_args(given)
-    try:
-        return int(options.run(options))
-    except CommandError as error:
-        print(f"shoal: {error}", file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        return 130
+    with while_it_is_read():
+        options = parser().parse_args(given)
+        try:
+            return int(options.run(options))
+        except CommandError as error:
+            print(f"shoal: {error}", file=sys.stderr)
+            return error.status
+        except KeyboardInterrupt:
+            return 130
 
 
 if __name__ == "__main__":

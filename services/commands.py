@@ -4,8 +4,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -13,10 +11,10 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from services.state import ServiceRecord, is_running, read_record, running_services, state_dir
+from services.keys import check_key
+from services.state import ServiceRecord, is_running, read_record, running_services
 from services.status import way_lines
 
-START_TIMEOUT_S = 6 * 3600.0  # a service that loads nothing more gives up by itself long before
 DEFAULT_PORT = 8000
 
 
@@ -40,6 +38,7 @@ class NoService(CommandError):
 
 def serve(options: argparse.Namespace) -> int:
     """Run in the foreground, or start the same in the background and wait until it answers."""
+    from services.detach import detach
     from services.launch import serve_foreground
     from services.launch_options import LaunchError, LaunchOptions, check
 
@@ -70,60 +69,10 @@ def serve(options: argparse.Namespace) -> int:
     try:
         if options.detach:
             check(launch)
-            return _detach(options)
-        return serve_foreground(launch, Console())
+            return detach(options)
+        return serve_foreground(launch, Console(markup=False, emoji=False))
     except (LaunchError, ValueError) as error:
         raise CommandError(str(error)) from error
-
-
-def _detach(options: argparse.Namespace) -> int:
-    directory = state_dir()
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    log = directory / f"{options.port}.log"
-    command = [sys.executable, "-m", "services.cli", *again(sys.argv[1:])]
-    environment = os.environ | {"SHOAL_LOG": str(log)}
-    if options.api_key:
-        environment["SHOAL_API_KEY"] = options.api_key
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=environment,
-        )
-    deadline = time.monotonic() + START_TIMEOUT_S
-    try:
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                lines = log.read_text(errors="replace").strip().splitlines()
-                raise CommandError(f"the service did not start: {lines[-1] if lines else 'no output'} (log: {log})")
-            record = read_record(options.port)
-            if record is not None and _healthy(record.url):
-                print(f"ready at {record.url} (pid {process.pid}, log {log})")
-                return 0
-            time.sleep(0.3)
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGTERM)
-        raise
-    process.send_signal(signal.SIGTERM)
-    raise CommandError(f"the service was not ready in {START_TIMEOUT_S:.0f} s; see {log}")
-
-
-def again(arguments: list[str]) -> list[str]:
-    """The command line of the service itself: in the foreground, and without its key, which goes by the environment.
-
-    Everybody on this machine can read command lines.
-    """
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        key = argument == "--api-key"
-        if not (skip or key or argument == "--detach" or argument.startswith("--api-key=")):
-            kept.append(argument)
-        skip = key
-    return kept
 
 
 def chat(options: argparse.Namespace) -> int:
@@ -146,7 +95,7 @@ def status(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report, indent=2))
         return 0
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(f"{report['url']}  {report['state']}  epoch {report['epoch']}  {report['model']}", soft_wrap=True)
     if report.get("reason"):
         console.print(report["reason"], markup=False, highlight=False, soft_wrap=True)
@@ -209,14 +158,27 @@ def find_service(options: argparse.Namespace) -> ServiceRecord:
     address = options.address or (os.environ.get("SHOAL_URL") if options.port is None else None)
     if not address:
         return find_here(options.port if options.port is not None else DEFAULT_PORT)
-    try:
-        sound = httpx.URL(address).scheme in ("http", "https")
-    except httpx.InvalidURL:
-        sound = False
-    if not sound:
+    if not _can_be_asked(address):
         raise CommandError(f"--address {address}: expected a URL, such as http://10.0.0.7:8000")
     token = os.environ.get("SHOAL_ADMIN_TOKEN", "")
     return ServiceRecord(DEFAULT_PORT, address.rstrip("/"), None, "", token)
+
+
+def _can_be_asked(address: str) -> bool:
+    try:
+        url = httpx.URL(address)
+        url.raw_host.decode().encode("idna")  # as a name is, to look it up
+    except (httpx.InvalidURL, UnicodeError):
+        return False
+    return url.scheme in ("http", "https") and bool(url.host) and (url.port is None or 0 < url.port < 1 << 16)
+
+
+def authorization(key: str, named: str) -> dict[str, str]:
+    """The header that shows a key; raises CommandError, by its name, for one that cannot be sent."""
+    try:
+        return {"Authorization": f"Bearer {check_key(key)}"}
+    except ValueError as error:
+        raise CommandError(f"{named} {error}") from None
 
 
 def find_here(port: int) -> ServiceRecord:
@@ -229,10 +191,3 @@ def find_here(port: int) -> ServiceRecord:
         )
         raise NoService(f"no service runs on port {port}; {hint}")
     return record
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False

@@ -28,7 +28,7 @@ def status(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report, indent=2))
         return 0
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     imbalance = report["load"]["imbalance"]
     counts = {name: report[name] for name in ("epoch", "replicas", "extra")}
     counts["imbalance"] = None if imbalance is None else f"{imbalance:.2f}"
@@ -99,7 +99,7 @@ def _change(options: argparse.Namespace, action: str, body: dict[str, Any]) -> i
     Raises CommandError when it is refused, undone or late, as NoService when the service ended before it began.
     """
     client = AdminClient(find_service(options))
-    console = Console(stderr=options.json, highlight=False)
+    console = Console(stderr=options.json, highlight=False, markup=False, emoji=False)
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)

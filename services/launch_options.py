@@ -1,5 +1,6 @@
 """What `shoal serve` was asked for, and everything that can be known to fail before anything is started."""
 
+import errno
 import os
 import socket
 from dataclasses import dataclass
@@ -79,10 +80,12 @@ def check(options: LaunchOptions) -> Checkpoint:
         application_args(options, options.admin_token or "not-yet-known")
     except ValidationError as error:
         first = error.errors()[0]
+        fault = first["msg"].removeprefix("Value error, ")
+        fault = fault[:1].lower() + fault[1:]
         name = "--" + str(first["loc"][-1]).replace("_", "-")
         if first["loc"][-1] in SECRET:
-            raise LaunchError(f"{SECRET[str(first['loc'][-1])]}: {first['msg'].lower()}") from error
-        raise LaunchError(f"{name} {first['input']}: {first['msg'].lower()}") from error
+            raise LaunchError(f"{SECRET[str(first['loc'][-1])]}: {fault}") from error
+        raise LaunchError(f"{name} {first['input']}: {fault}") from error
     return checkpoint
 
 
@@ -130,7 +133,7 @@ def check_gpus(options: LaunchOptions) -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises LaunchError when something listens there already."""
+    """Raises LaunchError when something listens there already, or nothing can."""
     if not 1 <= port <= 65535:
         raise LaunchError(f"--port {port}: use 1 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -139,6 +142,10 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise LaunchError(
+                    f"--host {host} is no address of this machine ({error.strerror}): give one that is"
+                ) from error
             raise LaunchError(
                 f"port {port} on {host} cannot be used ({error.strerror}): stop what listens there, or give --port"
             ) from error

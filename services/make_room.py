@@ -21,7 +21,7 @@ def make_room(record: ServiceRecord, options: argparse.Namespace) -> int:
 
     Raises NoService when the service has ended meanwhile, CommandError when this is refused, undone or late.
     """
-    console = Console(stderr=options.json, highlight=False)
+    console = Console(stderr=options.json, highlight=False, markup=False, emoji=False)
     client = AdminClient(record)
     answer = _wait(client, options, console) if options.wait else _ask(client, options)
     if options.json:

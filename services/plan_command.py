@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +41,7 @@ def add_parser(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def size(text: str) -> int:
     """Bytes of a command line's 64Gi; argparse shows this name for what is no size."""
     given = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT])(?:iB?)?)?", text)
-    if given is None or float(given[1]) <= 0:
+    if given is None or not 0 < float(given[1]) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} given; expected a size such as 64Gi")
     return int(float(given[1]) * UNITS[given[2] or ""])
 

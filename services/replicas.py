@@ -18,6 +18,7 @@ from model.tokenizer import Tokenizer
 from services.api import create_app
 from services.app_args import SHORTEST_KEY
 from services.backend import ServedModel
+from services.keys import check_key
 from services.pool import WorkerPool
 
 
@@ -80,11 +81,17 @@ def called(service: ServiceSpec) -> ServiceSpec:
 
 
 def secret(name: str) -> str | None:
-    """A key from the environment; None where it is not set or empty. Raises ValueError for one that is too short."""
+    """A key from the environment; None where it is not set or empty.
+
+    Raises ValueError for one that is too short, or cannot be sent.
+    """
     value = os.environ.get(name) or None
     if value is not None and len(value) < SHORTEST_KEY:
         raise ValueError(f"{name} has {len(value)} characters; expected at least {SHORTEST_KEY}")
-    return value
+    try:
+        return None if value is None else check_key(value)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
 
 
 @serve.ingress()

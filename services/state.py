@@ -39,13 +39,24 @@ def state_dir() -> Path:
     return Path(base) / "shoal"
 
 
+def made_state_dir() -> Path:
+    """state_dir(), which is made where it is missing; raises ValueError where nothing can be written to it."""
+    directory = state_dir()
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        reason = None if os.access(directory, os.W_OK | os.X_OK) else "it is read-only"
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise ValueError(f"{directory} cannot be written to ({reason}): set XDG_STATE_HOME to a directory that can be")
+    return directory
+
+
 def write_record(record: ServiceRecord) -> None:
-    """Save a record readable by its owner alone: it holds the admin token."""
+    """Save a record readable by its owner alone: it holds the admin token. Raises what `made_state_dir` does."""
     if record.pid is not None:
         record = replace(record, process=identity(record.pid))
-    directory = state_dir()
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = directory / f"{record.port}.json"
+    path = made_state_dir() / f"{record.port}.json"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         json.dump(asdict(record), file)

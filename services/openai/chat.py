@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from model.tokenizer import Tokenizer
 from services.backend import Backend
-from services.openai.choice import ChoicePiece, Plan, collect, run_choices, usage
+from services.openai.choice import ChoicePiece, Plan, collect, run_choices, unused, usage
 from services.openai.params import (
     chat_max_tokens,
     chat_text,
@@ -31,8 +31,9 @@ def plan_chat(request: ChatRequest, backend: Backend) -> Plan:
     check_model(request.model, model)
     check_choices(request.n or 1, backend.most_in_flight)
     text = chat_text(request.messages, model, request.add_generation_prompt)
-    prompt = encode_fitting(text, model, add_special_tokens=False)  # the template writes them
-    max_tokens = check_prompt(prompt, model, chat_max_tokens(request), None)
+    prompt = encode_fitting(text, model, add_special_tokens=False, param="messages")  # the template writes them
+    given, field = chat_max_tokens(request)
+    max_tokens = check_prompt(prompt, model, given, None, ("messages", field))
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     params = sampling_params(request, model, max_tokens, logprobs, None)
     return Plan((tuple(prompt),), (params,), request.n or 1, request)
@@ -70,7 +71,7 @@ def _whole(plan: Plan, backend: Backend, choices: list[list[ChoicePiece]]) -> di
 
 async def stream_chat(plan: Plan, backend: Backend) -> AsyncGenerator[Event, None]:
     """Chunks of the answer as they come; the first event waits for the first piece."""
-    head = _head("chat.completion.chunk", backend)
+    head = _head("chat.completion.chunk", backend) | unused(plan)
     tokenizer = backend.model.tokenizer
     generated, cached = [0] * plan.choices, [0] * plan.choices
     opened: set[int] = set()

@@ -70,7 +70,8 @@ async def run_choice(backend: Backend, plan: Plan, index: int) -> AsyncGenerator
             pieces: list[Piece] = []
             for position, token in enumerate(update.token_ids):
                 generated += 1
-                pieces.append(stream.push(token, update.logprobs[position] if update.logprobs else None))
+                ends = update.finish_reason == "stop" and position == len(update.token_ids) - 1
+                pieces.append(stream.push(token, update.logprobs[position] if update.logprobs else None, ends))
                 if pieces[-1].stopped:
                     break
             stopped = bool(pieces) and pieces[-1].stopped
@@ -130,6 +131,11 @@ async def collect(backend: Backend, plan: Plan) -> list[list[ChoicePiece]]:
         async for piece in pieces:
             gathered[piece.index].append(piece)
     return gathered
+
+
+def unused(plan: Plan) -> dict[str, object]:
+    """What each chunk of a stream has in the place of its usage, where the last one tells it."""
+    return {"usage": None} if plan.body.include_usage else {}
 
 
 def usage(plan: Plan, completion_tokens: Sequence[int], cached_tokens: Sequence[int]) -> dict[str, object]:

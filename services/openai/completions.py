@@ -12,7 +12,7 @@ from uuid import uuid4
 from attention.requests import TokenLogprob
 from model.tokenizer import Tokenizer
 from services.backend import Backend
-from services.openai.choice import ChoicePiece, Plan, collect, run_choices, usage
+from services.openai.choice import ChoicePiece, Plan, collect, run_choices, unused, usage
 from services.openai.echo import Echo, echo_text, echo_tokens
 from services.openai.params import (
     COMPLETION_MAX_TOKENS,
@@ -70,7 +70,7 @@ def _whole(
 
 async def stream_completion(plan: Plan, request: CompletionRequest, backend: Backend) -> AsyncGenerator[Event, None]:
     """Chunks as they come; with echo, a choice's first chunk is its prompt."""
-    head = _head(backend)
+    head = _head(backend) | unused(plan)
     tokenizer = backend.model.tokenizer
     generated, cached = [0] * plan.choices, [0] * plan.choices
     scores: list[list[ChoicePiece]] = [[] for _ in range(plan.choices)]

@@ -68,12 +68,15 @@ def install(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        message = error.detail if isinstance(error.detail, str) else str(error.detail)
+        message, code = error.detail if isinstance(error.detail, str) else str(error.detail), None
         if error.status_code == 404:
             message = f"{request.method} {request.url.path} does not exist; see /openapi.json for what does"
         elif error.status_code == 405:
             message = f"{request.url.path} does not answer {request.method}"
-        response = error_response(ApiError(message, error.status_code))
+        elif error.__cause__ is not None:  # FastAPI's own, when the body's JSON cannot be read
+            reason = str(error.__cause__)[:200]
+            message, code = f"the body is not valid JSON: {reason}; send UTF-8, not compressed", "invalid_json"
+        response = error_response(ApiError(message, error.status_code, code=code))
         response.headers.update(error.headers or {})
         return response
 

@@ -34,7 +34,11 @@ def check_choices(choices: int, most: int) -> None:
 
 def chat_text(messages: list[Message], model: ServedModel, add_generation_prompt: bool) -> str:
     """A conversation as the template writes it, special tokens included; its refusal is the request's fault."""
-    plain = [{"role": message.role.replace("developer", "system"), "content": message.text} for message in messages]
+    plain = [
+        {"role": message.role.replace("developer", "system"), "content": message.text}
+        | ({} if message.name is None else {"name": message.name})
+        for message in messages
+    ]
     try:
         return model.tokenizer.chat_text(plain, add_generation_prompt)
     except ChatTemplateError as error:
@@ -54,29 +58,41 @@ def prompt_tokens(given: str | list[int], request: CompletionRequest, model: Ser
     return encode_fitting(given, model, request.add_special_tokens) if isinstance(given, str) else given
 
 
-def encode_fitting(text: str, model: ServedModel, add_special_tokens: bool) -> list[int]:
-    """Token ids; raises ApiError without making them where the text is too long for the context, whatever they are."""
+def encode_fitting(text: str, model: ServedModel, add_special_tokens: bool, param: str = "prompt") -> list[int]:
+    """Token ids; raises ApiError without making them where the text is too long for the context, whatever they are.
+
+    `param` is the field that the text came in.
+    """
     least = model.tokenizer.least_tokens(text)
     if least > model.max_length:
         raise ApiError(
             f"the context is {model.max_length} tokens; the prompt has {least} or more: shorten it",
-            param="prompt",
+            param=param,
             code="context_length_exceeded",
         )
     return model.tokenizer.encode(text, add_special_tokens)
 
 
-def check_prompt(tokens: list[int], model: ServedModel, max_tokens: int | None, default: int | None) -> int:
-    """The answer's token budget; raises ApiError for a prompt that is empty, too long or out of vocabulary."""
+def check_prompt(
+    tokens: list[int],
+    model: ServedModel,
+    max_tokens: int | None,
+    default: int | None,
+    params: tuple[str, str] = ("prompt", "max_tokens"),
+) -> int:
+    """The answer's token budget; raises ApiError for a prompt that is empty, too long or out of vocabulary.
+
+    `params` are the fields that the prompt and `max_tokens` came in.
+    """
     if not tokens:
-        raise ApiError("the prompt has no tokens; send at least one", param="prompt", code="invalid_value")
-    check_token_ids(tokens, model, "prompt")
+        raise ApiError("the prompt has no tokens; send at least one", param=params[0], code="invalid_value")
+    check_token_ids(tokens, model, params[0])
     left = model.max_length - len(tokens)
     if left < (1 if max_tokens is None else max_tokens):
         asked = "" if max_tokens is None else f" and {max_tokens} tokens of answer"
         raise ApiError(
             f"the context is {model.max_length} tokens; the prompt has {len(tokens)}{asked}: shorten one of them",
-            param="prompt" if max_tokens is None or left < 1 else "max_tokens",
+            param=params[0] if max_tokens is None or left < 1 else params[1],
             code="context_length_exceeded",
         )
     if max_tokens is not None:
@@ -129,8 +145,11 @@ def sampling_params(
         raise ApiError(str(error), code="invalid_value") from error
 
 
-def chat_max_tokens(request: ChatRequest) -> int | None:
-    return request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+def chat_max_tokens(request: ChatRequest) -> tuple[int | None, str]:
+    """The budget that was given, and the field that it came in."""
+    if request.max_completion_tokens is not None:
+        return request.max_completion_tokens, "max_completion_tokens"
+    return request.max_tokens, "max_tokens"
 
 
 def choice_seed(seed: int | None, choice: int) -> int:

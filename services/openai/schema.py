@@ -163,7 +163,7 @@ class TokenizeRequest(Strict):
     model: ModelId | None = None
     prompt: Text | None = None
     messages: Messages | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = Field(None, description="default: to a prompt; a chat template writes its own")
     add_generation_prompt: bool = True
     return_token_strs: bool = False
 

@@ -27,7 +27,8 @@ class Piece:
 class TextStream:
     """One answer's text. Feed tokens with `push`; call `finish` at the end unless a piece was `stopped`.
 
-    Stop strings are looked for in the text that comes after the first `min_tokens` tokens.
+    Stop strings are looked for in the text that comes after the first `min_tokens` tokens. `include_stop` shows what
+    ended the answer, string or token.
     """
 
     def __init__(
@@ -42,11 +43,12 @@ class TextStream:
         self._shown = 0  # characters given out
         self._tokens: list[ShownToken] = []
 
-    def push(self, token: int, logprob: TokenLogprob | None = None) -> Piece:
-        """The piece that `token` makes certain, perhaps an empty one."""
+    def push(self, token: int, logprob: TokenLogprob | None = None, ends: bool = False) -> Piece:
+        """The piece that `token` makes certain, perhaps an empty one. What `ends` the answer is no part of its text."""
         self._pushed += 1
         self._tokens.append(ShownToken(token, self._shown + len(self._held), logprob))
-        self._held += self._detokenizer.push(token)
+        if self._include_stop or not ends:
+            self._held += self._detokenizer.push(token)
         return self._advance(hold=True)
 
     def finish(self) -> Piece:

@@ -26,6 +26,7 @@ class Script:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, answer: Sequence[int]) -> None:
         self._model = ServedModel(MODEL, 1, vocab_size, MAX_LENGTH, "fp", tokenizer, GenerationDefaults(0.7, 0.9))
         self.answer = list(answer)
+        self.end: tuple[int, ...] = ()  # the token by which it stops, if any
         self.asked: list[GenerateRequest] = []
         self.cancelled: list[str] = []
         self.room: int | None = None  # requests before Overloaded
@@ -66,15 +67,18 @@ class Script:
                 if self.fail_after is not None and count > self.fail_after:
                     raise GenerationFailed("the worker is gone")
                 await asyncio.sleep(self.pause_s)
-                last = count == params.max_tokens or count == len(self.answer)
-                done = last
+                done = count == params.max_tokens
                 yield Update(
                     request.id,
                     (token,),
                     None if params.logprobs is None else (score(token, params.logprobs),),
-                    finish_reason=None if not last else "length" if count == params.max_tokens else "stop",
+                    finish_reason="length" if done else None,
                     cached_tokens=self.cached,
                 )
+            if not done:
+                ended = None if params.logprobs is None else tuple(score(one, params.logprobs) for one in self.end)
+                done = True
+                yield Update(request.id, self.end, ended, finish_reason="stop", cached_tokens=self.cached)
         finally:
             if not done:
                 self.cancelled.append(request.id)

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from services.app import build
 from services.app_args import AppArgs
+from services.replicas import secret
 
 
 def test_dotted_and_nested_keys_mean_the_same() -> None:
@@ -25,6 +26,8 @@ def test_dotted_and_nested_keys_mean_the_same() -> None:
         ({"experts": 3, "experts.hosts": 3}, "both as a whole"),
         ({"name": "shoal"}, "Extra inputs are not permitted"),  # it is the Serve application's
         ({"api_key": "short"}, "8 characters"),
+        ({"api_key": "schlüssel"}, "use ASCII letters, digits and signs"),
+        ({"admin_token": "from-a-file\n"}, "no space or line end"),
         ({"tls": {"certificate": "a"}}, "key"),
     ],
 )
@@ -41,3 +44,13 @@ def test_a_checkpoint_that_cannot_be_served_is_refused_when_built(bundled: Path,
     files = {"certificate": tmp_path / "a", "key": tmp_path / "b", "root": tmp_path / "c"}
     with pytest.raises(ValueError, match="TLS file"):
         build(AppArgs.model_validate({"model": str(bundled), "tls": files}))
+
+
+def test_a_key_of_the_environment_is_one_that_clients_can_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_API_KEY", "a key of letters, digits & signs: 1")
+    assert secret("SHOAL_API_KEY") == "a key of letters, digits & signs: 1"
+    for wrong in ("from-a-file\n", " a-key-with-a-space", "schlüssel"):
+        monkeypatch.setenv("SHOAL_API_KEY", wrong)
+        with pytest.raises(ValueError, match=r"^SHOAL_API_KEY has characters that HTTP does not carry") as refused:
+            secret("SHOAL_API_KEY")
+        assert wrong.strip() not in str(refused.value)

@@ -1,16 +1,19 @@
 """/v1/chat/completions, whole and streamed, as the openai client sees it."""
 
 import asyncio
+import json
 import threading
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 
+from model.chat_template import ChatTemplate
 from model.tokenizer import Tokenizer
 from services.openai.sse import MANY_TOKENS
 from tests.services.conftest import SAID
 from tests.services.script import MODEL, Script, chat_body, openai_client, post
+from tests.words import EOS
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 
@@ -55,6 +58,19 @@ def test_a_stream_is_the_same_answer_in_whole_characters(app: FastAPI) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/chat/completions", chat_body()), ("/v1/completions", {"prompt": "a", "echo": True})]
+)
+def test_usage_is_null_until_it_is_told(app: FastAPI, path: str, body: dict[str, Any]) -> None:
+    """As OpenAI's reference has it of streams whose last chunk tells it."""
+    answer = post(app, path, body | {"stream": True, "stream_options": {"include_usage": True}})
+    *chunks, last, done = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    assert done == "[DONE]"
+    assert [json.loads(chunk)["usage"] for chunk in chunks] == [None] * len(chunks)
+    assert json.loads(last)["usage"]["prompt_tokens"] > 0
+    assert "usage" not in post(app, path, body | {"stream": True}).text
+
+
 def test_without_stream_options_there_is_no_usage(app: FastAPI) -> None:
     assert all(chunk.usage is None and chunk.choices for chunk in listen(app))
 
@@ -93,8 +109,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(app: FastAPI, script: Sc
     streamed = listen(app, stop=stop)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected
     assert streamed[-1].choices[0].finish_reason == "stop"
-    if stop != "— ok":  # the last token completes that one
-        assert len(script.cancelled) == 2
+    assert len(script.cancelled) == 2
 
 
 @pytest.mark.parametrize(
@@ -118,6 +133,25 @@ def test_min_tokens_holds_off_stop_strings(
     answer = ask(app, **fields)
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (shown, "stop")
     assert answer.usage.completion_tokens >= min_tokens
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in listen(app, **fields)) == shown
+
+
+@pytest.mark.parametrize("end", [" fish", EOS])
+@pytest.mark.parametrize("include", [False, True])
+def test_the_token_that_ends_the_answer_is_shown_only_when_asked_for_but_counts(
+    app: FastAPI, script: Script, tokenizer: Tokenizer, end: str, include: bool
+) -> None:
+    """As vLLM has it, and also where a checkpoint's end token is not special to its tokenizer."""
+    script.end = tuple(tokenizer.encode(end))
+    shown = SAID + end * include
+    fields: Any = {
+        "logprobs": True,
+        "stop": [f"ok{end} and more"],
+        "extra_body": {"skip_special_tokens": False, "include_stop_str_in_output": include},
+    }
+    answer = ask(app, **fields)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (shown, "stop")
+    assert answer.usage.completion_tokens == len(answer.choices[0].logprobs.content) == len(script.answer) + 1
     assert "".join(chunk.choices[0].delta.content or "" for chunk in listen(app, **fields)) == shown
 
 
@@ -190,6 +224,12 @@ def test_content_may_come_in_parts_and_roles_may_be_new(app: FastAPI, script: Sc
     assert post(app, "/v1/chat/completions", {"messages": messages}).status_code == 200
     plain = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
     assert script.asked[0].prompt_ids == tuple(tokenizer.apply_chat_template(plain))
+
+
+def test_names_are_for_the_template(app: FastAPI, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "_template", ChatTemplate("{% for m in messages %}{{ m.name }}: {% endfor %}", {}))
+    messages = [{"role": "user", "content": "hi", "name": "Ahab"}]
+    assert post(app, "/tokenize", {"messages": messages}).json()["tokens"] == tokenizer.encode("Ahab: ", False)
 
 
 def test_messages_may_say_that_they_are_text(app: FastAPI, script: Script, tokenizer: Tokenizer) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kernels.native import native
-from services.cli import main
-from services.commands import again
+from services.cli import main, parser
+from services.detach import again
 from services.launch_options import LaunchError, LaunchOptions, application_args, check
 from services.state import ServiceRecord, identity, read_record, remove_record, running_services, write_record
 
@@ -47,7 +47,19 @@ def test_help_is_there_for_every_command(command: list[str], capsys: pytest.Capt
     assert "--port" in text or not command
 
 
-@pytest.mark.parametrize("command", [["serve"], ["fly"], ["status", "--port", "x"], ["serve", "a", "--threads", "two"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["serve"],
+        ["fly"],
+        ["status", "--port", "x"],
+        ["serve", "a", "--threads", "two"],
+        ["serve", "a", "--gpus", "inf"],
+        ["serve", "a", "--gpus", "nan"],
+        ["stop", "--timeout", "nan"],
+        ["plan", "a", "--host-memory", "9" * 400],
+    ],
+)
 def test_a_wrong_command_line_exits_2(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(command)
@@ -75,6 +87,8 @@ def test_serve_refuses_before_it_starts_anything(
     assert "use 1 to 2" in fails(capsys, "serve", bundled, "--expert-replicas", 3)
     assert "at least 1" in fails(capsys, "serve", bundled, "--attention-replicas", 0)
     assert "set --api-key" in fails(capsys, "serve", bundled, "--host", "0.0.0.0")
+    elsewhere = ("--host", "192.0.2.1", "--api-key", "a-secret-key")
+    assert "--host 192.0.2.1 is no address of this machine" in fails(capsys, "serve", bundled, *elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +127,41 @@ def test_a_secret_that_is_too_short_is_not_printed(
     assert "at least 8 characters" in message
     assert "short" not in message
     assert "brief" not in other
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "from-a-file\n"])
+@pytest.mark.parametrize("variable", ["SHOAL_API_KEY", "SHOAL_ADMIN_TOKEN"])
+def test_a_key_that_cannot_be_sent_is_refused_by_whoever_would_take_or_send_it(
+    capsys: pytest.CaptureFixture[str], bundled: Path, monkeypatch: pytest.MonkeyPatch, variable: str, key: str
+) -> None:
+    monkeypatch.setattr("services.launch.LocalCluster", None)
+    monkeypatch.setenv(variable, key)
+    command = ["chat", "hi"] if variable == "SHOAL_API_KEY" else ["status"]
+    for line in (
+        fails(capsys, "serve", bundled, "--port", _free()),
+        fails(capsys, *command, "--address", "http://127.0.0.1:9"),
+    ):
+        assert "has characters that HTTP does not carry: use ASCII letters" in line
+        assert key.strip() not in line
+
+
+@pytest.mark.parametrize("detach", [[], ["--detach"]])
+def test_a_state_directory_that_cannot_be_written_to_is_named(
+    capsys: pytest.CaptureFixture[str],
+    bundled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    detach: list[str],
+) -> None:
+    monkeypatch.setattr("services.launch.LocalCluster", None)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    said = fails(capsys, "serve", bundled, "--port", _free(), *detach)
+    assert f"{tmp_path}/file/shoal cannot be written to (Not a directory): set XDG_STATE_HOME" in said
+    (tmp_path / "state" / "shoal").mkdir(parents=True)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere that is not mounted read-only
+    assert "(it is read-only)" in fails(capsys, "serve", bundled, "--port", _free(), *detach)
 
 
 def test_a_missing_shard_is_named(capsys: pytest.CaptureFixture[str], bundled: Path, tmp_path: Path) -> None:
@@ -232,3 +281,25 @@ def test_abbreviations_are_refused(capsys: pytest.CaptureFixture[str], bundled: 
         main(["serve", str(bundled), option])
     assert ended.value.code == 2
     assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train R.yaml --dry-run lr=1e-5 steps=3", ["lr=1e-5", "steps=3"]),
+        ("train --dry-run R.yaml lr=1e-5", ["lr=1e-5"]),
+        ("train R.yaml lr=1e-5 --dry-run steps=3", ["lr=1e-5", "steps=3"]),
+        ("train R.yaml --dry-run", []),
+        ("data check a.jsonl --model DIR b.jsonl", ["a.jsonl", "b.jsonl"]),
+    ],
+)
+def test_words_and_options_may_be_mixed(line: str, words: list[str]) -> None:
+    given = parser().parse_args(line.split())
+    assert (given.overrides if "train" in line else given.file) == words
+
+
+def test_an_option_that_is_none_is_refused_among_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "R.yaml", "--dryrun", "lr=1"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --dryrun" in capsys.readouterr().err

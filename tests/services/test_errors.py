@@ -1,6 +1,7 @@
 """Whatever is sent, the answer has OpenAI's shape, says what to do, and harms nobody else."""
 
 import asyncio
+import gzip
 import json
 from typing import Any
 
@@ -39,6 +40,7 @@ def assert_error(answer: httpx.Response, status: int, said: str, param: str | No
         ({"max_tokens": "5"}, "given '5'", "max_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "differ", None),
         ({"max_tokens": 5000}, f"the context is {MAX_LENGTH} tokens", "max_tokens"),
+        ({"max_completion_tokens": 5000}, f"the context is {MAX_LENGTH} tokens", "max_completion_tokens"),
         ({"temperature": 3}, "less than or equal to 2", "temperature"),
         ({"temperature": True}, "given True", "temperature"),
         ({"top_p": 0}, "greater than 0", "top_p"),
@@ -59,7 +61,8 @@ def assert_error(answer: httpx.Response, status: int, said: str, param: str | No
         ({"messages": "hi"}, "valid list", "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "'assistant'", "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "required", "messages.0.content"),
-        ({"messages": [{"role": "user", "content": "x" * 5000}]}, f"the context is {MAX_LENGTH} tokens", "prompt"),
+        ({"messages": [{"role": "user", "content": "x" * 5000}]}, f"the context is {MAX_LENGTH} tokens", "messages"),
+        ({"messages": [{"role": "user", "content": "the " * 200}]}, f"the context is {MAX_LENGTH} tokens", "messages"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "", None),
         ({"model": "gpt-9"}, f"'gpt-9' is not served here; ask for '{MODEL}'", "model"),
         ({"model": 5}, "valid string", "model"),
@@ -158,14 +161,28 @@ def test_a_suffix_is_said_not_to_be_supported(app: FastAPI) -> None:
         (b"[1, 2]", ""),
         (b'"text"', ""),
         (b"null", ""),
-        (b'{"model": "\xff\xfe"}', ""),
+        (b'{"model": "\xff\xfe"}', "not valid JSON: 'utf-8' codec can't decode byte 0xff"),
+        (gzip.compress(b"{}", mtime=0), "send UTF-8, not compressed"),
         (b'{"model": "scripted", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}', ""),
         (b'{"model": "scripted", "messages": [{"role": "user", "content": "a"}], "temperature": Infinity}', ""),
-        (b"[" * 50_000 + b"]" * 50_000, ""),
-        (b'{"a":' * 25_000 + b"1" + b"}" * 25_000, ""),
+        (b"[" * 50_000 + b"]" * 50_000, "not valid JSON: maximum recursion depth"),
+        (b'{"a":' * 25_000 + b"1" + b"}" * 25_000, "not valid JSON: maximum recursion depth"),
         (b'{"model": "scripted", "max_tokens": 1' + b"0" * 5000 + b"}", ""),
     ],
-    ids=["cut", "empty", "list", "string", "null", "utf-8", "nan", "infinity", "deep list", "deep", "long number"],
+    ids=[
+        "cut",
+        "empty",
+        "list",
+        "string",
+        "null",
+        "utf-8",
+        "gzip",
+        "nan",
+        "infinity",
+        "deep list",
+        "deep",
+        "long number",
+    ],
 )
 @pytest.mark.parametrize("path", [CHAT, TEXT, "/tokenize", "/detokenize"])
 def test_a_body_that_is_no_request(app: FastAPI, path: str, content: bytes, said: str) -> None:
@@ -234,11 +251,14 @@ def test_of_many_keys_the_first_unknown_one_is_named_and_known_ones_are_looked_a
 
 
 @pytest.mark.parametrize(
-    ("path", "body"),
-    [(CHAT, chat_body(messages=[SAYS | {"content": "x" * 100_000}])), (TEXT, {"prompt": ["a", "x" * 100_000]})],
+    ("path", "body", "param"),
+    [
+        (CHAT, chat_body(messages=[SAYS | {"content": "x" * 100_000}]), "messages"),
+        (TEXT, {"prompt": ["a", "x" * 100_000]}, "prompt"),
+    ],
 )
 def test_text_that_cannot_fit_is_refused_without_being_tokenised(
-    app: FastAPI, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+    app: FastAPI, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], param: str
 ) -> None:
     encode = tokenizer.encode
 
@@ -247,7 +267,7 @@ def test_text_that_cannot_fit_is_refused_without_being_tokenised(
         return encode(text, add_special_tokens)
 
     monkeypatch.setattr(tokenizer, "encode", short)
-    error = assert_error(post(app, path, body), 400, f"the context is {MAX_LENGTH} tokens", "prompt")
+    error = assert_error(post(app, path, body), 400, f"the context is {MAX_LENGTH} tokens", param)
     assert error["code"] == "context_length_exceeded"
     assert "or more: shorten it" in error["message"]
 

@@ -204,6 +204,9 @@ def test_a_value_out_of_range_is_named(
         (["rebalance", "--timeout", "0"], "--timeout: 0 given; expected a number of seconds above 0"),
         (["rebalance", "--timeout", "soon"], "invalid seconds value: 'soon'"),
         (["fly"], "invalid choice: 'fly'"),
+        (["drain", "h\udce9"], "argument HOST: 'h\\udce9' given; expected text in UTF-8"),
+        (["drain", "--node", "h\udce9"], "argument --node: 'h\\udce9' given"),
+        (["scale", "2", "--leaving", "h\udce9"], "argument --leaving: 'h\\udce9' given"),
     ],
 )
 def test_a_wrong_command_line_exits_2(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:

@@ -171,7 +171,7 @@ def test_a_service_elsewhere_is_found_by_its_address(
     monkeypatch.setenv("SHOAL_ADMIN_TOKEN", "another")
     assert main(["experts", "status"]) == 1
     assert "with this service's key" in capsys.readouterr().err
-    for wrong in ("10.0.0.7:8000", "http://::1:8000"):
+    for wrong in ("10.0.0.7:8000", "http://::1:8000", "http://", "http://a..b", "http://10.0.0.7:88000"):
         assert main(["experts", "status", "--address", wrong]) == 1
         assert "expected a URL, such as http://" in capsys.readouterr().err
     monkeypatch.delenv("SHOAL_ADMIN_TOKEN")

@@ -79,6 +79,17 @@ def test_a_client_that_leaves_cancels_its_request(address: str, script: Script, 
     assert sorted(script.cancelled) == sorted(request.id for request in script.asked)
 
 
+def test_a_client_that_leaves_before_a_streams_first_event_cancels_it(address: str, script: Script) -> None:
+    script.pause_s = 3600.0
+    body = json.dumps({"model": MODEL} | chat_body(stream=True)).encode()
+    url = httpx.URL(address)
+    with socket.create_connection((url.host, url.port or 80), timeout=10) as client:
+        head = f"Host: shoal\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(f"POST {CHAT} HTTP/1.1\r\n{head}".encode() + body)
+        wait_until(lambda: len(script.asked) == 1)
+    wait_until(lambda: len(script.cancelled) == 1)
+
+
 def wait_until(reached: Callable[[], bool], seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not reached():

@@ -67,3 +67,14 @@ def test_status_shows_the_way_that_rows_go(
     assert shown == "attention-a: rows by shared memory to 1 host, by gRPC to 1 host (host-1)"
     assert main(["status", "--json", *address]) == 0
     assert '"host-1": "grpc"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["/models/lite[v2]", "/models/[/v2]", "/models/a:cat:b"])
+def test_names_are_shown_as_they_are(
+    script: Script, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """And so is the address of an IPv6 network, in which a console would see the mark of a style."""
+    monkeypatch.setenv("SHOAL_ADMIN_TOKEN", "the-admin-token")
+    monkeypatch.setattr(AdminClient, "get", lambda client, path: service_report(model=model))
+    assert main(["status", "--address", "http://[fd00::5]:8000"]) == 0
+    assert capsys.readouterr().out.startswith(f"http://[fd00::5]:8000  degraded  epoch 7  {model}\n")

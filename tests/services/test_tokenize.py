@@ -1,5 +1,8 @@
 """/tokenize, /detokenize and /v1/models."""
 
+from typing import Any
+
+import pytest
 from fastapi import FastAPI
 
 from model.tokenizer import Tokenizer
@@ -18,6 +21,22 @@ def test_messages_go_through_the_template(app: FastAPI, tokenizer: Tokenizer) ->
     messages = [{"role": "user", "content": "hi"}]
     answer = post(app, "/tokenize", {"messages": messages}).json()
     assert answer["tokens"] == tokenizer.apply_chat_template(messages)
+
+
+@pytest.mark.parametrize(
+    ("fields", "added"),
+    [
+        ({"prompt": "a"}, True),
+        ({"prompt": "a", "add_special_tokens": False}, False),
+        ({"messages": [{"role": "user", "content": "a"}]}, False),
+        ({"messages": [{"role": "user", "content": "a"}], "add_special_tokens": True}, True),
+    ],
+)
+def test_special_tokens_are_added_as_asked(
+    app: FastAPI, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], added: bool
+) -> None:
+    monkeypatch.setattr(tokenizer, "encode", lambda text, add_special_tokens: [int(add_special_tokens)])
+    assert post(app, "/tokenize", fields).json()["tokens"] == [added]
 
 
 def test_what_cannot_be_converted_is_refused(app: FastAPI) -> None:
