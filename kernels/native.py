@@ -21,6 +21,7 @@ _SIGNATURES = {
     "shoal_pack": ("-", "plllpli"),
     "shoal_unpack": ("-", "plllpli"),
     "shoal_linear": ("-", "plllpilllpllp"),
+    "shoal_product": ("-", "plilplillpl"),
     "shoal_experts": ("l", "plllppppplllplp"),
     "shoal_rms_norm": ("-", "plpllfpl"),
     "shoal_rotate_heads": ("-", "pllllpppl"),

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from attention.training.linear import linear
 from experts.training.adamw import Trained
 from experts.training.spec import ParameterDtype
 from model.checkpoint import Checkpoint
@@ -92,11 +92,11 @@ class DenseParameters:
 
     def linear(self, module: str, x: Tensor) -> Tensor:
         """x times a module's weight, transposed, and its low-rank product where there is one."""
-        out = F.linear(x, self[f"{module}.weight"])
+        out = linear(x, self[f"{module}.weight"])
         factor_a = self._factors.get(f"{module}.lora_A")
         if factor_a is not None:
             factor_b = self._factors[f"{module}.lora_B"]
-            out = out + self._scale * F.linear(F.linear(x, factor_a.to(x.dtype)), factor_b.to(x.dtype))
+            out = out + self._scale * linear(linear(x, factor_a.to(x.dtype)), factor_b.to(x.dtype))
         return out
 
     @torch.no_grad()

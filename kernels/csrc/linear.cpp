@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "calls.h"
+#include "panels.h"
 #include "pool.h"
 #include "product.h"
 
@@ -9,21 +10,7 @@ using namespace shoal;
 
 namespace {
 
-// Panels of weights, one after another, as floats or as Bf16: the same products with half the memory.
-struct Panels {
-  const void* first;
-  bool narrow;
-};
-
-template <class Use>
-void with_type(const Panels& panels, const Use& use) {
-  if (panels.narrow) {
-    use(static_cast<const Bf16*>(panels.first));
-  } else {
-    use(static_cast<const float*>(panels.first));
-  }
-}
-
+constexpr long BLOCK_FLOATS = 1 << 21;  // of a matrix that is packed to be used once, 8 MiB
 constexpr long PACK_ALONE = 1 << 15;  // floats that the caller packs itself, sooner than the team would wake
 
 template <class Row>
@@ -56,36 +43,11 @@ void multiply(const Layout& layout, float* packed, long inner, long panels, cons
   });
 }
 
-template <class Weight>
-void pack_panels(const Weight* weight, long outputs, long inner, long depth, Weight* packed, long stride) {
-  pool().run(panels_of(outputs), [&](long panel) {
-    Weight* to = packed + panel * stride * depth * PANEL;
-    long outs = std::min<long>(PANEL, outputs - panel * PANEL);
-    for (long k0 = 0; k0 < depth; k0 += LANES, to += LANES * PANEL) {  // a block stays in the first cache
-      long count = std::clamp<long>(inner - k0, 0, LANES);
-      if (count < LANES || outs < PANEL) std::fill(to, to + LANES * PANEL, Weight{});
-      for (long o = 0; o < outs; o++) {
-        const Weight* from = weight + (panel * PANEL + o) * inner + k0;
-        for (long k = 0; k < count; k++) to[k * PANEL + o] = from[k];
-      }
-    }
-  });
-}
-
-template <class Weight>
-void unpack_panels(const Weight* packed, long outputs, long inner, long depth, Weight* weight, long stride) {
-  pool().run(panels_of(outputs), [&](long panel) {
-    const Weight* from = packed + panel * stride * depth * PANEL;
-    for (long o = 0; o < std::min<long>(PANEL, outputs - panel * PANEL); o++)
-      for (long k = 0; k < inner; k++) weight[(panel * PANEL + o) * inner + k] = from[k * PANEL + o];
-  });
-}
-
 V silu(V x) { return x / (set1(1.0f) + exp(zero() - x)); }
 
 struct Work {
   Layout layout;
-  Scratch input, hidden;
+  Scratch input, hidden, weights;
   std::vector<int> order, first, groups;
 };
 
@@ -102,9 +64,9 @@ extern "C" {
 // if `narrow`. `stride` is the distance of two panels in panels: 2 interleaves two matrices, as gate and up are.
 void shoal_pack(const void* weight, long outputs, long inner, long depth, void* packed, long stride, int narrow) {
   if (narrow) {
-    pack_panels(static_cast<const Bf16*>(weight), outputs, inner, depth, static_cast<Bf16*>(packed), stride);
+    pack_panels(static_cast<const Bf16*>(weight), outputs, inner, depth, static_cast<Bf16*>(packed), stride, inner);
   } else {
-    pack_panels(static_cast<const float*>(weight), outputs, inner, depth, static_cast<float*>(packed), stride);
+    pack_panels(static_cast<const float*>(weight), outputs, inner, depth, static_cast<float*>(packed), stride, inner);
   }
 }
 
@@ -140,6 +102,44 @@ void shoal_linear(const float* x, long x_stride, long x_head, long rows, const v
         int count = static_cast<int>(std::min<long>(PANEL, outputs - panel * PANEL));
         put_columns(result, tile.rows, count, out + at, add ? add + at : nullptr, out_stride);
       });
+}
+
+// out = a · b, [rows][inner] times [inner][outputs], of matrices that are used once and so packed here. Either
+// is `turned` where its numbers along `inner` are a stride apart and the others side by side: a, where a column of
+// memory is a row of it, b, where a row of memory is a row of it.
+void shoal_product(const float* a, long a_stride, int a_turned, long rows, const float* b, long b_stride, int b_turned,
+                   long inner, long outputs, float* out, long out_stride) {
+  if (rows == 0) return;
+  Work& memory = work();
+  Layout& layout = memory.layout;
+  layout.clear();
+  layout.add(0, 0, rows, inner);
+  float* input = memory.input.take(rows * padded_inner(inner));
+  if (a_turned) {
+    pool().run(static_cast<long>(layout.tiles.size()), [&](long t) {
+      const Tile& tile = layout.tiles[t];
+      pack_tile_of_columns(tile_at(input, tile, inner), tile, a, a_stride, inner);
+    });
+  } else {
+    pack_rows(input, layout, inner, rows, [&](long row) { return a + row * a_stride; });
+  }
+  long block = std::max<long>(1, BLOCK_FLOATS / (padded_inner(inner) * PANEL)) * PANEL;
+  float* weights = memory.weights.take(std::min(block, panels_of(outputs) * PANEL) * padded_inner(inner));
+  for (long first = 0; first < outputs; first += block) {
+    long count = std::min(block, outputs - first);
+    if (b_turned) {
+      pack_columns(b + first, b_stride, count, inner, weights);
+    } else {
+      pack_panels(b + first * b_stride, count, inner, padded_inner(inner), weights, 1, b_stride);
+    }
+    multiply(
+        layout, input, inner, panels_of(count), [&](int) { return Panels{weights, false}; },
+        [&](const Tile& tile, long panel, const float* result) {
+          long at = tile.first * out_stride + first + panel * PANEL;
+          int columns = static_cast<int>(std::min<long>(PANEL, count - panel * PANEL));
+          put_columns(result, tile.rows, columns, out + at, nullptr, out_stride);
+        });
+  }
 }
 
 // SwiGLU of many experts: out[p] = down_e(silu(gate_e(x)) * up_e(x)) with e = pair_expert[p], x = x[pair_row[p]].
