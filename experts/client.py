@@ -71,10 +71,11 @@ class ExpertClient:
         hedge_s: float = 0.4,
         clock: Callable[[], float] = time.monotonic,
         meter: LoadMeter | None = None,
+        spreads: bool = True,
     ) -> None:
         """A reply is late after `hedge_s` seconds, or later where replies are slow; lost after `reply_timeout_s`.
 
-        `meter` counts the rows of each expert.
+        `meter` counts the rows of each expert. `spreads`: many rows of an expert may be computed by several holders.
         """
         self._transport = transport
         self._source = source
@@ -83,6 +84,7 @@ class ExpertClient:
         self._clock = clock
         self._meter = meter
         self.reply_timeout_s = reply_timeout_s
+        self.spreads = spreads
         self._tables: OwnerTables | None = None
         self._slowest_s = 0.0
         self._counts_at: dict[int, int] = {}  # of each layer, where the meter has them
@@ -140,7 +142,7 @@ class ExpertClient:
         if isinstance(lanes, NearHosts):
             return self._fly_near(lanes, layer, x_TD, routing, tables)
         if (
-            (tokens >= SHARED_ROWS and tables.sharers(layer) is not None)  # rows may be spread one by one
+            (self.spreads and tokens >= SHARED_ROWS and tables.sharers(layer) is not None)  # rows may go one by one
             or x_TD.dtype is not torch.float32
             or routing.experts_TK.device.type != "cpu"
             or x_TD.device.type != "cpu"

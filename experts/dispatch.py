@@ -232,8 +232,8 @@ class Dispatch:
     def _split(self, failed: Mapping[Host, str], slots: Tensor | None) -> list[Part]:
         placement, hosts, avoided = self._tables.placement, len(self._tables.placement.hosts), self._client.avoided
         owner_E = self._tables.owners(self._layer, self._turn, failed, avoided)
-        enough = self._chosen.shape[0] >= SHARED_ROWS  # for one expert to have as many
-        sharers = self._tables.sharers(self._layer, failed, avoided) if enough else None
+        spread = self._client.spreads and self._chosen.shape[0] >= SHARED_ROWS  # for one expert to have as many
+        sharers = self._tables.sharers(self._layer, failed, avoided) if spread else None
         if sharers is None:
             parts = split_slots(self._chosen, owner_E, hosts, slots)
         else:

@@ -47,7 +47,10 @@ class TrainingClient:
         deadline_s: float = 600.0,
     ) -> None:
         """A host that has not answered a backward request after `deadline_s` seconds is lost."""
-        self._experts = ExpertClient(transport, source, deadline_s=deadline_s, reply_timeout_s=deadline_s)
+        # an expert's rows stay together: backward needs what forward made of them, and torch's bits go by their number
+        self._experts = ExpertClient(
+            transport, source, deadline_s=deadline_s, reply_timeout_s=deadline_s, spreads=False
+        )
         self._peers = peers
         self._source = source
         self._rank = rank

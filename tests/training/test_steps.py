@@ -19,9 +19,11 @@ from experts.training import coordinator as coordinator_module
 from experts.training import states
 from experts.training.adamw import AdamW
 from experts.training.coordinator import Behind
+from experts.training.expert import TrainedExpert
 from experts.training.host import TrainingHost
 from experts.training.spec import ExpertTraining
 from experts.training.step_hosts import StepLost
+from kernels.combine import SHARED_ROWS
 from model.snapshots.attempt import begin
 from model.snapshots.manifest import Shard
 from router.placement import Host, initial_placement
@@ -113,6 +115,30 @@ def test_a_host_that_no_row_goes_to_takes_part_all_the_same(checkpoint: Callable
     rig.step(plans(0, [[samples(512, (2,), 1)]], RATE))
     assert rig.lost == []
     assert {version for host in rig.hosts.values() for version in host.status().versions.values()} == {1}
+
+
+def test_an_experts_many_rows_stay_together_so_that_backward_finds_what_forward_made(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig(checkpoint("mini"), 2, 2)
+    made: list[int] = []  # rows of each forward
+    found: list[bool] = []  # of each backward, of whoever made them and of the replica
+    forward, take = TrainedExpert.forward, TrainedExpert._take
+
+    def counted(expert: TrainedExpert, x_ND: Tensor) -> Tensor:
+        made.append(len(x_ND))
+        return forward(expert, x_ND)
+
+    def looked(expert: TrainedExpert, x_ND: Tensor) -> Tensor | None:
+        kept = take(expert, x_ND)
+        found.append(kept is not None)
+        return kept
+
+    monkeypatch.setattr(TrainedExpert, "forward", counted)
+    monkeypatch.setattr(TrainedExpert, "_take", looked)
+    rig.step(plans(0, [[samples(512, (60, 60, 60, 60, 60), 1)]], RATE))
+    assert max(made) >= 2 * SHARED_ROWS
+    assert (found.count(True), found.count(False)) == (len(made), len(made))
 
 
 def lose(rig: Rig, host_id: str) -> None:
