@@ -174,7 +174,7 @@ class HostLoop:
             answers: Sequence[Answer] = self._host.forward_batch(
                 [job.request for job in jobs], [job.out for job in jobs]
             )
-        except (RuntimeError, MemoryError) as error:  # torch's own: no memory, a device that failed
+        except Exception as error:  # no memory, a device or a compiler that failed: the next may succeed
             log.exception("%s could not compute %d requests", self._host.host_id, len(jobs))
             answers = [HostRefused("failed", f"{self._host.host_id}: {error}")] * len(jobs)
         for job, answer in zip(jobs, answers, strict=True):

@@ -84,7 +84,7 @@ class Slow(ExpertHost):
         self.__dict__.update(like.__dict__)
         self.batches: list[int] = []
         self.entered, self.let_go = threading.Event(), threading.Event()
-        self.broken = False
+        self.broken: Exception | None = None
 
     def forward_batch(
         self, requests: Sequence[ForwardRequest], outs: Sequence[torch.Tensor | None] | None = None
@@ -92,8 +92,8 @@ class Slow(ExpertHost):
         self.batches.append(len(requests))
         self.entered.set()
         assert self.let_go.wait(20)
-        if self.broken:
-            raise MemoryError("no memory")
+        if self.broken is not None:
+            raise self.broken
         return super().forward_batch(requests, outs)
 
 
@@ -114,16 +114,17 @@ def test_what_waits_together_is_answered_together(host: ExpertHost) -> None:
     assert loop.close(10)
 
 
-def test_a_failure_is_told_and_the_next_request_computed(host: ExpertHost) -> None:
+@pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("the device"), ImportError("a compiler")])
+def test_a_failure_is_told_and_the_next_request_computed(host: ExpertHost, error: Exception) -> None:
     slow = Slow(host)
     slow.let_go.set()
     loop = HostLoop(slow)
     loop.start()
-    slow.broken = True
+    slow.broken = error
     refusal = loop.submit(request()).result(10)
     assert isinstance(refusal, HostRefused)
     assert (refusal.code, refusal.may_pass) == ("failed", True)
-    slow.broken = False
+    slow.broken = None
     assert isinstance(loop.submit(request()).result(10), ForwardReply)
     assert loop.close(10)
 
