@@ -10,7 +10,8 @@ from cluster.roster import HostReport
 from cluster.spec import ServiceSpec
 from cluster.threads import Share, keep_to
 from experts.grpc_server import ExpertServer
-from experts.host import ExpertHost, MakeStore
+from experts.held import MakeStore
+from experts.host import ExpertHost
 from experts.lease_door import LeaseDoor
 from experts.loader import LoadAbandoned, Loader, LoadReport
 from experts.nixl import prepare_environment

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from experts.grpc_server import ExpertServer
-from experts.host import ExpertHost, MakeStore
+from experts.held import MakeStore
+from experts.host import ExpertHost
 from experts.loader import LoadAbandoned, Loader, WeightsDamaged
 from experts.messages import ForwardRequest
 from experts.training.store import TrainableExperts
