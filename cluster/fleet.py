@@ -6,42 +6,22 @@ import itertools
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.actions import Abandon, Load, Probe, Retire, StartHost, StopHost
 from cluster.conductor import Conductor
+from cluster.life import Life, reason_of, settled
 from cluster.nodes import living_nodes, shared_threads
-from cluster.pool import Pool, Process
-from cluster.resident import HostInfo
+from cluster.pool import Pool
 from cluster.spec import ServiceSpec
 from cluster.threads import Share
 from model.checkpoint import Stamps
 
 STOP_TIMEOUT_S = 5.0
-ADOPT_TIMEOUTS_S = (5.0, 20.0)  # for a life that does not even answer a ping, and for one that does
-PROBE_TIMEOUTS_S = (0.5, 0.9)  # the shortest and the longest
 PROGRESS_TIMEOUT_S = 1.0
 log = logging.getLogger("shoal.fleet")
-
-
-@dataclass(slots=True, eq=False)
-class Life:
-    """A host's running life: its actor, and what is known of it."""
-
-    host_id: str
-    generation: int
-    process: Process
-    share: Share | None = None  # of its node's cores
-    info: HostInfo | None = None
-    progress: tuple[int, int] = (0, 1)
-    taking: str | None = None  # the change that it loads for
-
-    @property
-    def actor(self) -> Any:
-        return self.process.actor
 
 
 class Fleet:
@@ -152,7 +132,7 @@ class Fleet:
         if process is None:
             return
         try:
-            info = await _settled(process.actor)
+            info = await settled(process.actor)
         except (TimeoutError, RayError):
             self._pool.end(process)
             return
@@ -230,13 +210,7 @@ class Fleet:
         self._changed.set()
 
     async def _probe(self, life: Life) -> None:
-        alive = True
-        try:
-            await asyncio.wait_for(life.actor.ping.remote(), _patience_s(life))
-        except RayTaskError as error:
-            log.warning("%s answers that it cannot answer: %s", life.host_id, reason_of(error))
-        except (TimeoutError, RayError):
-            alive = False
+        alive = await life.answers()
         self._conductor.probed(life.host_id, life.generation, alive, time.monotonic())
         self._changed.set()
 
@@ -266,34 +240,3 @@ class Fleet:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def _settled(actor: Any) -> HostInfo:
-    """What a life is once it has ended what an earlier controller began; raises RayError, and TimeoutError.
-
-    It may have to wait for an expert that is on its way from a host that stands still, and serves meanwhile.
-    """
-    at_once_s, longest_s = ADOPT_TIMEOUTS_S
-    async with asyncio.timeout(longest_s):
-        settling: asyncio.Future[HostInfo] = asyncio.ensure_future(actor.settle.remote())
-        try:
-            return await asyncio.wait_for(asyncio.shield(settling), at_once_s)
-        except TimeoutError:
-            await asyncio.wait_for(actor.ping.remote(), PROBE_TIMEOUTS_S[1])
-            return await settling
-        finally:
-            settling.cancel()
-
-
-def _patience_s(life: Life) -> float:
-    """How long a suspect may take to answer: as long as another life would take to load, within bounds."""
-    shortest_s, longest_s = PROBE_TIMEOUTS_S
-    return min(longest_s, max(shortest_s, life.info.load_s if life.info is not None else longest_s))
-
-
-def reason_of(error: RayError) -> str:
-    """One line that says why an actor's method, or the actor, failed."""
-    if isinstance(error, RayTaskError) and error.cause is not None:
-        return str(error.cause).splitlines()[0]
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

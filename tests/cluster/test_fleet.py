@@ -9,6 +9,7 @@ import pytest
 from ray.exceptions import ActorUnschedulableError, NodeDiedError, RayActorError, RayError, RayTaskError
 
 from cluster import fleet as fleet_module
+from cluster import life as life_module
 from cluster.actions import GiveUp, Publish, Save
 from cluster.change import Phase, Wish
 from cluster.fleet import Fleet
@@ -249,8 +250,8 @@ def test_an_earlier_controllers_life_is_waited_for_while_it_answers(
     play: Play, monkeypatch: pytest.MonkeyPatch, answers: bool
 ) -> None:
     """What it still loads may come from a host that stands still."""
-    monkeypatch.setattr(fleet_module, "ADOPT_TIMEOUTS_S", (0.01, 10.0))
-    monkeypatch.setattr(fleet_module, "PROBE_TIMEOUTS_S", (0.01, 0.05))
+    monkeypatch.setattr(life_module, "ADOPT_TIMEOUTS_S", (0.01, 10.0))
+    monkeypatch.setattr(life_module, "PROBE_TIMEOUTS_S", (0.01, 0.05))
 
     async def scene(world: World) -> None:
         process = world.pool.take(1)
