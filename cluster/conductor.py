@@ -194,9 +194,10 @@ class Conductor:
                 actions.append(Probe(host_id, generation))
         actions += self._stops
         self._stops = []
-        if self.state != self._saved:
-            self._saved = self.state
-            actions.insert(0, Save(self._saved))
+        state = self.state
+        if state != self._saved:
+            self._saved = state
+            actions.insert(0, Save(state))
         return actions
 
     def _start_hosts(self, now_s: float) -> list[Action]:
