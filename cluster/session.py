@@ -21,7 +21,7 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 
-from cluster.remains import Guard, leave_nothing
+from cluster.remains import PATIENCE_S, Guard, leave_nothing
 
 LOOPBACK = "127.0.0.1"
 UNWATCHED = {
@@ -35,7 +35,9 @@ UNWATCHED = {
     # not for a dashboard, but Serve's look at its few replicas, 0.1 by default
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
 }
-WATCH_S = 1.0  # at most, until the thread that waits for the end of Ray sees that nobody cares any more
+VITAL = ("gcs_server", "raylet")  # neither is started again
+WATCH_S = 0.5  # at most, until the thread that waits for the end of Ray sees that nobody cares any more
+ALONE_S = 1.0  # for workers whose Ray is gone: one that hangs as it exits asks Ray first
 OBJECT_STORE_BYTES = 128 * 1024 * 1024  # Ray carries control messages only
 
 
@@ -90,8 +92,8 @@ def command(pid: int) -> str | None:
     return None
 
 
-def _leave_nothing(directory: Path, guard: Guard) -> None:
-    leave_nothing(directory)
+def _leave_nothing(directory: Path, guard: Guard, patience_s: float = PATIENCE_S) -> None:
+    leave_nothing(directory, patience_s)
     guard.dismiss()
 
 
@@ -126,30 +128,38 @@ class LocalCluster:
         )
         keep_token()
         self.address: str = context.address_info["gcs_address"]
-        raylets = (pid for pid in children() if command(pid) == "raylet")
-        self._raylet = next(map(os.pidfd_open, raylets), None)  # readable once it has ended, open until this one has
+        # each readable once it has ended, open until this process has
+        parts = [(command(pid), os.pidfd_open(pid)) for pid in set(children()) - {self._guard.pid}]
+        self._vital = [ended for name, ended in parts if name in VITAL]
+        self._others = [ended for name, ended in parts if name not in VITAL]
         self.logs = Path(context.address_info["session_dir"]) / "logs"
 
-    @property
-    def runs(self) -> bool:
-        """Whether its raylet is there: without it, whatever asks Ray may wait for a minute."""
-        return not self.ends_within(0)
-
     def ends_within(self, timeout_s: float) -> bool:
-        """Whether its raylet is gone by then; returns as soon as it is."""
-        return self._raylet is not None and bool(select.select([self._raylet], [], [], timeout_s)[0])
+        """Whether its GCS or its raylet is gone by then; returns as soon as one is."""
+        return bool(self._vital) and bool(select.select(self._vital, [], [], timeout_s)[0])
 
-    def end_process_with_it(self, over: threading.Event, last: Callable[[], int]) -> threading.Thread:
+    def end_process_with_it(
+        self, over: threading.Event, last: Callable[[], int], asked: Callable[[], bool] = lambda: False
+    ) -> threading.Thread:
         """Until `over`, see whether this Ray has ended by itself, and then end the process with the status of `last`.
 
         Whoever ends a service with all of its processes at once, as systemd does, ends Ray as well; what asks it would
         then wait for a minute, and at last be ended by it; and Ray's own threads end the process without a word when
-        they find its object store gone, a tenth of a second later. The thread that sees to it is returned.
+        they find its object store gone, a tenth of a second later. Ended together, its GCS and its raylet wait for each
+        other for ten seconds: when this process was `asked` to end, and a lesser part of Ray just has, all of them
+        were. The thread that sees to it is returned.
         """
 
         def watch() -> None:
-            while self._raylet is not None and not over.is_set():
-                if self.ends_within(WATCH_S) and not over.is_set():
+            unasked: list[set[int]] = [set(), set()]  # parts that had ended at the last two looks of before
+            while self._vital and not over.is_set():
+                gone = self.ends_within(WATCH_S)
+                ended = set(select.select(self._others, [], [], 0)[0])
+                if not asked():
+                    unasked = [unasked[1], ended]
+                elif ended - unasked[0]:
+                    gone = True
+                if gone and not over.is_set():
                     status = 1
                     try:
                         status = last()
@@ -179,7 +189,7 @@ class LocalCluster:
         for pid in set(children()) - {self._guard.pid}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._leave_nothing()
+        self._leave_nothing(ALONE_S)
 
     def stop(self) -> None:
         """End every process of this Ray and remove its directory."""
@@ -187,8 +197,8 @@ class LocalCluster:
             ray.shutdown()
         self._leave_nothing()
 
-    def _leave_nothing(self) -> None:
-        self._remove()
+    def _leave_nothing(self, patience_s: float = PATIENCE_S) -> None:
+        self._remove(patience_s)
         atexit.unregister(self._remove)  # only now: a signal may end what is being done
 
     def __enter__(self) -> "LocalCluster":

@@ -49,7 +49,7 @@ def serve_foreground(options: LaunchOptions, console: Console) -> int:
         write_record(replace(record, ray_address=cluster.address))
         for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
             signal.signal(number, on_signal)
-        cluster.end_process_with_it(over, functools.partial(_without_ray, options.port, stop))
+        cluster.end_process_with_it(over, functools.partial(_without_ray, options.port, stop), stop.is_set)
         _run(options, admin_token, console, stop)
         if not stop.is_set():
             _greet(options, directory, url, console)

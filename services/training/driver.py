@@ -111,7 +111,8 @@ def _train_alone(recipe: Recipe, checkpoint: Checkpoint, data: TrainingData, ste
         print(f"shoal: {RAY_GONE}", file=sys.stderr, flush=True)
 
     try:
-        with ray_of_run(service, on_end, on_gone, (shared, stop_file)), _signals(stop_file, heard, console):
+        asked, leftovers = stop_file.exists, (shared, stop_file)
+        with ray_of_run(service, on_end, on_gone, asked, leftovers), _signals(stop_file, heard, console):
             theirs = check_service(service, recipe.experts.hosts) if service is not None else None
             spec = service_spec(recipe, checkpoint, theirs)
             most = _find_room(recipe, spec, console)

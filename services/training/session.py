@@ -28,14 +28,18 @@ class ServiceUnusable(ValueError):
 
 @contextlib.contextmanager
 def ray_of_run(
-    service: str | None, on_end: Callable[[], None], on_gone: Callable[[], None], leftovers: Sequence[Path] = ()
+    service: str | None,
+    on_end: Callable[[], None],
+    on_gone: Callable[[], None],
+    asked: Callable[[], bool],
+    leftovers: Sequence[Path] = (),
 ) -> Iterator[None]:
     """The Ray of a job, or of a service that runs here, or a private one for as long as this lasts.
 
     Where the Ray is a service's, and ends with it within seconds, `on_end` is called in a thread when that begins to.
     Where it is gone before the run has ended, as a private one may be by itself, `on_gone` is, and the process ends
-    with status 1. Should this process be ended as well, without a chance to, that is said and done for it, and
-    `leftovers` are removed.
+    with status 1; `asked` says whether the run was asked to end. Should this process be ended as well, without a chance
+    to, that is said and done for it, and `leftovers` are removed.
     Raises ServiceUnusable where there is no Ray that `service` may be on.
     """
     import ray
@@ -64,7 +68,7 @@ def ray_of_run(
                 on_gone()
                 return 1
 
-            watching = cluster.end_process_with_it(over, last)
+            watching = cluster.end_process_with_it(over, last, asked)
             try:
                 yield
             except Exception:  # of which the end of Ray may be the cause, and then nobody wants Ray's own words

@@ -94,14 +94,14 @@ def test_a_run_with_a_service_joins_its_ray_and_one_without_has_its_own(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     write_record(record(8000))
     told = threading.Event()
-    with session.ray_of_run("p8000", told.set, told.set):
+    with session.ray_of_run("p8000", told.set, told.set, told.is_set):
         assert joined == ["127.0.0.1:7"]
         assert not told.wait(2 * session.FOLLOW_S)
         remove_record(8000)  # the first thing that a service does when it stops
         assert told.wait(20 * session.FOLLOW_S)
     assert joined == ["127.0.0.1:7", "left"]
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with session.ray_of_run("shoal", told.set, told.set):
+    with session.ray_of_run("shoal", told.set, told.set, told.is_set):
         assert joined[2:] == ["auto"]
 
 
