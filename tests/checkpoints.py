@@ -78,8 +78,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny-lite": BASE | LITE_LIKE,
     "tiny-yarn": BASE | V2_LIKE | {"rope_parameters": YARN, "max_position_embeddings": 2560},
 }
-EVERY_SHAPE = SHAPES | {"mini": BASE | V2_LIKE | MINI}
-"""The smallest one, for training, has no tokens for some of the other tests' prompts."""
+LEAST: dict[str, Any] = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "q_lora_rank": 16,
+}
+EVERY_SHAPE = SHAPES | {"mini": BASE | V2_LIKE | MINI, "least": BASE | V2_LIKE | MINI | LEAST}
+"""The smallest ones, for training and for interpreted kernels, have no tokens for some of the other tests' prompts."""
 
 
 @dataclass(frozen=True)

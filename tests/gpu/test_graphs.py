@@ -85,7 +85,7 @@ class Rig:
 
 @pytest.fixture(scope="module")
 def opened(checkpoint: Callable[[str], Path]) -> Checkpoint:
-    return Checkpoint.open(checkpoint("mini"))
+    return Checkpoint.open(checkpoint("least"))
 
 
 @pytest.fixture(scope="module")

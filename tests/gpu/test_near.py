@@ -27,7 +27,7 @@ REQUEST = greedy("a", (7,), 2, logprobs=1)
 
 @pytest.fixture
 def opened(checkpoint: Callable[[str], Path]) -> Checkpoint:
-    return Checkpoint.open(checkpoint("mini"))
+    return Checkpoint.open(checkpoint("least"))
 
 
 def test_a_host_that_holds_nothing_of_a_layer_is_not_asked(opened: Checkpoint) -> None:
