@@ -16,14 +16,15 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 env: $(STAMP)
 
 # torch for GPUs brings the Triton that it was built with; on CPUs it interprets the GPU kernels, in the tests
-# bytecode by all cores, not by pip on one; what does not compile are packages' templates
+# the kernels are compiled while pip, on one core, installs; bytecode is by all cores, and of what is used: neither
+# packages' tests nor other models'; what does not compile are packages' templates
 $(STAMP): pyproject.toml constraints.txt kernels/build.py $(wildcard kernels/csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) "$(TORCH)"
-	$(PIP) -c constraints.txt -e '.[dev,nixl]'
+	$(BIN)/python -m kernels.build & built=$$!; \
+	$(PIP) "$(TORCH)" && $(PIP) -c constraints.txt -e '.[dev,nixl]'; installed=$$?; \
+	wait $$built && exit $$installed
 	@test "$$(uname)" != Linux || $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) "$(TRITON)"
-	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
-	$(BIN)/python -m kernels.build
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/|/transformers/models/(?!auto|deepseek_v2)' .venv/lib || true
 	@touch $(STAMP)
 
 serve: env
@@ -31,8 +32,8 @@ serve: env
 
 # apart: Ray's client has hung in a process that had computed and forked much before
 test: env
-	$(BIN)/python -m pytest tests/end_to_end
-	$(BIN)/python -m pytest --ignore=tests/end_to_end -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m ray tests/end_to_end
+	$(BIN)/python -m pytest -m 'not ray' -n 2 --dist loadfile
 
 check: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.guests import Guests
+from cluster.imports import kept_objects
 from cluster.resident import Resident, wait_until_unwanted
 from cluster.spec import ServiceSpec
 from cluster.threads import settle_threads
@@ -33,7 +34,8 @@ class ExpertActor(Resident):
 
     def __init__(self, spec: ServiceSpec, name: str, token: str, threads: int) -> None:
         settle_threads(threads)
-        super().__init__(spec, name, token, threads)
+        with kept_objects():
+            super().__init__(spec, name, token, threads)
         self._spec = spec
         self._name = name
         self._threads = threads

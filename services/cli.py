@@ -1,6 +1,8 @@
 """The `shoal` command."""
 
 import argparse
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -212,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises SystemExit with 1 when nobody reads the output any more, and with 2.
     A training run that a signal ended has 128 and its number: see `services.train_command.STATUSES`.
     """
+    atexit.register(gc.freeze)  # else an interpreter that ends looks at all of torch and Ray once more, for a second
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == [bench_command.NAME]:
         bench_command.run_bench(given[1:])

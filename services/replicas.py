@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.imports import kept_objects
 from cluster.joining import contents_of
 from cluster.spec import ServiceSpec, WorkerSpec
 from cluster.threads import node_threads, settle_threads
@@ -27,7 +28,8 @@ class AttentionReplica:
 
     def __init__(self, service: ServiceSpec, spec: WorkerSpec) -> None:
         settle_threads(spec.threads or node_threads())
-        from cluster.attention_worker import AttentionWorker  # the ingress, which is here too, needs nothing of it
+        with kept_objects():
+            from cluster.attention_worker import AttentionWorker  # the ingress, which is here too, needs nothing of it
 
         replica = serve.get_replica_context().replica_id.unique_id
         self._worker = AttentionWorker(called(service), spec, f"attention-{replica}")

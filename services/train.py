@@ -1,5 +1,7 @@
 """`python -m services.train RECIPE [key=value …]`: what a Ray job runs."""
 
+import atexit
+import gc
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from services.training.recipe_file import load_recipe
 
 def main(arguments: list[str]) -> int:
     """The exit status: see `STATUSES`."""
+    atexit.register(gc.freeze)  # else an interpreter that ends looks at all of torch and Ray once more, for a second
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: python -m services.train RECIPE [key=value ...]\n\n{STATUSES}", file=sys.stderr)
         return 2
