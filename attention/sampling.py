@@ -109,13 +109,13 @@ def _inverse(weights: Tensor, threshold: float) -> int:
 
 
 def score(logits_V: Tensor, token: int, alternatives: int) -> TokenLogprob:
-    """Log-probability of `token` and of the likeliest `alternatives`, under the model's own distribution.
+    """Log-probability of `token` and of the likeliest `alternatives`, or all there are, under the model's distribution.
 
     Taken before temperature and penalties, so it does not depend on how the request samples.
     """
     logprobs = torch.log_softmax(logits_V.double(), dim=-1)
     top: tuple[tuple[int, float], ...] = ()
     if alternatives:
-        values, ids = logprobs.topk(alternatives)
+        values, ids = logprobs.topk(min(alternatives, len(logprobs)))
         top = tuple(sorted(zip(ids.tolist(), values.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0])))
     return TokenLogprob(token_id=token, logprob=float(logprobs[token]), top=top)

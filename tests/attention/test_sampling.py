@@ -157,6 +157,11 @@ def test_scores_are_of_the_models_own_distribution() -> None:
     assert [value for _, value in scored.top] == pytest.approx([float(expected[token]) for token in best])
 
 
+def test_more_alternatives_than_there_are_tokens_are_all_of_them() -> None:
+    scored = score(logits(4), token=7, alternatives=20)
+    assert sorted(token for token, _ in scored.top) == list(range(12))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
