@@ -91,6 +91,14 @@ class Engine:
         for token, _ in request.params.logit_bias:
             if not 0 <= token < vocabulary:
                 raise ValueError(f"logit_bias names token {token}, outside the vocabulary of {vocabulary}")
+        for token in request.params.stop_token_ids:
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"stop_token_ids names token {token}, outside the vocabulary of {vocabulary}")
+        if len(request.resumed_ids) > request.params.max_tokens:
+            raise ValueError(
+                f"resumed_ids has {len(request.resumed_ids)} tokens; expected at most max_tokens, "
+                f"{request.params.max_tokens}"
+            )
         total = len(request.prompt_ids) + request.params.max_tokens
         if total > self.max_length:
             raise ValueError(

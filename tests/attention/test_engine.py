@@ -98,6 +98,9 @@ def test_cancelling_frees_the_blocks_and_ends_the_updates(engine: Engine) -> Non
         (GenerateRequest("x", (-1,), SamplingParams(max_tokens=1)), "token id -1 is outside"),
         (GenerateRequest("x", (5,), SamplingParams(max_tokens=1), (9999,)), "token id 9999"),
         (GenerateRequest("x", (5,), SamplingParams(max_tokens=1, logit_bias=((4000, 1.0),))), "logit_bias names"),
+        (GenerateRequest("x", (5,), SamplingParams(max_tokens=1, stop_token_ids=(2048,))), "stop_token_ids names"),
+        (GenerateRequest("x", (5,), SamplingParams(max_tokens=1, stop_token_ids=(-1,))), "stop_token_ids names"),
+        (GenerateRequest("x", (5,), SamplingParams(max_tokens=1), (6, 7)), "resumed_ids has 2 tokens"),
         (GenerateRequest("x", (5,) * 10, SamplingParams(max_tokens=4090)), "4100 tokens; this worker's limit is 4096"),
     ],
 )
