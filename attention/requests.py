@@ -1,7 +1,7 @@
 """What an attention worker is asked, and what it answers. Plain data that crosses processes as JSON."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ MAX_SEED = (1 << 63) - 1
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one answer is drawn. Raises ValueError naming the field that is out of range."""
+    """How one answer is drawn. Raises ValueError naming the field that is out of range, or no integer where it must."""
 
     max_tokens: int
     seed: int = 0
@@ -29,6 +29,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for the prompt's tokens
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "min_tokens", "seed", "top_k", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if type(value) is not int and not (value is None and name.endswith("logprobs")):
+                raise ValueError(f"{name} is {value!r:.100}; expected an integer")
         ranges: tuple[tuple[str, float, float], ...] = (
             ("max_tokens", 0, math.inf),
             ("min_tokens", 0, self.max_tokens),
@@ -78,13 +82,21 @@ class GenerateRequest:
         """Inverse of to_json_dict; raises KeyError, TypeError or ValueError on anything else."""
         params = dict(raw["params"])
         params["logit_bias"] = tuple((int(token), float(bias)) for token, bias in params.get("logit_bias", ()))
-        params["stop_token_ids"] = tuple(params.get("stop_token_ids", ()))
+        params["stop_token_ids"] = _token_ids("stop_token_ids", params.get("stop_token_ids", ()))
         return cls(
             id=str(raw["id"]),
-            prompt_ids=tuple(raw["prompt_ids"]),
+            prompt_ids=_token_ids("prompt_ids", raw["prompt_ids"]),
             params=SamplingParams(**params),
-            resumed_ids=tuple(raw.get("resumed_ids", ())),
+            resumed_ids=_token_ids("resumed_ids", raw.get("resumed_ids", ())),
         )
+
+
+def _token_ids(name: str, raw: Iterable[Any]) -> tuple[int, ...]:
+    """Raises ValueError for anything but integers."""
+    tokens = tuple(raw)
+    if not set(map(type, tokens)) <= {int}:
+        raise ValueError(f"{name} is {raw!r:.100}; expected integers")
+    return tokens
 
 
 @dataclass(frozen=True, slots=True)

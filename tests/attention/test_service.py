@@ -124,7 +124,17 @@ def test_the_door_needs_the_token(server: AttentionServer, token: str | None) ->
         talk(server.address, use, token)
 
 
-@pytest.mark.parametrize("message", [b"\xff\xfe", b"{}", b'{"submit": {"id": "x"}}', b"[1]", json.dumps(3).encode()])
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"\xff\xfe",
+        b"{}",
+        b'{"submit": {"id": "x"}}',
+        b'{"submit": {"id": "x", "prompt_ids": ["5"], "params": {"max_tokens": 1}}}',
+        b"[1]",
+        json.dumps(3).encode(),
+    ],
+)
 def test_a_malformed_message_ends_only_its_stream(server: AttentionServer, message: bytes) -> None:
     async def use(client: AttentionClient) -> None:
         running = asyncio.create_task(collect(client, greedy("good", [5, 6], 30)))
