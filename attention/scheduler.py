@@ -3,7 +3,7 @@
 Plain Python over counts and block numbers. Running sequences come first, each with the tokens it has not computed
 yet: those that are generating, with one, before those whose prompts are long. Then come waiting ones, in order of
 arrival, while blocks and budget last. A part of each step is for short prompts that wait, so that one does not wait
-until long ones are through.
+until long ones are through, and a part is for a long one, so that it does not wait for as long as answers fill steps.
 When blocks run out, the latest arrival gives its blocks up and is recomputed later: a request never fails
 because others took the memory.
 """
@@ -17,6 +17,7 @@ from attention.blocks import BlockPool
 from attention.sequence import Sequence
 
 SHORT_PART = 4  # a step's tokens over this: the longest short prompt, and what all of them get in a step
+LONG_PART = 4  # a step's tokens over this: what the first long prompt gets of a step at least
 LOOKED_AT = 16  # waiting sequences among which short ones are looked for
 
 
@@ -88,7 +89,7 @@ class Scheduler:
         """The next step's chunks; empty when there is nothing to do."""
         kept = self._kept_for_short()
         running = tuple(sorted(self._running, key=lambda sequence: sequence.arrival))  # as they may preempt
-        counts, budget = self._share_out(running, kept)
+        counts, budget, kept = self._share_out(running, kept)
         preemptions = self.preemptions
         chunks: list[Chunk] = []
         for sequence, count in zip(running, counts, strict=True):
@@ -100,14 +101,25 @@ class Scheduler:
             self._admit(chunks, budget, kept)
         return chunks
 
-    def _share_out(self, running: tuple[Sequence, ...], kept: int) -> tuple[list[int], int]:
-        """Tokens of each running sequence in this step, answers and short prompts first, and those that are left."""
+    def _share_out(self, running: tuple[Sequence, ...], kept: int) -> tuple[list[int], int, int]:
+        """Tokens of each running sequence in this step, answers and short prompts first; those that are left; and how
+        many of these are still kept for short prompts that wait.
+        """
         budget = self._limits.step_tokens
+        part = max(1, budget // LONG_PART)
         counts = [0] * len(running)
-        for index in sorted(range(len(running)), key=lambda index: not self._short(running[index])):
+        order = sorted(range(len(running)), key=lambda index: not self._short(running[index]))
+        shorts = sum(map(self._short, running))
+        left = budget - part if shorts < len(running) else budget
+        for index in order[:shorts]:
+            counts[index] = self._count(running[index], left, kept)
+            left -= counts[index]
+        budget -= sum(counts)
+        kept = min(kept, max(0, budget - part))
+        for index in order[shorts:]:
             counts[index] = self._count(running[index], budget, kept)
             budget -= counts[index]
-        return counts, budget
+        return counts, budget, kept
 
     def _admit(self, chunks: list[Chunk], budget: int, kept: int) -> None:
         """Let waiting sequences in, in order of arrival, but short ones past long ones for which too little is left."""

@@ -1,5 +1,6 @@
 """Which tokens a step computes: bounds, chunks, order, preemption and cancellation."""
 
+import itertools
 import random
 
 import pytest
@@ -89,6 +90,24 @@ def test_nothing_is_kept_for_a_short_prompt_that_cannot_come_in() -> None:
     scheduler.add(sequence(2, 70))
     scheduler.add(sequence(3, 3))
     assert step(scheduler) == [("r1", 16, 16)]
+
+
+@pytest.mark.parametrize(("step_tokens", "running", "others"), [(16, 64, 20), (16, 24, 30)])
+def test_a_long_prompt_gets_on_while_answers_fill_the_steps(step_tokens: int, running: int, others: int) -> None:
+    """As one answer ends, the next short prompt comes, and never is there a step that these would not fill."""
+    scheduler = Scheduler(BlockPool(256, SIZE), SchedulerLimits(step_tokens=step_tokens, running=running))
+    numbers = itertools.count()
+    for _ in range(others):
+        scheduler.add(sequence(next(numbers), 2))
+    step(scheduler)
+    long = sequence(next(numbers), 40)
+    scheduler.add(long)
+    for _ in range(200):
+        step(scheduler)
+        for one in [one for one in scheduler if one is not long and one.generated >= 12]:
+            scheduler.remove(one)
+            scheduler.add(sequence(next(numbers), 2))
+    assert long.generated
 
 
 def test_no_more_run_than_allowed() -> None:
