@@ -26,6 +26,7 @@ class _Stream:
         self._batch: list[Update] = []
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._live: set[str] = set()
+        self._closed = False
         self._lock = threading.Lock()
 
     def on_update(self, update: Update) -> None:
@@ -56,7 +57,9 @@ class _Stream:
             yield message
 
     def close(self) -> None:
+        """Cancel what is running, and what `read` may still submit meanwhile."""
         with self._lock:
+            self._closed = True
             live = list(self._live)
         for request_id in live:
             self._engine.cancel(request_id)
@@ -68,6 +71,10 @@ class _Stream:
             with self._lock:
                 self._live.add(request.id)
             self._engine.submit(request, self.on_update)
+            with self._lock:
+                closed = self._closed
+            if closed:
+                self._engine.cancel(request.id)
         else:
             request_id = str(command["cancel"])
             with self._lock:

@@ -13,7 +13,7 @@ import pytest
 from attention.replay import Replay
 from attention.requests import GenerateRequest, SamplingParams, TokenLogprob, Update
 from attention.runner import EngineThread
-from attention.service import AttentionServer
+from attention.service import AttentionServer, _Stream
 from attention.service_client import AttentionClient, WorkerLost
 from attention.wire import METHOD
 from experts.wire import identity
@@ -100,6 +100,27 @@ def test_an_ingress_that_vanishes_frees_what_it_had(server: AttentionServer, thr
         await until(lambda: thread.stats().blocks_owned == 0)
 
     talk(server.address, use)
+
+
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["before it is submitted", "as it is submitted"])
+def test_a_request_that_was_read_as_its_ingress_vanished_is_cancelled(
+    thread: EngineThread, monkeypatch: pytest.MonkeyPatch, meanwhile: bool
+) -> None:
+    """A long prompt takes its time to be parsed."""
+    stream = _Stream(thread)
+    submit = thread.submit
+
+    def close_first(request: GenerateRequest, on_update: Callable[[Update], None]) -> None:
+        if meanwhile:
+            stream.close()
+            asyncio.run(until(lambda: not thread._cancelled))
+        submit(request, on_update)
+
+    monkeypatch.setattr(thread, "submit", close_first)
+    if not meanwhile:
+        stream.close()
+    stream.read(iter([json.dumps({"submit": greedy("long", [9, 8, 7], 4000).to_json_dict()}).encode()]))
+    asyncio.run(until(lambda: not thread.busy))
 
 
 def test_a_bad_request_is_an_error_of_its_own(server: AttentionServer) -> None:
