@@ -75,6 +75,8 @@ def _named(config: Mapping[str, Any]) -> Iterator[str]:
     yield from (token for name in NAMES if (token := named_token(config, name)))
     for name in FURTHER:
         further = config.get(name) or []
+        if not isinstance(further, list | dict):
+            raise CheckpointError(f"{CONFIG}: {name} is {further!r:.200}; expected a list of tokens, or tokens by name")
         for token in further.values() if isinstance(further, dict) else further:
             yield _text(token, name)
 

@@ -92,6 +92,8 @@ def test_a_token_that_the_config_adds_is_one(copy: Path, special: bool) -> None:
         ({"bos_token": ["<bos>"]}, r"bos_token is \['<bos>'\]; expected a token, or an object with its content"),
         ({"bos_token": {"__type": "AddedToken"}}, "bos_token is {'__type': 'AddedToken'}; expected a token"),
         ({"additional_special_tokens": [3]}, "additional_special_tokens is 3; expected a token"),
+        ({"additional_special_tokens": "<x>"}, "additional_special_tokens is '<x>'; expected a list of tokens"),
+        ({"extra_special_tokens": 3}, "extra_special_tokens is 3; expected a list of tokens, or tokens by name"),
         ({"added_tokens_decoder": ["<x>"]}, r"added_tokens_decoder is \['<x>'\]; expected tokens by their ids"),
         ({"added_tokens_decoder": {"one": X}}, r"added_tokens_decoder is {'one': .*; expected tokens by their ids"),
         ({"added_tokens_decoder": {"1": None}}, r"added_tokens_decoder\.1 is None; expected a token"),
