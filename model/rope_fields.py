@@ -34,6 +34,9 @@ def read_rope(raw: Mapping[str, object]) -> tuple[float, RopeScaling | None]:
     kind = fields.choice("rope_type" if "rope_type" in given else "type", ("default", "yarn"), default="default")
     if kind == "default":
         return theta, None
+    if theta <= 1:
+        field = "rope_theta" if given.get("rope_theta") is None else f"{name}.rope_theta"
+        raise ConfigError(f"{field} is {theta}; expected more than 1, as YaRN's ramp is by its logarithm")
     fast, slow = fields.number("beta_fast", default=32.0), fields.number("beta_slow", default=1.0)
     if fast < slow:
         raise ConfigError(f"{name}.beta_fast is {fast}; expected at least beta_slow ({slow})")

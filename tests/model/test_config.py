@@ -191,6 +191,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"rope_parameters": {"rope_type": "default"}}, "rope_scaling and rope_parameters", "one of them"),
     (yarn(type="linear"), "rope_scaling.type", "'default' or 'yarn'"),
     (yarn(rope_type="dynamic"), "rope_scaling.rope_type", "'default' or 'yarn'"),
+    (yarn() | {"rope_theta": 1}, "rope_theta", "more than 1"),
+    (yarn(rope_theta=1.0), "rope_scaling.rope_theta", "more than 1"),
     (yarn(factor=None), "rope_scaling.factor", "it in config.json"),
     (yarn(factor=0.5), "rope_scaling.factor", "at least 1"),
     (yarn(beta_fast=0.5), "rope_scaling.beta_fast", "at least beta_slow"),
