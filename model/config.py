@@ -95,8 +95,9 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     has_moe = any(layer >= dense and layer % frequency == 0 for layer in range(layers))
     experts = fields.size("n_routed_experts") if has_moe else fields.size("n_routed_experts", default=0, least=0)
     method = fields.choice("topk_method", ("greedy", "group_limited_greedy"), default="greedy")
-    groups = fields.size("n_group", default=1)
-    kept_groups = fields.size("topk_group", default=1)
+    one_group = None if has_moe and method == "group_limited_greedy" else 1
+    groups = fields.size("n_group", default=one_group)
+    kept_groups = fields.size("topk_group", default=one_group)
     chosen = fields.size("num_experts_per_tok") if has_moe else fields.size("num_experts_per_tok", default=0, least=0)
     if has_moe:
         _check_routing(method, experts, groups, kept_groups, chosen)

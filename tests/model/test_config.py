@@ -174,6 +174,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"mlp_bias": True}, "mlp_bias", "false"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config", "an unquantised checkpoint"),
     ({"topk_method": "noaux_tc"}, "topk_method", "'greedy' or 'group_limited_greedy'"),
+    ({"n_group": None, "topk_group": None}, "n_group", "it in config.json"),
+    ({"topk_group": None}, "topk_group", "it in config.json"),
     ({"n_group": 7}, "n_group", "a divisor of n_routed_experts (160)"),
     ({"topk_group": 9}, "topk_group", "at most n_group (8)"),
     ({"num_experts_per_tok": 61}, "num_experts_per_tok", "at most 60"),
