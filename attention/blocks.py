@@ -102,13 +102,6 @@ class BlockPool:
                 else:
                     self._never_used.append(block)
 
-    def forget_all(self) -> None:
-        """Drop the identity of every block that no sequence owns."""
-        for block in self._released:
-            self._forget(block)
-        self._never_used.extend(self._released)
-        self._released.clear()
-
     def _forget(self, block: int) -> None:
         key = self._key_of_block.pop(block, None)
         if key is not None:
