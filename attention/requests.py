@@ -75,7 +75,12 @@ class GenerateRequest:
     resumed_ids: tuple[int, ...] = ()
 
     def to_json_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {  # of the whole request, asdict would copy the prompt token by token
+            "id": self.id,
+            "prompt_ids": self.prompt_ids,
+            "params": asdict(self.params),
+            "resumed_ids": self.resumed_ids,
+        }
 
     @classmethod
     def from_json_dict(cls, raw: Mapping[str, Any]) -> "GenerateRequest":

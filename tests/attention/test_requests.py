@@ -16,6 +16,14 @@ def test_a_request_comes_back_from_json_as_it_was() -> None:
     assert GenerateRequest.from_json_dict(ASKED).params == SamplingParams(max_tokens=3, temperature=0)
 
 
+def test_a_long_prompt_is_not_copied_on_its_way_to_json() -> None:
+    """Which an event loop waits for."""
+    request = GenerateRequest("a", tuple(range(9)), SamplingParams(max_tokens=3), (9, 10))
+    raw = request.to_json_dict()
+    assert raw["prompt_ids"] is request.prompt_ids
+    assert raw["resumed_ids"] is request.resumed_ids
+
+
 @pytest.mark.parametrize("field", ["prompt_ids", "resumed_ids", "stop_token_ids"])
 @pytest.mark.parametrize("tokens", ["ab", [1.5], [True], [None], [[1]], {"1": 2}])
 def test_tokens_that_are_no_integers_are_refused(field: str, tokens: object) -> None:
