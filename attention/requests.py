@@ -84,7 +84,7 @@ class GenerateRequest:
 
     @classmethod
     def from_json_dict(cls, raw: Mapping[str, Any]) -> "GenerateRequest":
-        """Inverse of to_json_dict; raises KeyError, TypeError or ValueError on anything else."""
+        """Inverse of to_json_dict; raises KeyError, TypeError, OverflowError or ValueError on anything else."""
         params = dict(raw["params"])
         params["logit_bias"] = tuple((int(token), float(bias)) for token, bias in params.get("logit_bias", ()))
         params["stop_token_ids"] = _token_ids("stop_token_ids", params.get("stop_token_ids", ()))

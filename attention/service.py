@@ -47,7 +47,7 @@ class _Stream:
         try:
             for message in messages:
                 self._apply(message)
-        except (ValueError, KeyError, TypeError, grpc.RpcError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, grpc.RpcError):
             pass  # the stream is over: `write` ends and the caller cleans up
         finally:
             self._out.put(None)

@@ -152,7 +152,9 @@ def test_the_door_needs_the_token(server: AttentionServer, token: str | None) ->
         b"{}",
         b'{"submit": {"id": "x"}}',
         b'{"submit": {"id": "x", "prompt_ids": ["5"], "params": {"max_tokens": 1}}}',
+        b'{"submit": {"id": "x", "prompt_ids": [5], "params": {"max_tokens": 1, "logit_bias": [[Infinity, 1]]}}}',
         b"[1]",
+        b"[" * 100_000,
         json.dumps(3).encode(),
     ],
 )
