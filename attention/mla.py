@@ -1,6 +1,6 @@
 """Multi-head latent attention, expanded: keys and values are formed from the latents (eqs 9-19).
 
-The plain, differentiable form, for training and as the reference of the absorbed form in `absorbed.py`.
+The plain form of whole sequences, which the absorbed form in `absorbed.py` equals; training has its own, of samples.
 Shapes: `B` sequences, `T` tokens, `D` model, `N` heads, `C` latent (kv_lora_rank), `R` rotary dimensions.
 """
 
