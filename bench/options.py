@@ -1,6 +1,7 @@
 """The command line of the benchmark."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         parser.error("--report is for a whole run: leave --quick out")
     if unknown := [name for name in raw.contenders or () if service_hosts(name) is None and name not in CONTENDERS]:
         parser.error(f"--contenders {unknown[0]}: use {', '.join(CONTENDERS)}, or shoal-N for any N")
+    output: Path = raw.output or (QUICK_OUTPUT if raw.quick else OUTPUT)
+    if reason := _unwritable(output):  # which is written last
+        parser.error(f"--output {output}: {reason}; expected a JSON file that can be written")
     return Options(
         checkpoint=raw.checkpoint,
-        output=raw.output or (QUICK_OUTPUT if raw.quick else OUTPUT),
+        output=output,
         contenders=raw.contenders or (QUICK_CONTENDERS if raw.quick else CONTENDERS),
         batches=raw.batch or ((1, 8) if raw.quick else (1, 8, 32)),
         repeats=raw.repeats or (1 if raw.quick else 5),
@@ -77,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure Shoal and transformers side by side on one checkpoint.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--checkpoint",
@@ -101,8 +106,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _unwritable(file: Path) -> str | None:
+    """Why a file cannot be written, in directories that are made for it; None when it can."""
+    if file.is_dir():
+        return "it is a directory"
+    there = file if file.exists() else next(parent for parent in file.absolute().parents if parent.exists())
+    if there != file and not there.is_dir():
+        return f"{there} is a file"
+    return None if os.access(there, os.W_OK) else f"{there} is read-only"
+
+
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names nobody")
+    return names
 
 
 def _count(text: str) -> int:

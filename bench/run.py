@@ -42,6 +42,8 @@ def measure(options: Options, command: str, say: Say) -> Results:
     started, started_s = datetime.datetime.now(datetime.UTC), time.monotonic()
     if BASELINE in options.contenders and importlib.util.find_spec("transformers") is None:
         raise BenchError("transformers is not installed: pip install transformers, or name other --contenders")
+    if PARALLEL in options.contenders and importlib.util.find_spec("aiohttp") is None:
+        raise BenchError("aiohttp, which asks through HTTP, is not installed: pip install aiohttp, or `make env`")
     checkpoint = Checkpoint.open(options.checkpoint)
     _check_length(options, checkpoint.config.max_position_embeddings)
     _warm_page_cache(options.checkpoint)

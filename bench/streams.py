@@ -7,8 +7,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-
-import aiohttp
+from typing import TYPE_CHECKING
 
 from attention.requests import GenerateRequest, SamplingParams
 from attention.service_client import AttentionClient
@@ -16,6 +15,9 @@ from bench.child import now_s
 from bench.errors import BenchError
 from bench.service import Door
 from bench.timing import GenerationClock, Sample, Workload
+
+if TYPE_CHECKING:
+    import aiohttp  # which measuring without HTTP does not need
 
 TIMEOUT_S = 1800.0
 SETTLE_S = 0.3  # for a cancelled step to end
@@ -68,6 +70,8 @@ async def _measure_door(door: Door, workload: Workload) -> Streamed:
 
 
 async def _measure_http(url: str, model: str, workload: Workload) -> Streamed:
+    import aiohttp
+
     # aiohttp parses in C: a slower client would take the service's processor time and be charged to it
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(TIMEOUT_S)) as session:
@@ -92,7 +96,7 @@ async def _measure_http(url: str, model: str, workload: Workload) -> Streamed:
         return await _all_streams(workload, stream)
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, object]]:
+async def _events(response: "aiohttp.ClientResponse") -> AsyncIterator[dict[str, object]]:
     async for line in response.content:
         if line.startswith(b"data: {"):
             yield json.loads(line[len(b"data: ") :])

@@ -1,6 +1,7 @@
 """The command line, and `shoal bench`, which is the same one."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +36,23 @@ def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--contenders vllm: use transformers, shoal-local" in refused(capsys, "--contenders", "shoal-2,vllm")
     assert "'0' is not a number of at least 1" in refused(capsys, "--batch", "1,0")
     assert "'x' is not a number" in refused(capsys, "--repeats", "x")
+    assert "--contenders: ',' names nobody" in refused(capsys, "--contenders", ",")
+
+
+def test_options_have_their_whole_names(capsys: pytest.CaptureFixture[str]) -> None:
+    """A later option of the same beginning would break a shorter one."""
+    assert "unrecognized arguments: --repeat 2" in refused(capsys, "--repeat", "2")
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").write_text("")
+    assert parse(["--output", str(tmp_path / "there")]).output == tmp_path / "there"
+    assert parse(["--output", str(tmp_path / "new" / "file.json")]).output.name == "file.json"
+    assert f"--output {tmp_path}: it is a directory" in refused(capsys, "--output", str(tmp_path))
+    beneath = tmp_path / "there" / "file.json"
+    assert f"{tmp_path / 'there'} is a file; expected" in refused(capsys, "--output", str(beneath))
 
 
 def test_any_number_of_hosts_can_take_part() -> None:
@@ -53,6 +71,16 @@ def test_a_missing_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.Capture
     assert len(lines) == 1
     assert lines[0].startswith("bench: ")
     assert "does not exist" in lines[0]
+
+
+def test_without_its_http_client_it_says_what_to_install(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['aiohttp'] = None; from bench.__main__ import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "--contenders", "shoal-2", "--checkpoint", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines() == [
+        "bench: aiohttp, which asks through HTTP, is not installed: pip install aiohttp, or `make env`"
+    ]
 
 
 def test_shoal_bench_hands_its_options_over(monkeypatch: pytest.MonkeyPatch) -> None:
