@@ -43,7 +43,9 @@ def add_parser(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file, such as examples/sft.yaml")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="such as lr=1e-5 or experts.hosts=4")
+    command.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as lr=1e-5 or experts.hosts=4"
+    )
     command.add_argument("--dry-run", action="store_true", help="print the whole recipe and what it needs, and stop")
     command.add_argument("--submit", action="store_true", help="as a job of the Ray cluster at --address")
     command.add_argument(

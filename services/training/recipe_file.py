@@ -20,7 +20,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     except FileNotFoundError:
         raise RecipeError(f"{path} does not exist: give a recipe, such as examples/sft.yaml") from None
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: of bytes, and of dates that no month has
-        raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
+        raise RecipeError(f"{path} cannot be read as YAML: {_line(error)}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} holds a {type(raw).__name__}; expected keys and values")
     _check_once(overrides)
@@ -57,6 +57,13 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
+def _line(error: Exception) -> str:
+    """What went wrong, in one line: YAML's own errors have several, and show the place."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem} in line {error.problem_mark.line + 1}"
+    return " ".join(str(error).split())
+
+
 def _check_once(overrides: list[str]) -> None:
     seen: list[tuple[str, str]] = []
     for override in overrides:
@@ -81,5 +88,5 @@ def _override(raw: dict[str, Any], text: str) -> None:
     try:
         parsed = _yaml(value)
     except (ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"{key}: {value!r} cannot be read as YAML: {error}") from error
+        raise RecipeError(f"{key}: {value!r} cannot be read as YAML: {_line(error)}") from error
     target[last] = parsed

@@ -298,6 +298,12 @@ def test_words_and_options_may_be_mixed(line: str, words: list[str]) -> None:
     assert (given.overrides if "train" in line else given.file) == words
 
 
+def test_a_missing_recipe_is_named_and_what_may_be_left_out_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: RECIPE\n")
+
+
 def test_an_option_that_is_none_is_refused_among_words(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["train", "R.yaml", "--dryrun", "lr=1"])

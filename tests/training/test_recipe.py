@@ -135,9 +135,11 @@ def test_files_that_are_no_recipe_are_named(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(RecipeError, match="holds a list"):
         load_recipe(tmp_path / "list.yaml", [])
-    (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(RecipeError, match="cannot be read as YAML"):
-        load_recipe(tmp_path / "bad.yaml", [])
+    for text, said in (("a: [", "<stream end>.* in line 1$"), ("a\nb: 1", " in line 2$"), ("a: \x00", "not allowed")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(RecipeError, match=f"cannot be read as YAML: .*{said}") as refused:
+            load_recipe(tmp_path / "bad.yaml", [])
+        assert len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("key", ["lora.rank", "no.such.key"])
