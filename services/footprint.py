@@ -42,7 +42,7 @@ def number_bytes(dtype: str, gpu: bool) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Counts of numbers, and bytes. Those of a host are of the fullest, with experts dealt evenly."""
+    """Counts of numbers, and bytes. A host is the fullest, as a service begins: each layer is dealt evenly."""
 
     parameters: int
     active: int  # of them that a token uses
@@ -74,7 +74,7 @@ def footprint(config: ModelConfig, layout: Layout) -> Footprint:
     looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # embeddings
     chosen = config.num_experts_per_tok if layers else 0
     asked = min(layout.hosts, chosen, config.topk_group * _hosts_of_a_group(config.n_group, layout.hosts))
-    pairs = _fullest(layers * experts, layout)
+    pairs = layers * -(-experts * layout.replicas // layout.hosts)  # as `router.placement.initial_placement` has it
     return Footprint(
         parameters=parameters,
         active=parameters - routed - looked_up + layers * chosen * expert,
@@ -95,11 +95,12 @@ def footprint(config: ModelConfig, layout: Layout) -> Footprint:
 def fewest_hosts(config: ModelConfig, layout: Layout, room_bytes: int) -> int:
     """Hosts among which the experts fit when each has so much room; raises ValueError when no number is enough."""
     one = footprint(config, layout)
-    fit = room_bytes // (one.expert * layout.weight_bytes) if one.expert else 1
-    copies = len(config.moe_layers) * config.n_routed_experts * layout.replicas
-    if fit < 1 or -(-copies // fit) > config.n_routed_experts * layout.replicas:
+    if not one.expert:
+        return layout.replicas
+    fit = room_bytes // (one.expert * layout.weight_bytes * len(config.moe_layers))  # experts of each layer
+    if fit < layout.replicas:  # which the model's experts, a host each, would have
         raise ValueError(f"{room_bytes} bytes a host given; the experts do not fit, however many hosts there are")
-    return max(layout.replicas, -(-copies // fit))
+    return max(layout.replicas, -(-config.n_routed_experts * layout.replicas // fit))
 
 
 def _hosts_of_a_group(groups: int, hosts: int) -> int:
@@ -109,10 +110,6 @@ def _hosts_of_a_group(groups: int, hosts: int) -> int:
     if groups % hosts == 0 or hosts % groups == 0:
         return max(1, hosts // groups)
     return -(-hosts // groups) + 1
-
-
-def _fullest(pairs: int, layout: Layout) -> int:
-    return -(-pairs * layout.replicas // layout.hosts)
 
 
 def by_kind(config: ModelConfig) -> Counter[str]:

@@ -98,6 +98,19 @@ def test_a_token_asks_no_more_hosts_than_is_said(hosts: int) -> None:
         assert min(hosts, 6, sum(spread[:3])) <= footprint(config, Layout(hosts)).asked_hosts
 
 
+@pytest.mark.parametrize("raw", [V2, LITE])
+@pytest.mark.parametrize("hosts", [1, 3, 6, 7, 14, 15])
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_no_host_begins_with_more_than_is_said(raw: dict[str, Any], hosts: int, replicas: int) -> None:
+    config = parse_config(raw)
+    replicas = min(replicas, hosts)
+    begun = initial_placement(config, [Host(f"host-{number}", 1, "") for number in range(hosts)], replicas)
+    held = max(len(begun.held_by(host.id)) for host in begun.hosts)
+    assert footprint(config, Layout(hosts, replicas)).host_pairs == held
+    room = 2 * 3 * config.hidden_size * config.moe_intermediate_size * held
+    assert fewest_hosts(config, Layout(replicas, replicas, weight_bytes=2), room) <= hosts
+
+
 def test_the_fewest_hosts_that_hold_the_experts() -> None:
     config = parse_config(V2)
     room = int(0.9 * 79 * 2**30)
@@ -107,6 +120,10 @@ def test_the_fewest_hosts_that_hold_the_experts() -> None:
     assert fewest_hosts(config, Layout(3, 3, weight_bytes=2), 2**50) == 3
     with pytest.raises(ValueError, match="do not fit"):
         fewest_hosts(config, Layout(), 1)
+    for share in range(1, 24):  # of the experts, in each host
+        room = footprint(config, Layout()).experts * 2 // share
+        hosts = fewest_hosts(config, Layout(1, weight_bytes=2), room)
+        assert footprint(config, Layout(hosts, weight_bytes=2)).host_bytes <= room
 
 
 def test_the_command_shows_it_and_scripts_can_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +164,7 @@ def test_the_checkpoints_dtype_says_what_numbers_take(
         (["--attention-replicas", "0"], "0 attention workers given"),
         (["--expert-hosts", "2", "--host-memory", "1Gi"], "give one of"),
         (["--host-memory", "1Mi"], "do not fit"),
+        (["--host-memory", "4Gi", "--expert-replicas", "2"], "4294967296 bytes a host given"),
     ],
 )
 def test_what_is_wrong_is_named(
