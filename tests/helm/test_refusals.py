@@ -162,8 +162,9 @@ def test_release_names_that_kuberay_refuses_are_refused(name: str) -> None:
         ({"memory": "2Gi", "replicas": 4}, "raise experts.memory to 16Gi"),
         ({"memory": "10G", "replicas": 4}, "or experts.replicas (and experts.minReplicas, if set) to 8"),
         ({"memory": "16Gi", "replicas": 4, "copies": 2}, "raise experts.memory to 29Gi"),
-        ({"memory": "29Gi", "replicas": 4, "minReplicas": 1}, "with 1 hosts each holds 53.6 GiB"),
+        ({"memory": "29Gi", "replicas": 4, "minReplicas": 1}, "with 1 hosts one holds 53.6 GiB"),
         ({"gpus": 1, "gpuMemory": "24Gi", "replicas": 1}, "raise experts.gpuMemory to 30Gi, or experts.replicas"),
+        ({"memory": "6Gi", "replicas": 15}, "with 15 hosts one holds 4.2 GiB of them: raise experts.memory to 7Gi"),
     ],
 )
 def test_memory_too_small_for_a_nodes_experts_is_refused_with_what_would_do(change: Values, enough: str) -> None:
@@ -184,7 +185,7 @@ def test_memory_too_small_for_a_nodes_experts_is_refused_with_what_would_do(chan
 )
 def test_the_weights_dtype_says_what_the_experts_take(dtype: str, experts: Values, each: str) -> None:
     shape: Values = {"model": {"shape": V2_LITE | {"dtype": dtype}}}
-    with pytest.raises(helm.HelmRenderError, match=f"each holds {each}"):
+    with pytest.raises(helm.HelmRenderError, match=f"one holds {each}"):
         render(merge(shape, {"experts": experts}))
     render(merge(shape, {"experts": experts | {"memory": "29Gi", "gpuMemory": "60Gi" if "gpus" in experts else ""}}))
 
@@ -196,6 +197,7 @@ def test_the_weights_dtype_says_what_the_experts_take(dtype: str, experts: Value
         {"memory": "16Gi", "replicas": 4},
         {"memory": "29Gi", "replicas": 4, "copies": 2},
         {"gpus": 1, "gpuMemory": "30Gi", "replicas": 1},
+        {"memory": "6Gi", "replicas": 16},
     ],
 )
 def test_memory_that_does_is_taken(change: Values) -> None:

@@ -160,18 +160,18 @@
 {{- end -}}
 
 {{- define "shoal.checkMemory" -}}
-{{- $experts := include "shoal.expertBytes" . | int64 -}}
 {{- $room := include "shoal.roomBytes" . | int64 -}}
 {{- $least := include "shoal.fewestHosts" . | int -}}
 {{- $hosts := .Values.experts.minReplicas | default .Values.experts.replicas | default $least | int -}}
-{{- if gt $experts (mul $hosts $room) -}}
+{{- $most := div (add (include "shoal.expertCopies" . | int64) $hosts -1) $hosts -}}
+{{- $each := mul $most (include "shoal.expertBytes" . | int64) -}}
+{{- if gt $each $room -}}
 {{- $cpu := eq (int .Values.experts.gpus) 0 -}}
 {{- $which := ternary "experts.memory" "experts.gpuMemory" $cpu -}}
 {{- $given := ternary .Values.experts.memory .Values.experts.gpuMemory $cpu -}}
-{{- $each := divf $experts $hosts -}}
 {{- $enough := ternary (addf $each 2147483648) (divf $each 0.9) $cpu -}}
 {{- $more := ternary (printf ", or experts.replicas (and experts.minReplicas, if set) to %d" $least) "" (and (gt $room 0) (le $least (int .Values.model.shape.routedExperts))) -}}
-{{- fail (printf "%s is %s, which leaves %s for experts; with %d hosts each holds %s of them: raise %s to %dGi%s" $which $given (include "shoal.gibibytes" $room) $hosts (include "shoal.gibibytes" $each) $which (divf $enough 1073741824 | ceil | int) $more) -}}
+{{- fail (printf "%s is %s, which leaves %s for experts; with %d hosts one holds %s of them: raise %s to %dGi%s" $which $given (include "shoal.gibibytes" $room) $hosts (include "shoal.gibibytes" $each) $which (divf $enough 1073741824 | ceil | int) $more) -}}
 {{- end -}}
 {{- end -}}
 

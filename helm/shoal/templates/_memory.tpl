@@ -4,16 +4,20 @@
 {{- mulf (regexFind "^[0-9.]+" . | float64) (get $units (regexFind "[A-Za-z]*$" .)) | int64 -}}
 {{- end -}}
 
-{{- /* Bytes of all routed experts with their copies, as hosts hold them. 0: unknown. GPUs keep the checkpoint's dtype, CPUs bfloat16 alone, else float32. */}}
-{{- /* Where the dtype is not said: 16 bits on GPUs, 32 on CPUs. */}}
+{{- /* Bytes of a routed expert of every MoE layer, as hosts hold it. 0: unknown. GPUs keep the checkpoint's dtype, CPUs
+       bfloat16 alone, else float32. Where the dtype is not said: 16 bits on GPUs, 32 on CPUs. */}}
 {{- define "shoal.expertBytes" -}}
 {{- $shape := .Values.model.shape -}}
 {{- $gpu := gt (int .Values.experts.gpus) 0 -}}
 {{- $dtype := $shape.dtype | default "" -}}
 {{- $narrow := ternary (ne $dtype "float32") (eq $dtype "bfloat16") $gpu -}}
 {{- $width := ternary 2 4 $narrow -}}
-{{- $expert := mul 3 (int64 $shape.hiddenSize) (int64 $shape.moeIntermediateSize) $width -}}
-{{- mul $expert (int64 $shape.routedExperts) (int64 $shape.moeLayers) (int64 .Values.experts.copies) -}}
+{{- mul 3 (int64 $shape.hiddenSize) (int64 $shape.moeIntermediateSize) $width (int64 $shape.moeLayers) -}}
+{{- end -}}
+
+{{- /* Copies of a layer's experts. */}}
+{{- define "shoal.expertCopies" -}}
+{{- mul (int64 .Values.model.shape.routedExperts) (int64 .Values.experts.copies) -}}
 {{- end -}}
 
 {{- /* Bytes that a host may fill with experts: its memory less 2 GiB, or its GPU's less a tenth. 0: unchecked. */}}
@@ -27,12 +31,14 @@
 {{- end -}}
 {{- end -}}
 
-{{- /* Hosts that the experts need at least. */}}
+{{- /* Hosts that the experts need at least, each layer dealt evenly to them. */}}
 {{- define "shoal.fewestHosts" -}}
-{{- $experts := include "shoal.expertBytes" . | int64 -}}
+{{- $bytes := include "shoal.expertBytes" . | int64 -}}
 {{- $room := include "shoal.roomBytes" . | int64 -}}
-{{- $fit := ternary (div (add $experts $room -1) (max 1 $room)) 1 (and (gt $experts 0) (gt $room 0)) -}}
-{{- max 1 $fit (int64 .Values.experts.copies) -}}
+{{- $copies := include "shoal.expertCopies" . | int64 -}}
+{{- $each := div $room (max 1 $bytes) -}}
+{{- $enough := ternary (add 1 $copies) (div (add $copies $each -1) (max 1 $each)) (eq $each 0) -}}
+{{- max 1 (ternary $enough 1 (and (gt $bytes 0) (gt $room 0))) (int64 .Values.experts.copies) -}}
 {{- end -}}
 
 {{- /* Hosts with which the service starts, and below which KubeRay never goes. */}}
