@@ -18,6 +18,7 @@ from tests.helm.charts import (
     merge,
     pods,
     render,
+    serve_config,
 )
 from tests.helm.fake_store import Object
 
@@ -196,3 +197,23 @@ def test_pair_of_pods_and_labels_select_each_other() -> None:
         "demo-shoal-experts-extra": {"experts"},
         "NetworkPolicy": everything,
     }
+
+
+@pytest.mark.parametrize("name", ["1234", "true", "null"])
+def test_names_that_yaml_reads_as_something_else_stay_names(name: str) -> None:
+    model: Values = {"path": "/models", "pvc": {"claim": name, "subPath": name}, "source": "pvc"}
+    values: Values = {
+        "fullnameOverride": "shoal",
+        "image": {"pullSecrets": [name]},
+        "model": model,
+        "auth": {"existingSecret": name, "apiKeyEntry": name},
+        "ray": {"tokenSecret": name, "gcs": {"faultTolerance": "embedded", "storageClass": name}},
+        "outputs": {"claim": name},
+        "tls": {"secret": name, "serverName": name},
+        "networkPolicy": {"operatorNamespace": name, "monitoringNamespace": name},
+        "security": {"serviceAccountName": name},
+    }
+    objects = render(values, name=name, namespace=name)
+    for each in objects:
+        check_schema(each)
+    assert serve_config(objects)["applications"][0]["args"]["tls"]["name"] == name

@@ -18,7 +18,7 @@ python -m services.train {{ .file }}{{ range .args }} '{{ . }}'{{ end }}
 {{- /* Arguments of services.app:build. Nothing here may depend on experts.replicas: Serve replaces every worker when one
        of them changes, and hosts follow the nodes by themselves. The keys come from the environment. */}}
 {{- define "shoal.serveArgs" -}}
-model: {{ .Values.model.path }}
+model: {{ .Values.model.path | quote }}
 served_name: {{ include "shoal.modelId" . | quote }}
 max_in_flight: {{ int .Values.serve.maxInFlight }}
 control_cpus: 0.01
@@ -47,7 +47,7 @@ tls:
   key: /etc/shoal/tls/tls.key
   root: /etc/shoal/tls/ca.crt
   {{- with .Values.tls.serverName }}
-  name: {{ . }}
+  name: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- end -}}

@@ -5,7 +5,7 @@
 
 {{- define "shoal.selector" -}}
 app.kubernetes.io/name: shoal
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- /* Labels of an object; argument: root, and the component it belongs to. */}}
@@ -26,7 +26,7 @@ app.kubernetes.io/component: {{ .component }}
 {{- define "shoal.image" -}}
 {{- $gpus := gt (add .Values.attention.gpus .Values.experts.gpus) 0 -}}
 {{- $built := printf "%s%s" .Chart.AppVersion (ternary "-gpu" "" $gpus) -}}
-image: {{ printf "%s:%s" .Values.image.repository (.Values.image.tag | default $built) }}
+image: {{ printf "%s:%s" .Values.image.repository (.Values.image.tag | default $built) | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 {{- end -}}
 
@@ -58,12 +58,12 @@ seccompProfile:
 automountServiceAccountToken: {{ .token | default false }}
 enableServiceLinks: false
 {{- with .root.Values.security.serviceAccountName }}
-serviceAccountName: {{ . }}
+serviceAccountName: {{ . | quote }}
 {{- end }}
 {{- with .root.Values.image.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 securityContext: {{- include "shoal.podSecurity" .root | nindent 2 }}
@@ -94,12 +94,12 @@ securityContext: {{- include "shoal.podSecurity" .root | nindent 2 }}
 {{- if .api }}
 - name: SHOAL_API_KEY
   valueFrom:
-    secretKeyRef: {name: {{ $auth.existingSecret }}, key: {{ $auth.apiKeyEntry }}}
+    secretKeyRef: {name: {{ $auth.existingSecret | quote }}, key: {{ $auth.apiKeyEntry | quote }}}
 {{- end }}
 {{- if .admin }}
 - name: SHOAL_ADMIN_TOKEN
   valueFrom:
-    secretKeyRef: {name: {{ $auth.existingSecret }}, key: {{ $auth.adminTokenEntry }}}
+    secretKeyRef: {name: {{ $auth.existingSecret | quote }}, key: {{ $auth.adminTokenEntry | quote }}}
 {{- end }}
 {{- end -}}
 

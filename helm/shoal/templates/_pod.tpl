@@ -42,13 +42,13 @@ spec:
 
 {{- define "shoal.fetchModel" -}}
 name: fetch-model
-image: {{ .Values.model.objectStore.image }}
+image: {{ .Values.model.objectStore.image | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 command: {{ append (append .Values.model.objectStore.command .Values.model.objectStore.url) .Values.model.path | toJson }}
 {{- with .Values.model.objectStore.secret }}
 envFrom:
   - secretRef:
-      name: {{ . }}
+      name: {{ . | quote }}
 {{- end }}
 env:
   - name: HOME
@@ -56,8 +56,8 @@ env:
 securityContext: {{- include "shoal.containerSecurity" . | nindent 2 }}
 {{- with .Values.model.objectStore }}
 resources: # the volume bounds the storage: a limit of it here would bound the whole pod, its logs too
-  requests: {cpu: {{ int .cpu }}, memory: {{ .memory }}, ephemeral-storage: {{ .size }}}
-  limits: {cpu: {{ int .cpu }}, memory: {{ .memory }}}
+  requests: {cpu: {{ int .cpu }}, memory: {{ .memory | quote }}, ephemeral-storage: {{ .size | quote }}}
+  limits: {cpu: {{ int .cpu }}, memory: {{ .memory | quote }}}
 {{- end }}
 volumeMounts:
   {{- include "shoal.scratchMounts" . | nindent 2 }}

@@ -8,18 +8,18 @@ object-store-memory: {{ int64 .Values.ray.objectStoreBytes | quote }}
 {{- if eq .faultTolerance "embedded" -}}
 backend: rocksdb
 storage:
-  size: {{ .size }}
+  size: {{ .size | quote }}
   deletionPolicy: {{ .deletionPolicy }}
   {{- with .storageClass }}
-  storageClassName: {{ . }}
+  storageClassName: {{ . | quote }}
   {{- end }}
 {{- else if eq .faultTolerance "redis" -}}
-redisAddress: {{ .redisAddress }}
+redisAddress: {{ .redisAddress | quote }}
 {{- with .redisSecret }}
 redisPassword:
   valueFrom:
     secretKeyRef:
-      name: {{ . }}
+      name: {{ . | quote }}
       key: password
 {{- end }}
 {{- end }}

@@ -36,7 +36,7 @@
 - name: RAY_AUTH_TOKEN
   valueFrom:
     secretKeyRef:
-      name: {{ .Values.ray.tokenSecret | default (include "shoal.name" .) }}
+      name: {{ .Values.ray.tokenSecret | default (include "shoal.name" .) | quote }}
       key: auth_token
 {{- end }}
 {{- end -}}
@@ -50,7 +50,7 @@
   mountPath: /models
   readOnly: true
   {{- if and (eq .model.source "pvc") .model.pvc.subPath }}
-  subPath: {{ .model.pvc.subPath }}
+  subPath: {{ .model.pvc.subPath | quote }}
   {{- end }}
 {{- end }}
 {{- if .tls.secret }}
@@ -78,23 +78,23 @@
 {{- if eq .source "pvc" }}
 - name: model
   persistentVolumeClaim:
-    claimName: {{ .pvc.claim }}
+    claimName: {{ .pvc.claim | quote }}
     readOnly: true
 {{- else if eq .source "image" }}
 - name: model
   image:
-    reference: {{ .image.reference }}
+    reference: {{ .image.reference | quote }}
     pullPolicy: {{ $.root.Values.image.pullPolicy }}
 {{- else if eq .source "objectStore" }}
 - name: model
   emptyDir:
-    sizeLimit: {{ .objectStore.size }}
+    sizeLimit: {{ .objectStore.size | quote }}
 {{- end }}
 {{- end }}
 {{- with .root.Values.tls.secret }}
 - name: tls
   secret:
-    secretName: {{ . }}
+    secretName: {{ . | quote }}
     defaultMode: 0440
 {{- end }}
 - name: recipes # there or not: a job that is added later finds its recipe here without a restart
@@ -104,7 +104,7 @@
 {{- with .root.Values.outputs.claim }}
 - name: outputs
   persistentVolumeClaim:
-    claimName: {{ . }}
+    claimName: {{ . | quote }}
 {{- end }}
 {{- if .command }}
 - name: shared-mem # KubeRay adds it to its own pods
