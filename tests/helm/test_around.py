@@ -95,7 +95,9 @@ def test_notes_say_how_to_talk_to_it() -> None:
     (curl,) = re.findall(r"curl .*?\n.*?-d '(.*?)'", text, re.DOTALL)
     assert json.loads(curl)["model"] == "tide"
     assert "helm test demo --namespace prod" in text
-    assert "--set experts.replicas=3" in text
+    assert "--timeout 45m --set experts.replicas=3" in text
+    slow = notes({"serve": {"deploySeconds": 3600}, "experts": {"drainSeconds": 1200}})
+    assert "--timeout 85m" in slow  # for both hooks, and what is between them
     assert "faultTolerance=embedded" in text
     kept = notes(merge(SCALED_BY_KUBERAY, {"ray": {"gcs": {"faultTolerance": "embedded"}}}))
     assert "shoal experts scale 3 --wait" in kept
