@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from services.cli import parser
-from tests.helm.charts import Values, container, environment, find, groups, pods, render, serve_config
+from tests.helm.charts import Values, container, environment, find, groups, merge, pods, render, serve_config
 from tests.helm.fake_store import Object
 
 SCALED_BY_KUBERAY: Values = {
@@ -73,6 +73,14 @@ def test_keda_counts_pods_that_join_as_expert_nodes() -> None:
     for name in ("resources", "lifecycle", "securityContext"):
         assert container(extra["spec"]["template"])[name] == container(expert)[name]
     assert not [label for label in extra["spec"]["template"]["metadata"]["labels"] if label.startswith("ray.io/")]
+
+
+def test_nodes_that_keda_counts_have_the_labels_of_the_others() -> None:
+    objects = render(merge(SCALED_BY_KEDA, {"experts": {"labels": {"team": "b", "zone": "1"}}}))
+    (start,) = container(find(objects, "Deployment")["spec"]["template"])["args"]
+    (labels,) = (word.removeprefix("--labels=") for word in shlex.split(start) if word.startswith("--labels="))
+    given = dict(label.split("=") for label in labels.split(","))
+    assert given == groups(find(objects, "RayCluster"))["experts"]["labels"]
 
 
 def test_pods_that_keda_counts_have_what_kuberay_gives_its_own() -> None:
