@@ -80,6 +80,9 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- if and $ray.gcs.storageClass (ne $ray.gcs.faultTolerance "embedded") -}}
+{{- fail (printf "ray.gcs.storageClass is %s, which ray.gcs.faultTolerance=%s does not read: set ray.gcs.faultTolerance=embedded, or leave it empty" $ray.gcs.storageClass $ray.gcs.faultTolerance) -}}
+{{- end -}}
 {{- if and $ray.tokenSecret (not $ray.tokenAuth) -}}
 {{- fail (printf "ray.tokenSecret is %s, which ray.tokenAuth=false does not read: set ray.tokenAuth=true, or leave it empty" $ray.tokenSecret) -}}
 {{- end -}}
@@ -98,12 +101,24 @@
 {{- end -}}
 
 {{- define "shoal.checkGroups" -}}
+{{- if eq .Values.auth.apiKeyEntry .Values.auth.adminTokenEntry -}}
+{{- fail (printf "auth.apiKeyEntry and auth.adminTokenEntry are both %s, which would open the admin routes to every client: name two entries" .Values.auth.apiKeyEntry) -}}
+{{- end -}}
 {{- $attention := .Values.attention -}}
 {{- if gt (int64 $attention.maxLength) (int64 $attention.cacheTokens) -}}
 {{- fail (printf "attention.maxLength is %d, but a worker's cache holds attention.cacheTokens=%d tokens: lower attention.maxLength, or raise attention.cacheTokens" (int64 $attention.maxLength) (int64 $attention.cacheTokens)) -}}
 {{- end -}}
+{{- if and .Values.experts.gpuMemory (not .Values.experts.gpus) -}}
+{{- fail (printf "experts.gpuMemory is %s, which experts.gpus=0 does not read: set experts.gpus=1, or leave it empty" .Values.experts.gpuMemory) -}}
+{{- end -}}
+{{- $own := include "shoal.podLabels" (dict "root" $ "component" "") | fromYaml | keys -}}
 {{- range $group := list "attention" "experts" -}}
 {{- $values := get $.Values $group -}}
+{{- range $key := keys $values.labels | sortAlpha -}}
+{{- if or (has $key $own) (regexMatch "^(ray[.]io|shoal)/" $key) -}}
+{{- fail (printf "%s.labels has %s, which the chart or KubeRay sets: leave it out" $group $key) -}}
+{{- end -}}
+{{- end -}}
 {{- range $key, $own := dict "cpu" "cpu" "memory" "memory" $values.gpuResource "gpus" -}}
 {{- if hasKey $values.extraResources $key -}}
 {{- fail (printf "%s.extraResources has %s, which %s.%s sets: leave it out, and set %s.%s" $group $key $group $own $group $own) -}}
