@@ -59,6 +59,12 @@ def test_a_recipe_becomes_a_ray_job_that_finds_it() -> None:
         ]
 
 
+def test_a_file_is_one_word_to_the_shell() -> None:
+    values = CLAIM | {"jobs": [{"name": "sft", "file": "/outputs/a&b;c.yaml", "args": ["seed=1"]}]}
+    entry = shlex.shlex(find(render(values), "RayJob")["spec"]["entrypoint"], posix=True, punctuation_chars=True)
+    assert [*entry] == ["python", "-m", "services.train", "/outputs/a&b;c.yaml", "seed=1"]
+
+
 def test_a_changed_job_is_another_one_and_an_unchanged_one_the_same() -> None:
     def names(*jobs: Values) -> list[str]:
         return [each["metadata"]["name"] for each in render(CLAIM | {"jobs": list(jobs)}) if each["kind"] == "RayJob"]

@@ -12,7 +12,7 @@ shoal experts drain --node "$POD_IP" --if-running --wait --timeout {{ int .Value
 {{- end -}}
 
 {{- define "shoal.train" -}}
-python -m services.train {{ .file }}{{ range .args }} '{{ . }}'{{ end }}
+python -m services.train '{{ .file }}'{{ range .args }} '{{ . }}'{{ end }}
 {{- end -}}
 
 {{- /* Arguments of services.app:build. Nothing here may depend on experts.replicas: Serve replaces every worker when one
