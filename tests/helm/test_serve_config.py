@@ -1,6 +1,7 @@
 """The Serve config that the chart writes, as Ray Serve and the application read it."""
 
 import json
+from pathlib import Path
 
 import pytest
 from ray.serve._private.deploy_utils import get_app_code_version
@@ -97,3 +98,14 @@ def test_an_expert_takes_the_memory_that_the_chart_counts() -> None:
         store = PackedExperts(2048, 1408)
         store.load(0, *(torch.zeros(shape, dtype=dtype) for shape in ((1408, 2048), (1408, 2048), (2048, 1408))))
         assert round(store.nbytes * 26 * 64 / 2**30, 1) == gibibytes
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in EXAMPLES if path.stem in ("v2-8-gpus", "v2-16-gpus")], ids=lambda path: path.stem
+)
+def test_examples_in_which_a_change_would_not_fit_begin_with_all_their_hosts(path: Path) -> None:
+    """A change keeps routing groups whole, and two of V2's are more than such a GPU has."""
+    values = example(path)
+    (application,) = serve_config(render(values))["applications"]
+    assert application["args"]["experts"]["hosts"] == values["experts"]["replicas"]
+    assert not application["args"]["experts"]["auto_rebalance"]
