@@ -202,5 +202,5 @@ def read_document(kind: type[Document], path: Path, command: str) -> Document:
         raise BenchError(f"{path} cannot be read ({error.strerror}): `{command}` writes it") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BenchError(f"{path} is not a result file of this version: {where}: {first['msg']}") from error
+        where = ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
+        raise BenchError(f"{path} is not a result file of this version: {where}") from error

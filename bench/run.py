@@ -40,6 +40,7 @@ READ_BYTES = 16 * 1024 * 1024
 def measure(options: Options, command: str, say: Say) -> Results:
     """Raises BenchError, or ValueError (ConfigError, CheckpointError) for an unusable checkpoint."""
     started, started_s = datetime.datetime.now(datetime.UTC), time.monotonic()
+    software = read_software()  # what is measured: the checkout may be another one at the end
     if BASELINE in options.contenders and importlib.util.find_spec("transformers") is None:
         raise BenchError("transformers is not installed: pip install transformers, or name other --contenders")
     if PARALLEL in options.contenders and importlib.util.find_spec("aiohttp") is None:
@@ -78,7 +79,7 @@ def measure(options: Options, command: str, say: Say) -> Results:
             checkpoint=options.checkpoint.resolve().name,
             parameters=_parameters(checkpoint),
             machine=read_machine(),
-            software=read_software(),
+            software=software,
             paused_cpu_s=paused_cpu_s,
             idle_service_cores=sum(idle) / len(idle) if idle else None,
             idle_own_cores=sum(own) / len(own) if own else None,

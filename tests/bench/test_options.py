@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import run
 from bench.__main__ import main
 from bench.options import CONTENDERS, OUTPUT, QUICK_OUTPUT, parse, service_hosts
 from services import cli
@@ -71,6 +72,16 @@ def test_a_missing_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.Capture
     assert len(lines) == 1
     assert lines[0].startswith("bench: ")
     assert "does not exist" in lines[0]
+
+
+def test_the_commit_is_read_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run takes half an hour, and the checkout may be another one at its end."""
+    done: list[str] = []
+    monkeypatch.setattr(run, "read_software", lambda: done.append("software"))
+    monkeypatch.setattr(run.Checkpoint, "open", lambda directory: done.append("checkpoint"))
+    with pytest.raises(AttributeError):
+        run.measure(parse(["--contenders", "shoal-local"]), "", print)
+    assert done == ["software", "checkpoint"]
 
 
 def test_without_its_http_client_it_says_what_to_install(tmp_path: Path) -> None:

@@ -90,4 +90,7 @@ def test_the_command_says_what_is_wrong_with_its_file(
     path.write_text(json.dumps(raw))
     assert main([str(path), "--readme", str(readme)]) == 1
     assert "run.seed: Field required" in capsys.readouterr().err
+    path.write_text("# Results")
+    assert main([str(path), "--readme", str(readme)]) == 1
+    assert "of this version: Invalid JSON" in capsys.readouterr().err
     assert "old figures" in readme.read_text()
