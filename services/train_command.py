@@ -116,7 +116,7 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _show(recipe: "Recipe") -> int:
-    """Print the recipe and what it needs; refuses what the run would refuse before it starts anything."""
+    """Print the recipe and what it needs; refuses what the run would of recipe, model and data before it starts."""
     import yaml
 
     from services.training.driver import absolute, preview
