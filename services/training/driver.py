@@ -75,7 +75,10 @@ def train(recipe: Recipe, console: Console) -> int:
     console.print(f"reading {', '.join(file.name for file in recipe.data.files)}", markup=False, highlight=False)
     _, data, steps = preview(recipe)
     console.print(f"{len(data):,} samples of {data.samples.tokens:,} tokens, {steps:,} steps", highlight=False)
-    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir {recipe.output_dir} cannot be made ({error.strerror}): give another") from error
     with alone_in(recipe.output_dir):
         for name in (*RESULTS, INITIAL):
             sweep(recipe.output_dir / name)

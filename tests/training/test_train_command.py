@@ -67,6 +67,12 @@ def submit(train: Train) -> Callable[[], int]:
     return lambda: train("steps=7", "--submit")
 
 
+def test_a_directory_that_cannot_be_made_is_named(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CommandError, match=r"output_dir .*file/out cannot be made \(Not a directory\): give another"):
+        train("steps=1", f"output_dir={tmp_path / 'file' / 'out'}")
+
+
 def test_the_steps_and_the_data_are_counted(dry_run: Train, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run("steps=7") == 0
     printed = capsys.readouterr().out
