@@ -108,6 +108,8 @@ def _through_ray(word: str) -> str:
 
 
 def _submit(options: argparse.Namespace) -> int:
+    if "://" not in options.address:
+        raise CommandError(f"--address {options.address}: expected a URL, such as http://127.0.0.1:8265")
     command = job_command(options)
     added = {} if "RAY_AUTH_MODE" in os.environ else {"RAY_AUTH_MODE": "token"}
     print(shlex.join([*(f"{name}={value}" for name, value in added.items()), *command]), flush=True)

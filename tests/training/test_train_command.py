@@ -67,6 +67,12 @@ def submit(train: Train) -> Callable[[], int]:
     return lambda: train("steps=7", "--submit")
 
 
+def test_an_address_that_is_no_url_is_named(train: Train, submitted: list[object]) -> None:
+    with pytest.raises(CommandError, match="--address head: expected a URL, such as http://"):
+        train("steps=1", "--submit", "--address", "head")
+    assert not submitted
+
+
 def test_a_directory_that_cannot_be_made_is_named(train: Train, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CommandError, match=r"output_dir .*file/out cannot be made \(Not a directory\): give another"):
