@@ -23,6 +23,7 @@ void Pool::resize(int threads, long spin_ns) {
   workers_.clear();
   ending_ = false;
   for (int i = 1; i < threads; i++) workers_.emplace_back([this] { work(); });
+  threads_ = threads;
 }
 
 void Pool::run_shared(long count, Function function, const void* context) {

@@ -16,14 +16,14 @@ class Pool {
 
   // `threads` in all, the caller's included. An idle one looks for work for `spin_ns` before it sleeps.
   void resize(int threads, long spin_ns);
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const { return threads_; }
 
   // Runs task(i) for every i below `count`, on any thread, in rising order of start. The caller takes part and never
   // waits for a thread that has not begun. Only one thread at a time has the team; others wait their turn.
   template <class Task>
   void run(long count, const Task& task) {
     if (count <= 0) return;
-    if (count == 1 || workers_.empty()) {
+    if (count == 1 || threads_ == 1) {
       for (long i = 0; i < count; i++) task(i);
       return;
     }
@@ -37,8 +37,9 @@ class Pool {
   void take_tasks();
 
   std::mutex turn_;
-  std::vector<std::thread> workers_;
-  long spin_ns_ = 0;
+  std::vector<std::thread> workers_;  // of whoever has the turn; others know how many by threads_
+  std::atomic<int> threads_{1};
+  std::atomic<long> spin_ns_{0};
 
   alignas(64) std::atomic<unsigned> round_{0};  // counts jobs; what sleepers wait on
   std::atomic<int> sleepers_{0};
