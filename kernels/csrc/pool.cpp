@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <pthread.h>
+
 #include <chrono>
 
 #include "pause.h"
@@ -9,6 +11,12 @@ namespace shoal {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+// Never destroyed: at exit its threads may be asleep in a process that is going anyway.
+Pool* team = nullptr;
+
+// A forked process has none of the threads, and whoever had the turn may be one of them: it begins with a new team.
+void found_team() { team = new Pool; }
 
 }  // namespace
 
@@ -68,8 +76,8 @@ void Pool::work() {
 }
 
 Pool& pool() {
-  // Never destroyed: at exit its threads may be asleep in a process that is going anyway.
-  static Pool* team = new Pool;
+  static const int founded = (found_team(), pthread_atfork(nullptr, nullptr, found_team));
+  static_cast<void>(founded);
   return *team;
 }
 

@@ -1,5 +1,8 @@
 """Which kernels serve, and that the number of threads changes no bit."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -79,3 +82,30 @@ def test_the_number_of_threads_changes_no_bit(kernels: str) -> None:
                 assert torch.equal(got, wanted)
     finally:
         set_threads(threads)
+
+
+FORKED = """
+import ctypes, os, signal, sys
+library = ctypes.CDLL(sys.argv[1])
+x, out = (ctypes.c_float * 40000)(*[3.0] * 40000), (ctypes.c_float * 40000)()
+def norm():
+    library.shoal_rms_norm(x, ctypes.c_long(100), x, ctypes.c_long(400), ctypes.c_long(100), ctypes.c_float(0), out,
+                           ctypes.c_long(100))
+    return set(out) == {3.0}
+library.shoal_set_threads(8, ctypes.c_long(0))
+assert norm()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    alone = norm()
+    library.shoal_set_threads(9, ctypes.c_long(0))
+    os._exit(0 if alone and norm() else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_process_has_a_team_of_its_own(kernels: str) -> None:
+    if kernels == "torch":
+        pytest.skip("torch has threads of its own")
+    ran = subprocess.run([sys.executable, "-c", FORKED, str(build.library(kernels))], check=False, timeout=60)
+    assert ran.returncode == 0
