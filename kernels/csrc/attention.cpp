@@ -30,7 +30,7 @@ struct Problem {
 struct QueryTile {
   int sequence;
   long first_row;  // of token * heads + head
-  int rows;        // 1 to LANES
+  int rows;        // 1 to LANES, of tokens at adjoining positions
   long keys;       // of the tile's last query: 1 + its position
   long first_partial;
 };
@@ -235,7 +235,7 @@ void shoal_latent_attention(const float* q, const float* cache, const int* table
   long partials = 0;
   for (long t = 0; t < tokens;) {
     long end = t + 1;
-    while (end < tokens && sequence[end] == sequence[t]) end++;
+    while (end < tokens && sequence[end] == sequence[t] && position[end] == position[end - 1] + 1) end++;
     for (long row = t * heads; row < end * heads; row += LANES) {
       int rows = static_cast<int>(std::min<long>(LANES, end * heads - row));
       long keys = position[(row + rows - 1) / heads] + 1;

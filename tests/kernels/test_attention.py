@@ -83,6 +83,14 @@ def test_no_chunking_and_no_company_changes_a_bit() -> None:
             assert torch.equal(got, wanted)
 
 
+def test_positions_of_a_sequence_may_have_gaps() -> None:
+    data = paged([290])
+    whole = data.attend([(0, 0, 290)])[0]
+    chunks = [(0, 3, 5), (0, 50, 53), (0, 200, 201)]
+    for got, (_, start, end) in zip(data.attend(chunks), chunks, strict=True):
+        assert torch.equal(got, whole[start:end])
+
+
 def test_blocks_elsewhere_give_the_same_bits() -> None:
     data = paged([140])
     moved = data.cache_BSW.roll(5, 0)
