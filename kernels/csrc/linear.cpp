@@ -48,7 +48,7 @@ V silu(V x) { return x / (set1(1.0f) + exp(zero() - x)); }
 struct Work {
   Layout layout;
   Scratch input, hidden, weights;
-  std::vector<int> order, first, groups;
+  std::vector<int> order, first;
 };
 
 Work& work() {
