@@ -9,7 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels.native import native_for, triton_serves
+from kernels.native import check_dense, native_for, triton_serves
 
 
 def latent_attention(
@@ -63,10 +63,12 @@ def _native_attention(
     scale: float,
 ) -> Tensor:
     tokens, heads, width = q_TNW.shape
-    assert q_TNW.is_contiguous()
-    assert cache_BSW.is_contiguous()
-    assert q_TNW.dtype == cache_BSW.dtype == torch.float32
-    assert block_tables_QM.dtype == sequence_T.dtype == position_T.dtype == torch.int32
+    check_dense(torch.float32, q_TNW, cache_BSW)
+    check_dense(torch.int32, sequence_T, position_T)
+    assert block_tables_QM.dtype is torch.int32
+    assert block_tables_QM.stride(1) == 1
+    assert sequence_T.shape == position_T.shape == (tokens,)
+    assert cache_BSW.shape[2] == width
     out_TNC = torch.empty(tokens, heads, latent)
     native.shoal_latent_attention(
         q_TNW.data_ptr(),

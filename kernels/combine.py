@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.native import native, native_for, triton_serves
+from kernels.native import check_dense, native, native_for, triton_serves
 
 SHARED_ROWS = 64  # halves of which a host still computes at nearly its full speed
 
@@ -43,9 +43,8 @@ def split_slots(expert_TK: Tensor, owner_E: Tensor, owners: int, slots: Tensor |
     library = native()
     if library is None:
         return _split_plainly(expert_TK.reshape(-1), owner_E, owners, expert_TK.shape[1], slots)
-    assert expert_TK.dtype == torch.int64
-    assert expert_TK.is_contiguous()
-    assert owner_E.dtype == torch.int32
+    check_dense(torch.int64, expert_TK, *(() if slots is None else (slots,)))
+    check_dense(torch.int32, owner_E)
     count = expert_TK.numel() if slots is None else slots.numel()
     long_buffer = torch.empty(2 * count, dtype=torch.int64)
     int_buffer = torch.empty(2 * count, dtype=torch.int32)
@@ -145,10 +144,15 @@ def combine_slots(
     parts = len(answers)
     counts = [slot_P.shape[0] for slot_P, _ in answers]
     assert sum(counts) == tokens * top_k
-    assert all(y_PD.is_contiguous() for _, y_PD in answers)
-    weights_TK = weights_TK.contiguous()
-    residual_TD = None if residual_TD is None else residual_TD.contiguous()
-    shared_TD = None if shared_TD is None else shared_TD.contiguous()
+    for (slot_P, y_PD), count in zip(answers, counts, strict=True):
+        check_dense(torch.int64, slot_P)
+        check_dense(torch.float32, y_PD)
+        assert y_PD.shape == (count, width)
+    weights_TK = weights_TK.float().contiguous()
+    residual_TD = None if residual_TD is None else residual_TD.float().contiguous()
+    shared_TD = None if shared_TD is None else shared_TD.float().contiguous()
+    for other_TD in (residual_TD, shared_TD):
+        assert other_TD is None or other_TD.shape == (tokens, width)
     out_TD = torch.empty(tokens, width)
     table = (ctypes.c_long * (3 * parts))(
         *[slot_P.data_ptr() for slot_P, _ in answers], *[y_PD.data_ptr() for _, y_PD in answers], *counts

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.lane import Asked
-from kernels.native import native_for, triton_serves
+from kernels.native import check_dense, native_for, triton_serves
 from kernels.swiglu import PackedNetwork, PlainNetwork, check_expert, common_dtype, make_network
 
 
@@ -117,7 +117,10 @@ class PackedExperts:
     ) -> None:
         x_RD, rows, experts = x_RD.float().contiguous(), pair_row_P.int().contiguous(), pair_expert_P.int().contiguous()
         table_3E, gate_up, down, narrow = self._table
-        assert out_PD.is_contiguous()
+        assert x_RD.shape[1] == self._hidden
+        assert experts.shape == rows.shape
+        assert out_PD.shape == (len(rows), self._hidden)
+        check_dense(torch.float32, out_PD)
         bad = native.shoal_experts(
             x_RD.data_ptr(),
             self._hidden,

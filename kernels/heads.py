@@ -42,6 +42,8 @@ class PackedHeads:
             shape = (*x_TNK.shape[:2], self.out_features)
             out_TNO = torch.empty(shape, dtype=x_TNK.dtype, device=x_TNK.device)
         assert x_TNK.stride(2) == out_TNO.stride(2) == 1
+        assert x_TNK.shape[1:] == (self.heads, self.in_features)
+        assert out_TNO.shape == (x_TNK.shape[0], self.heads, self.out_features)
         if self._weight_NOK is not None:
             if triton_serves(x_TNK.device):
                 from kernels.gpu.product import head_products

@@ -8,6 +8,7 @@ from ctypes import c_float, c_int, c_long, c_void_p
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from kernels.build import buildable, library
 
@@ -108,6 +109,13 @@ def _triton_is_installed() -> bool:
 @cache
 def _multiplies_bf16() -> bool:
     return torch.cuda.get_device_capability() >= LEAST_CAPABILITY
+
+
+def check_dense(dtype: torch.dtype, *tensors: Tensor) -> None:
+    """Assert that native code may read these from end to end as numbers of `dtype`."""
+    for tensor in tensors:
+        assert tensor.dtype is dtype, f"a tensor is {tensor.dtype}; expected {dtype}"
+        assert tensor.is_contiguous()
 
 
 def native_for(device: torch.device | str) -> ctypes.CDLL | None:

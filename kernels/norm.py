@@ -13,6 +13,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         out = torch.empty_like(x)
         width = x.shape[-1]
+        assert weight.shape == (width,)
+        assert weight.is_contiguous()
         native.shoal_rms_norm(
             x.data_ptr(), width, weight.data_ptr(), x.numel() // width, width, eps, out.data_ptr(), width
         )

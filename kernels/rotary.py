@@ -6,7 +6,7 @@ Shapes: `T` tokens, `N` heads, `C` latent, `R` rotary dimensions, `W` = C + R, c
 import torch
 from torch import Tensor
 
-from kernels.native import native_for, triton_serves
+from kernels.native import check_dense, native_for, triton_serves
 from kernels.norm import rms_norm
 
 
@@ -31,9 +31,10 @@ def rotate_heads(q_TNQ: Tensor, cos_TR: Tensor, sin_TR: Tensor, out_TNW: Tensor)
     if native is None:
         out_TNW[..., -rotary:] = rotate(q_TNQ[..., -rotary:], cos_TR[:, None], sin_TR[:, None])
         return
-    assert q_TNQ.is_contiguous()
-    assert out_TNW.is_contiguous()
+    check_dense(torch.float32, q_TNQ, cos_TR, sin_TR, out_TNW)
     tokens, heads, width = q_TNQ.shape
+    assert cos_TR.shape == sin_TR.shape == (tokens, rotary // 2)
+    assert out_TNW.shape[:2] == (tokens, heads)
     native.shoal_rotate_heads(
         q_TNQ.data_ptr(),
         width,
@@ -63,18 +64,22 @@ def write_latents(
         rows = (rms_norm(latent_TC, weight_C, eps), rotate(k_rope_TR, cos_TR, sin_TR))
         cache_BSW.flatten(0, 1)[slot_T] = torch.cat(rows, dim=1).to(cache_BSW.dtype)
         return
-    assert kv_TW.is_contiguous()
-    assert cache_BSW.is_contiguous()
+    check_dense(torch.float32, kv_TW, weight_C, cos_TR, sin_TR, cache_BSW)
+    check_dense(torch.int64, slot_T)
+    tokens, width = kv_TW.shape
+    assert slot_T.shape == (tokens,)
+    assert cos_TR.shape == sin_TR.shape == (tokens, (width - latent) // 2)
+    assert cache_BSW.shape[2] == width
     native.shoal_write_latents(
         kv_TW.data_ptr(),
-        kv_TW.shape[1],
+        width,
         weight_C.data_ptr(),
         cos_TR.data_ptr(),
         sin_TR.data_ptr(),
         slot_T.data_ptr(),
-        kv_TW.shape[0],
+        tokens,
         latent,
-        kv_TW.shape[1] - latent,
+        width - latent,
         eps,
         cache_BSW.data_ptr(),
     )

@@ -129,7 +129,9 @@ class PackedSwiglu:
             return out_TD if add_TD is None else out_TD + add_TD
         assert self._native is not None
         x_TD = x_TD.float().contiguous()
+        assert x_TD.shape == (len(x_TD), self._hidden), f"x has shape {tuple(x_TD.shape)}; expected [T, {self._hidden}]"
         add_TD = None if add_TD is None else add_TD.float().contiguous()
+        assert add_TD is None or add_TD.shape == x_TD.shape
         out_TD = torch.empty_like(x_TD)
         network = self._network
         table = (ctypes.c_long * 3)(network.gate_up.address, network.down.address, network.narrow)
