@@ -79,8 +79,8 @@ class PackedExperts:
         if self._native is not None:
             self._call_native(self._native, x_RD, pair_row_P, pair_expert_P, out_PD)
             return out_PD
+        self._check_pairs(len(x_RD), pair_row_P, pair_expert_P)
         if self._triton:
-            self._check_pairs(len(x_RD), pair_row_P, pair_expert_P)
             self._call_triton(x_RD, pair_expert_P.to(x_RD.device), out_PD, pair_row_P.to(x_RD.device))
             return out_PD
         pair_row_P, pair_expert_P = pair_row_P.to(x_RD.device), pair_expert_P.to(x_RD.device)

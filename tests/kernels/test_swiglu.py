@@ -51,6 +51,17 @@ def test_every_pair_goes_through_its_expert() -> None:
         assert torch.equal(alone[0], got)
 
 
+@pytest.mark.parametrize(("row", "expert", "error"), [(-1, 3, IndexError), (2, 3, IndexError), (0, 5, KeyError)])
+def test_a_pair_of_what_is_not_there_is_refused_and_nothing_is_written(
+    row: int, expert: int, error: type[LookupError]
+) -> None:
+    packed, _ = loaded([3])
+    out = torch.full((2, 20), 7.0)
+    with pytest.raises(error):
+        packed(torch.randn(2, 20), torch.tensor([0, row]).int(), torch.tensor([3, expert]).int(), out)
+    assert torch.equal(out, torch.full((2, 20), 7.0))
+
+
 def test_weights_are_held_once() -> None:
     packed = PackedExperts(hidden_size=64, intermediate_size=96)
     packed.load(0, torch.randn(96, 64), torch.randn(96, 64), torch.randn(64, 96))
