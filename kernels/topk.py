@@ -6,7 +6,7 @@ Shapes: `T` tokens, `E` experts, `G` groups, `K` chosen.
 import torch
 from torch import Tensor
 
-from kernels.native import native_for, triton_serves
+from kernels.native import check_dense, native_for, triton_serves
 
 
 def softmax_top_k(
@@ -27,6 +27,7 @@ def softmax_top_k(
     if native is not None and not differentiable:
         tokens, experts = logits_TE.shape
         logits_TE = logits_TE.contiguous()
+        check_dense(torch.float32, logits_TE)
         chosen_TK = torch.empty(tokens, top_k, dtype=torch.int64)
         weights_TK = torch.empty(tokens, top_k)
         native.shoal_route(

@@ -13,6 +13,7 @@ from kernels.heads import PackedHeads
 from kernels.norm import rms_norm
 from kernels.rotary import rotate_heads, write_latents
 from kernels.swiglu import PackedSwiglu
+from kernels.topk import softmax_top_k
 
 NETWORK = torch.zeros(12, 20), torch.zeros(12, 20), torch.zeros(20, 12)
 
@@ -38,6 +39,10 @@ def write(slots: Tensor, cos: Tensor) -> None:
     write_latents(torch.zeros(3, 20), torch.ones(16), 1e-6, cos, torch.zeros(3, 2), slots, torch.zeros(4, 1, 20))
 
 
+def choose(dtype: torch.dtype) -> object:
+    return softmax_top_k(torch.zeros(3, 8, dtype=dtype), 1, 1, 2, False, 1.0)
+
+
 WRONG: dict[str, Callable[[], object]] = {
     "queries_of_another_width": lambda: attend(width=18),
     "positions_apart": lambda: attend(positions=numbers(3, 9, 4, 9, 5, 9)[::2]),
@@ -55,6 +60,8 @@ WRONG: dict[str, Callable[[], object]] = {
     "one_row_added_to_many": lambda: PackedSwiglu(*NETWORK)(torch.zeros(2, 20), torch.zeros(1, 20)),
     "a_short_norm": lambda: rms_norm(torch.zeros(2, 20), torch.ones(19), 1e-6),
     "a_norm_apart": lambda: rms_norm(torch.zeros(2, 20), torch.ones(40)[::2], 1e-6),
+    "wide_logits": lambda: choose(torch.float64),
+    "narrow_logits": lambda: choose(torch.bfloat16),
     "angles_missing": lambda: rotate_heads(
         torch.zeros(3, 2, 6), torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(3, 2, 8)
     ),
