@@ -7,7 +7,7 @@ from kernels.native import native_for, triton_serves
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32; the result has x's dtype."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32; the result has the wider dtype of both."""
     native = native_for(x.device)
     if native is not None and x.dtype == weight.dtype == torch.float32:
         x = x.contiguous()
