@@ -97,13 +97,15 @@ def main() -> int:
     if cxx is None:
         print("kernels: no C++ compiler was found, so the slower torch kernels serve; install g++ and build again")
         return 0
-    try:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda name: build(name, cxx), buildable()))
-    except BuildError as error:
-        print(f"kernels: {cxx} cannot build them, so the slower torch kernels serve\n{error}", file=sys.stderr)
-        return 0
-    print(f"kernels: {', '.join(buildable())}")
+    with ThreadPoolExecutor() as pool:
+        builds = {name: pool.submit(build, name, cxx) for name in buildable()}
+    refusals = {name: error for name, made in builds.items() if (error := made.exception()) is not None}
+    for name, error in refusals.items():
+        if not isinstance(error, BuildError):
+            raise error
+        print(f"kernels: {cxx} cannot build {name}\n{error}", file=sys.stderr)
+    built = [name for name in builds if name not in refusals]
+    print(f"kernels: {', '.join(built) or 'none, so the slower torch kernels serve'}")
     return 0
 
 
