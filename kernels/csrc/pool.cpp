@@ -39,6 +39,7 @@ void Pool::run_shared(long count, Function function, const void* context) {
   count_ = count;
   function_ = function;
   context_ = context;
+  mode_ = float_mode();
   next_ = 0;
   open_ = true;
   round_.fetch_add(1);
@@ -60,7 +61,10 @@ void Pool::work() {
   unsigned seen = round_;
   while (!ending_) {
     joined_.fetch_add(1);
-    if (open_) take_tasks();
+    if (open_) {
+      set_float_mode(mode_);
+      take_tasks();
+    }
     joined_.fetch_sub(1);
     for (Clock::time_point until = Clock::now() + std::chrono::nanoseconds(spin_ns_); round_ == seen;) {
       for (int i = 0; i < 16 && round_ == seen; i++) pause_briefly();

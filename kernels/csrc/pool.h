@@ -8,6 +8,8 @@
 #include <thread>
 #include <vector>
 
+#include "float_mode.h"
+
 namespace shoal {
 
 class Pool {
@@ -50,6 +52,7 @@ class Pool {
   long count_ = 0;
   Function function_ = nullptr;
   const void* context_ = nullptr;
+  FloatMode mode_{};  // the caller's, so that it does not matter who does which task
 };
 
 Pool& pool();

@@ -84,6 +84,28 @@ def test_the_number_of_threads_changes_no_bit(kernels: str) -> None:
         set_threads(threads)
 
 
+def test_the_whole_team_keeps_or_flushes_subnormal_numbers_as_the_caller_does(kernels: str) -> None:
+    if kernels == "torch":
+        pytest.skip("torch sets this for one thread")
+    threads = torch.get_num_threads()
+    linear, x = PackedLinear(torch.randn(640, 512) * 1e-20), torch.randn(300, 512) * 1e-20
+    try:
+        set_threads(3)
+        kept = linear(x)
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this machine always keeps them")
+        flushed = [linear(x) for _ in range(10)]
+        set_threads(1)
+        flushed.append(linear(x))
+        torch.set_flush_denormal(False)  # which would compare them as zeros, too
+        assert torch.equal(kept, linear(x))
+        assert kept.any()
+        assert not torch.stack(flushed).any()
+    finally:
+        torch.set_flush_denormal(False)
+        set_threads(threads)
+
+
 FORKED = """
 import ctypes, os, signal, sys
 library = ctypes.CDLL(sys.argv[1])
