@@ -34,6 +34,8 @@ UNWATCHED = {
     "LOG_NAME_UPDATE_INTERVAL_S": "10",
     # not for a dashboard, but Serve's look at its few replicas, 0.1 by default
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
+    # nobody takes the only node back while a run trains on it
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 VITAL = ("gcs_server", "raylet")  # neither is started again
 WATCH_S = 0.5  # at most, until the thread that waits for the end of Ray sees that nobody cares any more
@@ -58,8 +60,6 @@ def keep_private() -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
     # A training run's workers end, or are lost, and Ray Train sees it when it looks: every 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Nobody takes a private Ray's only node back.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # tokens are on, as they should be
 

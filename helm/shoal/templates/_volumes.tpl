@@ -17,6 +17,8 @@
   value: "30"
 - name: RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S # a proxy that has ended is known by three checks that fail, else of 10 s
   value: "1"
+- name: RAY_TRAIN_HEALTH_CHECK_INTERVAL_S # the end of a training run's workers, and their loss, are seen by then
+  value: "0.5"
 - name: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO
   value: "0"
 {{- if .command }}
