@@ -68,7 +68,12 @@ class Balance:
         self._next_s = now_s + LOOK_S
         committed, loads, hosts = conductor.committed, self.loads(now_s), capacities(views)
         before = committed.holding.holders
-        after = target(self._shape, views, committed.holding, loads, committed.replicas, committed.extra)
+        try:
+            after = target(self._shape, views, committed.holding, loads, committed.replicas, committed.extra)
+        except ValueError as error:  # hosts began with more than they would be given
+            log.info("no automatic rebalancing: %s", error)
+            self._next_s = now_s + REST_S
+            return
         owners = owners_of(after.holders, hosts)
         verdict = worth_moving(
             quality(owners_of(before, hosts), loads, hosts, self._shape.groups),

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Collection, Mapping
 
+from cluster.expert_memory import most_pairs
 from cluster.roster import HostReport
 from cluster.spec import ServiceSpec
 from cluster.threads import Share, keep_to
@@ -52,6 +53,7 @@ class ExpertLife:
         self._server: ExpertServer | None = None
         self._host: ExpertHost | None = None
         self._loader: Loader | None = None
+        self._room: int | None = None  # (layer, expert) pairs for which there is memory
         self._beginning = threading.Lock()  # around `begin`
         self._taking = threading.Lock()  # around one change's load, or a drop; taken after the other
         self._over = False
@@ -95,6 +97,7 @@ class ExpertLife:
         device = "cuda" if self._spec.gpus > 0 else "cpu"
         make_store: MakeStore = TrainableExperts if self._spec.trains else PackedExperts
         host = ExpertHost(checkpoint.config, host_id, generation, device, make_store)
+        self._room = None if self._spec.trains else most_pairs(checkpoint.config, self._spec.gpus)
         began_s = time.monotonic()
         host.load(checkpoint, sorted(pairs), self._on_progress)
         self.load_s = time.monotonic() - began_s
@@ -118,6 +121,7 @@ class ExpertLife:
             server.address,
             frozenset(host.held),
             compute=float(len(self._cores)),
+            max_pairs=None if self._room is None else max(self._room, len(host.held)),
             arithmetic=arithmetic("cuda" if self._spec.gpus > 0 else "cpu"),
         )
 

@@ -30,16 +30,6 @@ class Layout:
             raise ValueError(f"{self.replicas} replicas on {self.hosts} hosts given; expected 1 to {self.hosts}")
 
 
-def number_bytes(dtype: str, gpu: bool) -> tuple[int, int]:
-    """Bytes of a weight's number and of a cached one, for a checkpoint of this dtype.
-
-    GPUs compute in it. CPUs compute and cache in float32, and keep what is bfloat16 as it is.
-    """
-    if gpu:
-        return (4, 4) if dtype == "float32" else (2, 2)
-    return (2, 4) if dtype == "bfloat16" else (4, 4)
-
-
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """Counts of numbers, and bytes. A host is the fullest, as a service begins: each layer is dealt evenly."""

@@ -10,10 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cluster.expert_memory import number_bytes
 from model.config import ModelConfig, parse_config, read_raw_config
 from model.json_file import read_object
 from services.commands import CommandError
-from services.footprint import Footprint, Layout, by_kind, fewest_hosts, footprint, number_bytes
+from services.footprint import Footprint, Layout, by_kind, fewest_hosts, footprint
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 GIB = 2**30

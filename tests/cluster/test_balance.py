@@ -20,14 +20,14 @@ EVEN = [1000] * EXPERTS
 SKEWED = [4000, 3000, 1000, 1000, 100, 100, 100, 100]  # the first host has nearly all
 
 
-def serve(balance: Balance) -> Conductor:
+def serve(balance: Balance, max_pairs: int | None = None) -> Conductor:
     """Two hosts that hold half of the experts each, and serve."""
     ids = ("host-0", "host-1")
     holders = tuple((ids[expert * 2 // EXPERTS],) for expert in range(EXPERTS))
     conductor = Conductor(SHAPE, Committed(Holding({LAYER: holders}), ids, 1, 0), balance.loads, EventLog())
     for action in conductor.act(0.0):
         if isinstance(action, StartHost):
-            report = HostReport(action.host_id, action.generation, action.host_id, action.pairs)
+            report = HostReport(action.host_id, action.generation, action.host_id, action.pairs, max_pairs=max_pairs)
             conductor.host_ready(report, 0.0)
     conductor.act(0.0)
     return conductor
@@ -54,6 +54,14 @@ def test_a_skewed_load_is_spread() -> None:
 )
 def test_it_stays_where_nobody_asked_or_little_is_won_or_known(loads: Sequence[int], automatic: bool) -> None:
     assert considered(loads, automatic).change is None
+
+
+def test_hosts_without_room_are_left_as_they_are() -> None:
+    balance = Balance(SHAPE, automatic=True)
+    conductor = serve(balance, max_pairs=EXPERTS // 2 - 1)
+    balance.add({LAYER: SKEWED}, 1.0)
+    balance.consider(conductor, 1.0)
+    assert conductor.change is None
 
 
 def test_it_rests_after_a_change_and_does_not_look_all_the_time() -> None:

@@ -1,4 +1,4 @@
-"""config.json of the released models (shared/MODEL.md's table), and of one small enough to copy in each test."""
+"""config.json of the released models, and of one small enough to copy in each test."""
 
 from typing import Any
 
