@@ -1,7 +1,7 @@
 """What the Serve application is told, and the service that it describes. Nothing here needs Serve."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -48,7 +48,7 @@ class AttentionArgs(BaseModel):
 
     replicas: int = Field(1, ge=1, description="attention workers")
     threads: int | None = Field(None, ge=1, description="of each worker; default: the node's cores")
-    max_length: int = Field(4096, ge=1, description="tokens of prompt and answer")
+    max_length: int = Field(4096, ge=1, description="tokens of prompt and answer; default: no more than cache_tokens")
     cache_tokens: int = Field(32768, ge=1, description="of each worker's latent cache")
     block_size: int = Field(16, ge=1, description="tokens of a block of the cache")
     step_tokens: int = Field(512, ge=1, description="that a worker computes in one step, over all its requests")
@@ -58,6 +58,15 @@ class AttentionArgs(BaseModel):
     )
     cpus: float = Field(0.0, ge=0, description="Ray CPUs that each worker reserves")
     gpus: float = Field(0.0, ge=0, description="Ray GPUs that each worker reserves, or a part of one; 0: CPUs compute")
+
+    @model_validator(mode="after")
+    def _fits_the_cache(self) -> Self:
+        if "max_length" in self.model_fields_set and self.max_length > self.cache_tokens:
+            raise ValueError(
+                f"max_length is {self.max_length}, and a worker's cache holds {self.cache_tokens} tokens: raise "
+                "cache_tokens, or lower max_length"
+            )
+        return self
 
 
 class TlsArgs(BaseModel):

@@ -135,7 +135,7 @@ def _add_serve(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
     serve.add_argument("--attention-replicas", type=int, default=1, metavar="M", help="attention workers (1)")
     serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on; others need a key")
     serve.add_argument("--served-name", metavar="NAME", help="model id for clients (default: the directory's name)")
-    serve.add_argument("--max-length", type=int, default=4096, metavar="T", help="tokens of prompt and answer (4096)")
+    serve.add_argument("--max-length", type=int, metavar="T", help="tokens of prompt and answer (4096)")
     serve.add_argument("--cache-tokens", type=int, default=32768, metavar="T", help="of each worker's cache (32768)")
     serve.add_argument(
         "--threads", type=int, metavar="N", help="of each actor (default: the cores, shared by the hosts)"

@@ -35,7 +35,7 @@ class LaunchOptions:
     served_name: str | None = None
     api_key: str | None = None
     admin_token: str | None = None  # one is made up without
-    max_length: int = 4096
+    max_length: int | None = None  # 4096, or what the cache holds
     cache_tokens: int = 32768
     threads: int | None = None
     transport: str = "auto"
@@ -73,6 +73,11 @@ def check(options: LaunchOptions) -> Checkpoint:
         check_transport(options.transport)
     except ValueError as error:
         raise LaunchError(f"--transport {options.transport}: {error}") from error
+    if options.max_length is not None and options.max_length > options.cache_tokens > 0:
+        raise LaunchError(
+            f"--max-length {options.max_length}: a worker's cache holds {options.cache_tokens} tokens; "
+            "raise --cache-tokens, or lower --max-length"
+        )
     check_port(options.host, options.port)
     if options.gpus:
         check_gpus(options)
@@ -109,7 +114,7 @@ def application_args(options: LaunchOptions, admin_token: str) -> AppArgs:
             "attention": {
                 "replicas": options.attention_replicas,
                 "threads": options.threads,
-                "max_length": options.max_length,
+                **({} if options.max_length is None else {"max_length": options.max_length}),
                 "cache_tokens": options.cache_tokens,
                 "gpus": options.gpus,
             },

@@ -29,11 +29,16 @@ def test_dotted_and_nested_keys_mean_the_same() -> None:
         ({"api_key": "schlüssel"}, "use ASCII letters, digits and signs"),
         ({"admin_token": "from-a-file\n"}, "no space or line end"),
         ({"tls": {"certificate": "a"}}, "key"),
+        ({"attention": {"max_length": 33, "cache_tokens": 32}}, "max_length is 33, and a worker's cache holds 32"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, object], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         AppArgs.model_validate({"model": "m"} | change)
+
+
+def test_a_length_that_nobody_asked_for_ends_with_the_cache() -> None:
+    assert AppArgs.model_validate({"model": "m", "attention": {"cache_tokens": 32}}).attention.cache_tokens == 32
 
 
 def test_a_checkpoint_that_cannot_be_served_is_refused_when_built(bundled: Path, tmp_path: Path) -> None:

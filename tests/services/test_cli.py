@@ -95,6 +95,7 @@ def test_serve_refuses_before_it_starts_anything(
     "arguments",
     [
         ["--max-length", "0"],
+        ["--max-length", "40000"],
         ["--cache-tokens", "-5"],
         ["--threads", "0"],
         ["--api-key", "short"],
