@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV2ForCausalLM
 
-from attention.training.decoder import ForwardOptions
+from attention.training.decoder import ForwardOptions, head_tokens
 from attention.training.segments import MicroBatch
 from experts.training.spec import ExpertTraining
 from tests.training.rig import make_rig, plans, samples
@@ -94,3 +94,21 @@ def test_checkpointing_changes_no_gradient_bit(checkpoint: Callable[[str], Path]
         rig = make_rig(checkpoint("tiny"), training=training, options=ForwardOptions(checkpointing=checkpointing))
         norms.append(rig.step(plans(0, [[batch]]))[0].grad_norm)
     assert len(set(norms)) == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 30, 31])
+def test_logits_of_a_few_tokens_at_a_time_give_the_same_loss_and_gradients(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    """With a vocabulary of 100,000 tokens a micro-batch's logits are never in memory as a whole."""
+    batch = samples(512, (20, 12), 3)
+    assert batch.targets == 30
+    reports = []
+    for at_once in (1 << 20, tokens):
+        monkeypatch.setattr("attention.training.decoder.HEAD_BYTES", at_once * 4 * 512)
+        rig = make_rig(checkpoint("mini"))
+        assert head_tokens(rig.checkpoint.config) == at_once
+        reports.append(rig.step(plans(0, [[batch]]))[0])
+    whole, split = reports
+    assert split.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert split.grad_norm == pytest.approx(whole.grad_norm, rel=1e-6)
