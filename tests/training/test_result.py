@@ -110,6 +110,7 @@ def test_lora_leaves_an_adapter_for_peft_that_is_served_and_merged(
     path = checkpoint("mini")
     recipe, method, rig = train(path, doors, "lora")
     written = write(tmp_path, path, recipe, method, rig, doors)
+    assert written == tmp_path / "adapter"
     expected = next_loss(rig)
     assert loss_of(peft.PeftModel.from_pretrained(load(path), written)) == pytest.approx(expected, rel=1e-5)
     assert loss_of(load(path)) > expected + 0.1
@@ -130,6 +131,7 @@ def test_esft_leaves_a_delta_of_the_chosen_experts_alone(
     only = ((1, 2), (1, 5), (2, 0), (2, 7))
     recipe, method, rig = train(path, doors, "esft", only)
     written = write(tmp_path, path, recipe, method, rig, doors)
+    assert written == tmp_path / "delta"
     merged = tmp_path / "merged"
     assert main(["export", str(path), "--adapter", str(written), "--out", str(merged)]) == 0
     assert loss_of(load(merged)) == pytest.approx(next_loss(rig), rel=1e-5)
