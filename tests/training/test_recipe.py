@@ -267,6 +267,8 @@ def test_the_learning_rate_has_the_papers_shape() -> None:
     assert [uneven.at(step, 100) for step in (6, 7, 54, 55)] == [1.0, 0.5, 0.5, 0.25]
     cosine = LearningRate(peak=2.0, schedule="cosine", lowest=0.1)
     assert [cosine.at(step, 100) for step in (0, 50, 100)] == pytest.approx([2.0, 1.1, 0.2])
+    warm = LearningRate(peak=2.0, schedule="cosine", lowest=0.1, warmup_steps=20)
+    assert [warm.at(step, 100) for step in (19, 20, 60, 100)] == pytest.approx([2.0, 2.0, 1.1, 0.2])
     constant = LearningRate(peak=2.0, schedule="constant", warmup_steps=2)
     assert [constant.at(step, 100) for step in (0, 1, 2, 99)] == [1.0, 2.0, 2.0, 2.0]
 
@@ -326,6 +328,24 @@ def test_yarn_is_read_back_from_what_is_written(tmp_path: Path) -> None:
     written = parse_config(raw_with_yarn(raw, recipe.yarn))
     assert written == with_yarn(CONFIG, recipe.yarn)
     assert written.max_position_embeddings == 512
+
+
+@pytest.mark.parametrize(
+    ("raw", "theta"),
+    [
+        ({}, 10000.0),
+        ({"rope_theta": 5000.0}, 5000.0),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7000.0}}, 7000.0),
+        ({"rope_theta": 5000.0, "rope_scaling": {"type": "yarn"}}, 5000.0),
+    ],
+)
+def test_a_longer_context_keeps_the_base_of_the_rotation(tmp_path: Path, raw: dict[str, object], theta: float) -> None:
+    yarn = load_recipe(write(tmp_path), ["yarn={factor: 8, original_max_position_embeddings: 64}"]).yarn
+    written = raw_with_yarn(raw | {"hidden_size": 256}, yarn)
+    assert (written["rope_theta"], written["hidden_size"], written["max_position_embeddings"]) == (theta, 256, 512)
+    assert written["rope_scaling"]["factor"] == 8
+    assert "rope_parameters" not in written
+    assert raw_with_yarn(raw, None) == raw
 
 
 def test_what_a_job_writes_outlives_its_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
