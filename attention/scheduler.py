@@ -10,7 +10,6 @@ because others took the memory.
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from attention.blocks import BlockPool
@@ -68,10 +67,6 @@ class Scheduler:
     @property
     def running(self) -> int:
         return len(self._running)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        yield from self._running
-        yield from self._waiting
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence; the caller has checked that it fits the cache alone."""
