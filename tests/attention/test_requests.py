@@ -1,17 +1,37 @@
-"""What crosses to a worker comes out as it was, and what no worker could compute does not come out."""
+"""What crosses between an ingress and a worker comes out as it was, and what no worker could compute does not."""
 
 import json
+from dataclasses import fields, replace
 
 import pytest
 
-from attention.requests import GenerateRequest, SamplingParams
+from attention.requests import GenerateRequest, SamplingParams, TokenLogprob, Update
 
 ASKED = {"id": "a", "prompt_ids": [5, 6], "params": {"max_tokens": 3, "temperature": 0}}
+PARAMS = SamplingParams(
+    max_tokens=9,
+    seed=7,
+    temperature=0.5,
+    top_p=0.25,
+    top_k=3,
+    min_p=0.125,
+    presence_penalty=-0.5,
+    frequency_penalty=0.75,
+    repetition_penalty=1.5,
+    logit_bias=((3, -1.5), (4, 100.0)),
+    min_tokens=2,
+    ignore_eos=True,
+    stop_token_ids=(5, 6),
+    logprobs=0,
+    prompt_logprobs=2,
+)
+SCORES = (TokenLogprob(3, -0.25, ((3, -0.25), (9, -1.5))), TokenLogprob(4, -2.0))
 
 
-def test_a_request_comes_back_from_json_as_it_was() -> None:
-    params = SamplingParams(max_tokens=3, logit_bias=((7, 1.5),), stop_token_ids=(8,), logprobs=2)
-    request = GenerateRequest("a", (5, 6), params, (9,))
+def test_a_request_survives_the_wire_with_every_field() -> None:
+    plain = SamplingParams(max_tokens=9)
+    assert all(getattr(PARAMS, one.name) != getattr(plain, one.name) for one in fields(plain)[1:])
+    request = GenerateRequest("r", (1, 2), PARAMS, (8,))
     assert GenerateRequest.from_json_dict(json.loads(json.dumps(request.to_json_dict()))) == request
     assert GenerateRequest.from_json_dict(ASKED).params == SamplingParams(max_tokens=3, temperature=0)
 
@@ -39,3 +59,22 @@ def test_tokens_that_are_no_integers_are_refused(field: str, tokens: object) -> 
 def test_numbers_that_are_no_integers_are_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field} is .*; expected an integer"):
         GenerateRequest.from_json_dict(ASKED | {"params": {"max_tokens": 3, field: value}})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"token_ids": (3, 4)},
+        {"token_ids": (3, 4), "logprobs": SCORES},
+        {"logprobs": ()},
+        {"prompt_logprobs": (None, *SCORES)},
+        {"prompt_logprobs": ()},
+        {"finish_reason": "stop"},
+        {"finish_reason": "error", "error": "no room"},
+        {"cached_tokens": 16},
+    ],
+)
+def test_an_update_survives_the_wire(changed: dict[str, object]) -> None:
+    update = replace(Update("r"), **changed)
+    assert Update.from_json_dict(json.loads(json.dumps(update.to_json_dict()))) == update

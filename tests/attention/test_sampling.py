@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attention.requests import SamplingParams
-from attention.sampling import draw, forbid, penalised, score, uniform
+from attention.sampling import _inverse, draw, forbid, penalised, score, uniform
 
 
 def params(**changes: object) -> SamplingParams:
@@ -145,6 +145,14 @@ def test_forbidden_tokens_are_never_drawn() -> None:
     values = forbid(torch.tensor([9.0, 1.0, 1.0]), [0])
     assert {draw(values, params(), position) for position in range(100)} == {1, 2}
     assert draw(values, params(temperature=0.0), 0) == 1
+
+
+def test_a_draw_at_the_very_end_of_the_mass_is_a_token_that_has_some() -> None:
+    """Where the product of the total and a number below 1 is rounded up to the total."""
+    just_below = 1 - 2.0**-53
+    assert _inverse(torch.tensor([0.5, 0.25, 0.0, 0.0], dtype=torch.float64), just_below) == 1
+    assert _inverse(torch.tensor([0.0, 3e-324], dtype=torch.float64), just_below) == 1
+    assert _inverse(torch.tensor([0.0, 3e-324, 0.0], dtype=torch.float64), just_below) == 1
 
 
 def test_scores_are_of_the_models_own_distribution() -> None:
