@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.snapshots import disk
 from model.snapshots.attempt import begin
-from model.snapshots.errors import SnapshotError
+from model.snapshots.errors import SnapshotBroken, SnapshotError
 from model.snapshots.manifest import Shard
 from model.snapshots.shard_file import DTYPES, ShardFile, write_shard
 from tests.model.snapshot_runs import assert_whole, newest, same, tensors, write
@@ -127,3 +127,58 @@ def test_failure_while_tensors_are_read_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         disk.write_file(tmp_path / "file", parts(), 8)
     assert not any(tmp_path.iterdir())
+
+
+def file_of(path: Path, header: bytes, data: bytes = bytes(8)) -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (b"{", "the header is not JSON"),
+        (b"[1]", "the header is a JSON list; expected an object"),
+        (b"[" * 100_000, "the header is not JSON"),
+    ],
+)
+def test_a_file_without_a_header_is_broken(tmp_path: Path, header: bytes, said: str) -> None:
+    with pytest.raises(SnapshotBroken, match=said):
+        ShardFile(file_of(tmp_path / "a", header))
+    (tmp_path / "b").write_bytes((1 << 40).to_bytes(8, "little"))
+    with pytest.raises(SnapshotBroken, match="it is not safetensors"):
+        ShardFile(tmp_path / "b")
+    (tmp_path / "c").write_bytes(b"short")
+    with pytest.raises(SnapshotBroken, match="is truncated"):
+        ShardFile(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2]},
+        "all of it",
+        None,
+    ],
+)
+def test_an_entry_that_does_not_say_where_a_tensor_lies_is_broken(tmp_path: Path, entry: object) -> None:
+    good = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    with ShardFile(file_of(tmp_path / "a", json.dumps({"good": good, "bad": entry}).encode())) as file:
+        assert file.tensor("good").tolist() == [0.0, 0.0]
+        with pytest.raises(SnapshotBroken, match="entry for bad is malformed"):
+            file.tensor("bad")
+        with pytest.raises(SnapshotBroken, match="entry for absent is malformed"):
+            file.tensor("absent")
+
+
+def test_a_tensor_beyond_the_end_of_its_file_is_broken(tmp_path: Path) -> None:
+    far = {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}
+    with (
+        ShardFile(file_of(tmp_path / "a", json.dumps({"far": far}).encode())) as file,
+        pytest.raises(SnapshotBroken, match="is truncated"),
+    ):
+        file.tensor("far")
