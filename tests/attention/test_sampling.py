@@ -98,6 +98,14 @@ def test_greedy_takes_the_likeliest_and_the_lowest_of_equals() -> None:
     assert draw(values, params(temperature=0.0), 9) == 1
 
 
+@pytest.mark.parametrize("narrow", [{"top_p": 1e-9}, {"top_k": 1}, {"min_p": 1.0}, {"top_p": 0.01, "min_p": 0.5}])
+@pytest.mark.parametrize("size", [12, 3000])
+def test_the_narrowest_choice_is_the_likeliest_token_alone(narrow: dict[str, float], size: int) -> None:
+    values = logits(5, size)
+    best = int(values.argmax())
+    assert {draw(values, params(seed=seed, **narrow), 1) for seed in range(200)} == {best}
+
+
 def test_a_draw_is_a_function_of_seed_and_position() -> None:
     values = logits(2, 500)
     once = [draw(values, params(seed=3), position) for position in range(50)]
@@ -139,6 +147,21 @@ def test_penalties_and_bias_match_their_formulas() -> None:
     expected[5] -= 100.0
     got = penalised(torch.tensor(values), prompt, answer, chosen)
     assert torch.allclose(got, torch.tensor(expected, dtype=torch.float64), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("one", "expected"),
+    [
+        ({"presence_penalty": 0.5}, [1.0, -2.0, 1.5, -1.5, 3.0]),
+        ({"frequency_penalty": 0.5}, [1.0, -2.0, 0.5, -1.5, 3.0]),
+        ({"presence_penalty": -0.5}, [1.0, -2.0, 2.5, -0.5, 3.0]),
+        ({"repetition_penalty": 2.0}, [0.5, -4.0, 1.0, -2.0, 3.0]),
+        ({"logit_bias": ((4, -1.0), (0, 2.0))}, [3.0, -2.0, 2.0, -1.0, 2.0]),
+    ],
+)
+def test_each_penalty_alone_does_its_own(one: dict[str, object], expected: list[float]) -> None:
+    values = torch.tensor([1.0, -2.0, 2.0, -1.0, 3.0])
+    assert penalised(values, [0, 1], [2, 2, 2, 3], params(**one)).tolist() == expected
 
 
 def test_forbidden_tokens_are_never_drawn() -> None:
