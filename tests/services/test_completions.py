@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from fastapi import FastAPI
 from model.tokenizer import Tokenizer
 from services.openai.sse import MANY_TOKENS
 from tests.services.conftest import SAID
-from tests.services.script import MODEL, Script, openai_client, post
+from tests.services.script import MODEL, Script, chat_body, openai_client, post
 from tests.words import BOS, EOS
 
 
@@ -50,6 +51,26 @@ def test_n_multiplies_the_prompts(app: FastAPI, script: Script) -> None:
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert script.asked[0].prompt_ids == script.asked[1].prompt_ids != script.asked[2].prompt_ids
     assert len({request.params.seed for request in script.asked}) == 4
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_null_asks_for_nothing(app: FastAPI, script: Script, path: str, stream: bool) -> None:
+    """And is answered as if it were left out."""
+    nulls = ("n", "max_tokens", "min_tokens", "stop", "stop_token_ids", "logit_bias", "top_p", "top_k", "min_p", "seed")
+    nulls += ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "stream_options")
+    body: dict[str, Any] = {"prompt": "a"} if path == "/v1/completions" else chat_body()
+    for given in (body, body | dict.fromkeys(nulls)):
+        assert post(app, path, given | {"stream": stream}).status_code == 200
+    plain, null = script.asked
+    assert replace(null.params, seed=0) == replace(plain.params, seed=0)
+    assert null.prompt_ids == plain.prompt_ids
+
+
+@pytest.mark.parametrize(("fields", "choices"), [({"n": 3, "best_of": 3}, 3), ({"best_of": 1}, 1), ({"n": None}, 1)])
+def test_best_of_may_be_said_where_it_is_n(app: FastAPI, fields: dict[str, Any], choices: int) -> None:
+    answer = post(app, "/v1/completions", {"prompt": "a"} | fields)
+    assert len(answer.json()["choices"]) == choices
 
 
 @pytest.mark.parametrize("seed", [7, -7])
