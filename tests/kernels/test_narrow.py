@@ -8,7 +8,7 @@ from kernels.experts import PackedExperts
 from kernels.heads import PackedHeads
 from kernels.linear import PackedLinear
 from kernels.packed import kept_dtype
-from kernels.swiglu import PackedSwiglu
+from kernels.swiglu import PackedSwiglu, common_dtype
 
 NARROW, WIDE = torch.bfloat16, torch.float32
 
@@ -78,6 +78,20 @@ def test_narrow_and_wide_experts_serve_one_call(kernels: str) -> None:
     mixed.unload(0)
     mixed.load(0, *(weight.float() for weight in given[0]))
     assert torch.equal(mixed(x, rows, chosen), wide(x, rows, chosen))
+
+
+def test_what_the_three_matrices_of_a_network_are_taken_in() -> None:
+    """A GPU computes in what holds all three, a CPU in fp32 unless all are bf16."""
+    half = torch.float16
+    for dtypes, on_gpu, on_cpu in (
+        ((NARROW, NARROW, NARROW), NARROW, NARROW),
+        ((half, half, half), half, WIDE),
+        ((NARROW, NARROW, half), WIDE, WIDE),
+        ((NARROW, WIDE, NARROW), WIDE, WIDE),
+        ((WIDE, WIDE, WIDE), WIDE, WIDE),
+    ):
+        assert common_dtype("cuda", dtypes) == on_gpu
+        assert common_dtype("cpu", dtypes) == on_cpu
 
 
 def test_what_a_cpu_keeps() -> None:
