@@ -4,6 +4,8 @@ import ctypes
 import os
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -121,7 +123,19 @@ def test_a_reply_of_another_life_or_shape_is_not_landed(
 def test_a_lane_that_is_over_is_not_waited_for() -> None:
     ends, flight = fly(torch.randn(2, 8), torch.tensor([[3, 5], [9, 3]]))
     ends.client.end()
-    assert flight.land(torch.rand(2, 2), None, None, 600) is None
+    began_s = time.monotonic()
+    assert flight.land(torch.rand(2, 2), None, None, 10) is None
+    assert time.monotonic() - began_s < 5
+
+
+def test_who_waits_at_a_lane_looks_up_when_it_is_closed() -> None:
+    ends, flight = fly(torch.randn(2, 8), torch.tensor([[3, 5], [9, 3]]))
+    began_s = time.monotonic()
+    closing = threading.Timer(0.05, ends.client.close)
+    closing.start()
+    assert flight.land(torch.rand(2, 2), None, None, 10) is None
+    assert time.monotonic() - began_s < 5
+    closing.join()
 
 
 def test_memory_that_could_shrink_or_is_too_small_is_not_mapped() -> None:
