@@ -56,6 +56,7 @@ class Recorded:
         self.hosts = hosts
         self.sent: list[tuple[Host, ForwardRequest]] = []
         self.flushed: list[int] = []  # requests sent by then
+        self.released = 0
         self.down: set[str] = set()
         self.spoiled: Callable[[ForwardReply], ForwardReply] | None = None
         self._local = LocalTransport(hosts)
@@ -89,7 +90,7 @@ class _Reply:
         return spoiled(reply) if spoiled else reply
 
     def release(self) -> None:
-        pass
+        self._transport.released += 1
 
 
 def compute(client: ExpertClient, placement: Placement, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -246,6 +247,40 @@ def test_a_reply_of_an_older_life_is_not_used(opened: Checkpoint, rows: torch.Te
     reference = compute(client, placement, rows, routing)
     transport.spoiled = lambda reply: ForwardReply(reply.generation - 1, torch.zeros_like(reply.y_PD))
     assert torch.equal(compute(client, placement, rows, routing), reference)
+
+
+@pytest.mark.parametrize(
+    "lie", [lambda y_PD: y_PD[:-1], lambda y_PD: y_PD[:, :-1], lambda y_PD: y_PD.view(-1), lambda y_PD: y_PD[None]]
+)
+def test_a_reply_of_another_shape_is_not_used(
+    opened: Checkpoint, rows: torch.Tensor, routing: Routing, lie: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    hosts, placement = make_hosts(opened, 2, replicas=2)
+    transport = Recorded(hosts)
+    client = ExpertClient(transport, StaticPlacement(placement))
+    reference = compute(client, placement, rows, routing)
+    transport.spoiled = lambda reply: ForwardReply(reply.generation, lie(reply.y_PD))
+    assert torch.equal(compute(client, placement, rows, routing), reference)
+    assert client.stats().resends == 1
+    assert transport.released == len(transport.sent)
+
+
+@pytest.mark.parametrize(
+    ("x_RD", "row_P", "expert_P"),
+    [
+        (torch.zeros(8), torch.zeros(1).int(), torch.zeros(1).int()),
+        (torch.zeros(1, 8).double(), torch.zeros(1).int(), torch.zeros(1).int()),
+        (torch.zeros(1, 8), torch.zeros(1).long(), torch.zeros(1).int()),
+        (torch.zeros(1, 8), torch.zeros(1).int(), torch.zeros(1).long()),
+        (torch.zeros(1, 8), torch.zeros(1, 1).int(), torch.zeros(1, 1).int()),
+        (torch.zeros(1, 8), torch.zeros(2).int(), torch.zeros(1).int()),
+    ],
+)
+def test_a_request_whose_tensors_do_not_agree_is_not_made(
+    x_RD: torch.Tensor, row_P: torch.Tensor, expert_P: torch.Tensor
+) -> None:
+    with pytest.raises(ValueError, match=r"expected|pair rows for"):
+        ForwardRequest(1, 1, 1, x_RD, row_P, expert_P)
 
 
 def test_a_refusal_that_no_resend_can_mend_is_raised(opened: Checkpoint, rows: torch.Tensor, routing: Routing) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from experts.arena import PAGE_BYTES, SLOTS
 from experts.client import ExpertClient
+from experts.dispatch_plan import OwnerTables
 from experts.errors import HostRefused, HostUnavailable
 from experts.flight import Flight, Lanes, take_off
 from experts.grpc_server import ExpertServer
@@ -23,6 +24,7 @@ from experts.lease_transport import LeaseTransport
 from experts.local import LocalTransport
 from experts.static import StaticPlacement
 from experts.transport_kinds import Ways
+from kernels.combine import NoOwner
 from model.checkpoint import Checkpoint
 from router.gate import Routing, route
 from router.load import LoadMeter
@@ -228,6 +230,38 @@ def test_a_request_that_lies_is_refused(service: Service, opened: Checkpoint) ->
     for *_, call in flight.calls():
         with pytest.raises(HostRefused, match="does not hold"):
             call.result(10)
+    assert service.free == [SLOTS] * 3
+
+
+def test_an_expert_without_an_owner_is_named_and_nobody_is_asked(service: Service, opened: Checkpoint) -> None:
+    x_TD, routing, *_ = work(opened, 3)
+    owner_E = torch.zeros(16, dtype=torch.int32)
+    owner_E[int(routing.experts_TK[1, 2])] = -1
+    counts_E = torch.zeros(16, dtype=torch.int64)
+    with pytest.raises(NoOwner) as caught:
+        take_off(service.lanes(), owner_E, LAYER, 1, x_TD, routing.experts_TK, counts_E.data_ptr(), 0.0)
+    assert caught.value.expert == int(routing.experts_TK[1, 2])
+    assert not counts_E.any()
+    assert service.free == [SLOTS] * 3
+
+
+def test_without_an_owner_rows_wait_for_a_table_that_has_one(
+    service: Service, opened: Checkpoint, landed: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x_TD, routing, shared_TD, residual_TD = work(opened, 9)
+    client = make_client(service)
+    owners = OwnerTables.owners
+    lacking = torch.full((16,), -1, dtype=torch.int32)
+    asked: list[int] = []
+
+    def first_none(this: OwnerTables, *given: object) -> Tensor:
+        asked.append(1)
+        return lacking if len(asked) == 1 else owners(this, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OwnerTables, "owners", first_none)
+    got = client.start(LAYER, x_TD, routing, service.placement).finish(shared_TD, residual_TD)
+    monkeypatch.undo()
+    assert torch.equal(got, in_process(service, opened, 9))
     assert service.free == [SLOTS] * 3
 
 

@@ -151,6 +151,24 @@ def test_lies_are_refused_or_dropped_and_neighbours_unharmed(host: Counting, ser
     assert torch.equal(ask(liar, at(server), request(6)).y_PD, expected)
 
 
+def test_a_reply_that_fits_no_slot_of_the_client_is_refused(server: ExpertServer, make: Make) -> None:
+    """A client asks for none; one that does gets no write beyond its memory."""
+    transport = make(slot=16 * PAGE_BYTES)
+    assert transport.wait_ready(at(server), 10)
+    lease = transport._leases[at(server)]
+    taken = lease.slots.take()
+    assert taken is not None
+    slot, correlation = taken
+    rows, experts = torch.arange(96).int() % 4, torch.arange(96).int() % 16
+    many = ForwardRequest(1, 1, 1, torch.randn(4, 256), rows, experts)
+    length = put_request(lease.pairing.outgoing.slots[slot], many, correlation)
+    assert length is not None
+    announce(lease.pairing, slot, length, correlation)
+    with pytest.raises(HostRefused, match="96 rows of 256 do not fit the 65536 bytes of a reply"):
+        lease.wait(slot, correlation, 10)
+    assert ask(transport, at(server), request()).y_PD.shape == (4, 256)
+
+
 def test_a_frame_over_the_caps_takes_no_slot(server: ExpertServer, make: Make) -> None:
     transport = make()
     assert transport.wait_ready(at(server), 10)
