@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experts.errors import HostRefused
-from experts.training.coordinator import Coordinator
+from experts.training.coordinator import Behind, Coordinator
 from experts.training.host import TrainingHost
 from experts.training.step_hosts import StepHosts, StepLost, StepPlacement
 from model.snapshots.attempt import begin
@@ -67,6 +67,14 @@ def test_gradients_that_are_no_numbers_on_every_replica_are_no_disagreement(chec
         held = host.host.held
         host.squared_norms = lambda step, held=held: dict.fromkeys(held, math.nan)  # type: ignore[method-assign, misc]
     assert math.isnan(coordinator_of(rig).squared_norm(hosts))
+
+
+def test_a_run_that_goes_on_with_hosts_at_its_beginning_is_told_to_go_back(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    rig = make_rig(checkpoint("mini"), 2)
+    with pytest.raises(Behind, match=r"no host has expert \(1, 0\) at step 3, nor 15 others"):
+        coordinator_of(rig).bring_level(rig.table.placement, 3)
 
 
 def test_experts_that_no_host_stepped_are_lost(checkpoint: Callable[[str], Path]) -> None:

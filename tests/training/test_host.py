@@ -235,6 +235,29 @@ def test_rows_are_refused_outside_a_step(host: TrainingHost) -> None:
     assert host.host.forward(rows).y_PD.shape == (1, 64)
     with pytest.raises(HostRefused, match="at step 0; step 1 was to begin"):
         host.begin(1, 1, 1, PAIRS)
+    host.apply(0, 1e-2, 1.0)
+    with pytest.raises(HostRefused, match="not_ready"):
+        host.host.forward(rows)  # its experts have stepped, and the rows are of the step before
+    host.begin(1, 1, 1, PAIRS)
+    assert host.host.forward(rows).y_PD.shape == (1, 64)
+
+
+def test_an_expert_without_the_gradients_of_a_step_does_not_make_it(host: TrainingHost) -> None:
+    host.configure(ExpertTraining("run"))
+    host.begin(0, 2, 1, PAIRS)
+    fill(host)
+    before = {pair: host.expert(pair).down.clone() for pair in PAIRS}
+    for step in (1, 5):
+        with pytest.raises(HostRefused, match=f"at step 0, without the gradients of step {step}"):
+            host.apply(step, 1e-2, 1.0)
+    assert all(torch.equal(host.expert(pair).down, before[pair]) for pair in PAIRS)
+    with pytest.raises(HostRefused, match="in step 0; the call was for step 1"):
+        host.squared_norms(1)
+    host.apply(0, 1e-2, 1.0)
+    once = {pair: host.expert(pair).down.clone() for pair in PAIRS}
+    with pytest.raises(HostRefused, match="at step 1, without the gradients of step 1"):
+        host.apply(1, 1e-2, 1.0)  # which was not begun
+    assert all(torch.equal(host.expert(pair).down, once[pair]) for pair in PAIRS)
 
 
 def test_requests_of_several_workers_are_computed_apart(opened: Checkpoint) -> None:
