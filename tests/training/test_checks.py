@@ -67,6 +67,18 @@ def test_the_context_is_the_trained_models() -> None:
     check(GROUPED, yarn={"factor": 2, "original_max_position_embeddings": 4096}, **lengths)
 
 
+@pytest.mark.parametrize(
+    ("hidden_size", "hosts", "most"),
+    [(5120, 1, 13107), (5120, 4, 52428), (64, 1, 262144)],  # 2^30 bytes in rows of fp32; 2^20 rows
+)
+def test_a_micro_batch_is_no_larger_than_what_a_host_can_answer(hidden_size: int, hosts: int, most: int) -> None:
+    config = replace(GROUPED, hidden_size=hidden_size)
+    given = {"experts": {"hosts": hosts}, "batch_tokens": 1 << 20}
+    check(config, micro_batch_tokens=most, **given)
+    with pytest.raises(ValueError, match=f"micro_batch_tokens is {most + 1}: .* use less, or more experts.hosts"):
+        check(config, micro_batch_tokens=most + 1, **given)
+
+
 def test_a_model_beside_what_is_written_passes() -> None:
     check(GROUPED, model="o/base")
     check(GROUPED, model="o/model", method="lora")  # which writes an adapter

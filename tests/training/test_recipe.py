@@ -289,6 +289,7 @@ def test_a_recipe_shapes_its_learning_rate(tmp_path: Path) -> None:
         (["schedule=steps", "lr_decays_at=[0.9, 0.6]"], "expected rising shares of the steps"),
         (["schedule=steps", "lr_decays_at=[0.5, 0.5]"], "expected rising shares of the steps"),
         (["schedule=steps", "lr_decays_at=[0.5, 1.0]"], "between 0 and 1"),
+        (["schedule=steps", "lr_decays_at=[0.0, 0.5]"], "between 0 and 1"),
     ],
 )
 def test_a_learning_rate_of_no_shape_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
