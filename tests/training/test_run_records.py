@@ -11,7 +11,7 @@ from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from services.training.metrics_file import read_records
 from services.training.records import METRICS, StepRecord
-from services.training.report import RunLogError
+from services.training.report import Drawn, RunLog, RunLogError
 from services.training.run import Made
 from services.training.run_records import RunRecords
 
@@ -76,14 +76,20 @@ def test_a_step_without_slots_dropped_none(config: ModelConfig, tmp_path: Path) 
     assert record.dropped == 0.0
 
 
-def test_steps_that_are_made_again_are_recorded_once(config: ModelConfig, tmp_path: Path) -> None:
-    records = RunRecords(tmp_path, config, 1, lambda note: None)
+def test_steps_that_are_made_again_are_recorded_once(
+    config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[RunLog] = []
+    monkeypatch.setattr(RunLog, "draw", lambda log: drawn.append(log) or Drawn(()))
+    records = RunRecords(tmp_path, config, 1, pytest.fail)
     records.resumed(0)
     for steps in (1, 2, 3):
         records.made(made(steps, config))
         if steps == 2:
             records.keeping(steps)
+    assert drawn == []
     records.resumed(2)
+    assert len(drawn) == 1  # the log so far was closed
     for steps in (3, 4):
         records.made(made(steps, config))
     assert [record.step for record in read_records(tmp_path / METRICS)] == [1, 2, 3, 4]
