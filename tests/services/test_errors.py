@@ -57,6 +57,8 @@ def assert_error(answer: httpx.Response, status: int, said: str, param: str | No
         ({"logit_bias": {"05": 1}}, "expected an id below", "logit_bias"),
         ({"logit_bias": {"9" * 5000: 1}}, "expected an id below", "logit_bias"),
         ({"logit_bias": {str(n): 1 for n in range(1025)}}, "1024", "logit_bias"),
+        ({"logit_bias": 5}, "valid dictionary", "logit_bias"),
+        ({"logit_bias": [[5, 1]]}, "valid dictionary", "logit_bias"),
         ({"messages": []}, "at least 1 item", "messages"),
         ({"messages": "hi"}, "valid list", "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "'assistant'", "messages.0.role"),
