@@ -304,6 +304,26 @@ def test_a_new_life_is_reached_when_a_lane_is_over(service: Service, opened: Che
     assert landed == [True]
 
 
+def test_a_newer_table_with_hosts_in_another_order_is_gone_by(
+    service: Service, opened: Checkpoint, landed: list[bool]
+) -> None:
+    before = service.placement
+    owners = {
+        layer: tuple(tuple(2 - index for index in holders) for holders in experts)
+        for layer, experts in before.owners.items()
+    }
+    turned = Placement(2, before.hosts[::-1], owners)
+    assert turned.held_by("host-0") == before.held_by("host-0")
+    client = make_client(service)
+    x_TD, routing, shared_TD, residual_TD = work(opened, 9)
+    for placement in (before, turned, turned):
+        got = client.start(LAYER, x_TD, routing, placement).finish(shared_TD, residual_TD)
+        assert torch.equal(got, in_process(service, opened, 9))
+    assert landed == [True] * 3
+    assert client.stats().resends == 0
+    assert service.lanes() is service.lanes()  # of the same table they are made once
+
+
 def test_an_unreadable_call_is_over(service: Service, opened: Checkpoint) -> None:
     x_TD, routing, *_ = work(opened, 3)
     placement = service.placement
