@@ -121,7 +121,7 @@ def test_an_expert_is_seen_only_once_it_is_complete(opened: Checkpoint, monkeypa
         for step in (lambda: None, lambda: real(self, *given)):  # type: ignore[arg-type]
             step()
             assert host.held == ()
-            with pytest.raises(HostRefused, match="not_held"):
+            with pytest.raises(HostRefused, match=r"^not_held: "):
                 host.forward(ask(torch.zeros(1, 256), [0], [4], generation=1))
             with pytest.raises(KeyError):
                 host.weights(1, 4)

@@ -193,7 +193,7 @@ def test_every_call_of_a_run_is_guarded(
         assert friend.peers.peer(host).status().run_id is None
         with pytest.raises(HostUnavailable):
             plain_one.peers.peer(host).status()
-        with pytest.raises(HostRefused, match="not_ready: host-0"):
+        with pytest.raises(HostRefused, match=r"^not_ready: host-0"):
             friend._transport.submit(host, request).result(10)
         with pytest.raises(HostUnavailable):
             plain_one._transport.submit(host, request).result(10)
@@ -203,7 +203,7 @@ def test_every_call_of_a_run_is_guarded(
         server = lives[1]._server
         assert server is not None
         assert server._training is not None
-        with pytest.raises(HostRefused, match="not_held: host-0"):
+        with pytest.raises(HostRefused, match=r"^not_held: host-0"):
             list(server._training._fetch(host, [(layer, 0)]))
         with pytest.raises(HostUnavailable):
             list(GrpcPeers("the-token").fetch(host, [(layer, 0)]))

@@ -77,7 +77,7 @@ def test_a_refusal_arrives_and_the_slot_is_free_again(server: ExpertServer, make
     transport = make()
     assert transport.wait_ready(at(server), 10)
     for _ in range(2 * SLOTS):
-        with pytest.raises(HostRefused, match="wrong_generation"):
+        with pytest.raises(HostRefused, match=r"^wrong_generation: "):
             ask(transport, at(server), request(generation=9))
     bad = ForwardRequest(1, 1, 1, torch.zeros(2, 256), torch.tensor([5]).int(), torch.tensor([0]).int())
     with pytest.raises(HostRefused, match="outside the 2 rows"):
