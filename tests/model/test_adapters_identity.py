@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from model.adapters import identity
 from model.adapters.delta import read_delta, write_delta
 from model.adapters.errors import AdapterError
-from model.adapters.identity import base_identities, base_identity
+from model.adapters.identity import base_identities, base_identity, dense_identity
 from model.adapters.overlay import merged_tensors, open_with_adapters
 from model.checkpoint import Checkpoint
 from model.config import read_raw_config
@@ -31,6 +31,19 @@ def test_a_change_of_any_one_tensor_makes_another_base(small: Path, copy: Path) 
         save_file({**first, name: first[name] * 1.01}, copy / "model.safetensors")
         seen.add(base_identity(Checkpoint.open(copy)))
     assert len(seen) == 1 + len(expected_tensors(Checkpoint.open(small).config))
+
+
+def test_the_dense_side_is_known_by_every_one_of_its_tensors_and_by_no_expert(small: Path, copy: Path) -> None:
+    plain = dense_identity(Checkpoint.open(small))
+    first = load_file(copy / "model.safetensors")
+    seen = {plain}
+    dense = [name for name in first if ".mlp.experts." not in name]
+    for name in dense:
+        save_file({**first, name: first[name] * 1.01}, copy / "model.safetensors")
+        seen.add(dense_identity(Checkpoint.open(copy)))
+    assert len(seen) == 1 + len(dense)
+    save_file({**first, UP: first[UP] * 1.01}, copy / "model.safetensors")
+    assert dense_identity(Checkpoint.open(copy)) == plain
 
 
 def test_files_and_wider_numbers_make_no_other_base(small: Path, small_sharded: Path, tmp_path: Path) -> None:

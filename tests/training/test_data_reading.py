@@ -10,7 +10,7 @@ import pytest
 from services.training.data import reading
 from services.training.data.problems import KEPT, DataError
 from services.training.data.reading import Read, Reading, read_samples
-from services.training.data.samples import Sample
+from services.training.data.samples import Sample, SampleSet
 from services.training.data.training_data import TrainingData
 from services.training.data.training_tokenizer import TrainingTokenizer
 from tests.conftest import MakeCheckpoint
@@ -180,6 +180,17 @@ def test_fingerprint_sees_the_mask_and_the_borders(tokenizer: TrainingTokenizer,
     document = TrainingData.load(tmp_path / "a.txt", tokenizer, 64)
     assert document.samples[0].ids.tolist() == sample.ids.tolist()
     assert document.fingerprint() != TrainingData.load(path, tokenizer, 64).fingerprint()
+
+
+def test_fingerprint_sees_where_samples_end() -> None:
+    """The same tokens, cut otherwise, are other samples for the cursor and for attention."""
+
+    def cut(*ends: int) -> str:
+        samples = np.zeros(len(ends), np.int64)
+        tokens, learned = np.arange(6, dtype=np.int32), np.ones(6, np.bool_)
+        return SampleSet(tokens, learned, np.array(ends), samples, samples).fingerprint()
+
+    assert len({cut(6), cut(2, 6), cut(3, 6), cut(2, 4, 6)}) == 4
 
 
 def test_error_passes_between_processes(tokenizer: TrainingTokenizer, mixed: Path) -> None:

@@ -50,5 +50,12 @@ def test_every_row_is_computed_once_and_protection_is_the_steps(rows: list[list[
     assert sorted(seen) == sorted(token for row in batch.rows for token in row.token_T.tolist())
 
 
+def test_rows_that_just_fill_a_micro_batch_are_computed_together() -> None:
+    batch = batch_of([[4], [3, 1], [5], [3], [1]])
+    for most, lengths in ((8, [8, 8, 1]), (7, [4, 4, 5, 4]), (9, [8, 9]), (100, [17]), (1, [4, 4, 5, 3, 1])):
+        plan = plan_step(0, batch, 0, 1, most, 1e-3)
+        assert [len(part.token_T) for part in plan.micro_batches if part is not None] == lengths
+
+
 def test_without_dropping_nothing_is_protected() -> None:
     assert plan_step(0, batch_of([[3]]), 0, 1, 8, 1e-3).protected == ()
