@@ -55,6 +55,17 @@ def test_any_flipped_byte_of_a_shard_is_found_and_named(root: Path) -> None:
     assert_whole(newest(root))
 
 
+def test_a_shard_that_was_read_before_it_was_damaged_is_not_read_again(root: Path) -> None:
+    name, held = next(iter(files(20).items()))
+    opened = newest(root)
+    next(opened.tensors(list(held)))
+    flip(root / "step-00000020" / name, -1)
+    with pytest.raises(SnapshotBroken, match=re.escape(name)):
+        opened.verify()
+    with pytest.raises(SnapshotBroken, match=re.escape(name)):
+        next(opened.tensors(list(held)))
+
+
 def test_damage_elsewhere_stops_no_reader(root: Path) -> None:
     flip(root / "step-00000020" / "experts-0.safetensors", -1)
     (tensor,) = newest(root).tensors(["1.2.up"])
