@@ -78,3 +78,12 @@ def test_a_host_that_is_lost_to_a_worker_without_rows_takes_no_part(
     assert uneven(rig, 0) == [loss] * 2
     assert rig.lost == ["host-1"]
     assert all(torch.equal(tensor, weights(expected)[name]) for name, tensor in weights(rig).items())
+
+
+@pytest.mark.parametrize(("clip", "scales"), [(1.0, [1.0, 1.0, 1.0, 0.5]), (None, [1.0] * 4)])
+def test_gradients_are_only_ever_made_smaller(
+    checkpoint: Callable[[str], Path], clip: float | None, scales: list[float]
+) -> None:
+    """Also where there are none."""
+    (worker,) = make_rig(checkpoint("mini"), clip=clip).workers
+    assert [worker._scale(norm) for norm in (0.0, 0.5, 1.0, 2.0)] == scales

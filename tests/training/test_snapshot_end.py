@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from experts.errors import ExpertError
+from model.snapshots.attempt import begin as begin_attempt
 from model.snapshots.errors import SnapshotError
 from model.snapshots.history import snapshots
 from model.snapshots.manifest import Shard
@@ -36,6 +37,16 @@ def test_a_snapshot_that_was_begun_when_a_run_ends_leaves_nothing(
     assert sorted(root.iterdir()) == before == sorted(snapshots(root))
     assert keeper.finish() is None
     assert setup.told == []
+
+
+def test_attempts_of_an_earlier_life_are_given_up(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path
+) -> None:
+    root = tmp_path / "run" / "snapshots"
+    attempts = [begin_attempt(root, step) for step in (1, 4)]
+    begin(checkpoint("mini"), tmp_path / "run", data_file, batch_tokens=64).run.train()
+    assert not any(path.exists() for path in attempts)
+    assert sorted(root.iterdir()) == sorted(snapshots(root))
 
 
 def test_parameters_are_stepped_only_once_their_part_is_written(
