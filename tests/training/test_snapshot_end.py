@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from attention.training.worker import StepPlan, StepReport
 from experts.errors import ExpertError
+from experts.training.step_hosts import StepLost
 from model.snapshots.attempt import begin as begin_attempt
 from model.snapshots.errors import SnapshotError
 from model.snapshots.history import snapshots
 from model.snapshots.manifest import Shard
 from services.training import keeper as keeper_module
+from services.training import run as run_module
 from services.training.run import TooManySetbacks
 from tests.training.small_run import small_run
 from tests.training.test_run import STEPS, begin
@@ -99,3 +102,22 @@ def test_hosts_that_cannot_be_brought_back_end_the_run(
     with pytest.raises(TooManySetbacks, match="the expert hosts cannot be brought back: host-1 has another model"):
         setup.run.train()
     assert setup.kept.losses == {}
+
+
+def test_a_run_that_gets_on_may_lose_steps_again_and_again(
+    checkpoint: Callable[[str], Path], tmp_path: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "MAX_SETBACKS", 1)
+    setup = begin(checkpoint("mini"), tmp_path / "run", data_file, batch_tokens=64)
+    (worker,), lost = setup.rig.workers, {1, 3, 5}
+    step = worker.step
+
+    def lose(plan: StepPlan) -> StepReport:
+        if plan.step in lost:
+            lost.remove(plan.step)
+            raise StepLost("host-1 is gone")
+        return step(plan)
+
+    monkeypatch.setattr(worker, "step", lose)
+    assert setup.run.train() == STEPS
+    assert setup.kept.resumes == [0, 0, 2, 4]
