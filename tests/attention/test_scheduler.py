@@ -97,16 +97,19 @@ def test_a_long_prompt_gets_on_while_answers_fill_the_steps(step_tokens: int, ru
     """As one answer ends, the next short prompt comes, and never is there a step that these would not fill."""
     scheduler = Scheduler(BlockPool(256, SIZE), SchedulerLimits(step_tokens=step_tokens, running=running))
     numbers = itertools.count()
-    for _ in range(others):
-        scheduler.add(sequence(next(numbers), 2))
+    answers = [sequence(next(numbers), 2) for _ in range(others)]
+    for answer in answers:
+        scheduler.add(answer)
     step(scheduler)
     long = sequence(next(numbers), 40)
     scheduler.add(long)
     for _ in range(200):
         step(scheduler)
-        for one in [one for one in scheduler if one is not long and one.generated >= 12]:
-            scheduler.remove(one)
-            scheduler.add(sequence(next(numbers), 2))
+        for index, answer in enumerate(answers):
+            if answer.generated >= 12:
+                scheduler.remove(answer)
+                answers[index] = sequence(next(numbers), 2)
+                scheduler.add(answers[index])
     assert long.generated
 
 

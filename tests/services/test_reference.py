@@ -126,9 +126,9 @@ def test_every_variable_of_shoals_is_told() -> None:
 
 def test_a_cluster_of_ones_own_is_told_what_a_private_ray_gets() -> None:
     source = (ROOT / "cluster" / "session.py").read_text().partition("def keep_private")[2].partition("\ndef ")[0]
-    private = {f"{name}={value}" for name, value in re.findall(r'setdefault\("(\w+)", "(\w+)"\)', source)}
+    private = {f"{name}={value}" for name, value in re.findall(r'setdefault\("(\w+)", "([\w.]+)"\)', source)}
     chart = (ROOT / "helm" / "shoal" / "templates" / "_volumes.tpl").read_text()
-    charts = {f"{name}={value}" for name, value in re.findall(r'- name: (RAY_\w+).*\n  value: "(\w+)"', chart)}
+    charts = {f"{name}={value}" for name, value in re.findall(r'- name: (RAY_\w+).*\n  value: "([\w.]+)"', chart)}
     told = {name for name in first_column(SERVE) if name.startswith("RAY_") and "=" in name}
     assert told == private - RAYS_OWN_DEFAULT
     assert told <= charts
