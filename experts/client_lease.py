@@ -1,14 +1,13 @@
-"""A client's pairing with one host life for direct writes. Its thread opens it, keeps it, and cleans up after it."""
+"""A client's pairing with one host life for direct writes: its thread has it opened, keeps it, and tidies up."""
 
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
 
 import grpc
 
-from experts.arena import SLOTS, Arena
+from experts.arena import SLOTS
 from experts.arena_frames import get_reply, put_request
 from experts.arrival import Arrival
 from experts.client_slots import SlotTable
@@ -16,34 +15,17 @@ from experts.errors import ExpertError, FrameError, HostSlow, HostUnavailable
 from experts.frames import HEADER
 from experts.grpc_stream import call_metadata, describe, open_channel
 from experts.lane import Lane
-from experts.lease import (
-    METHOD,
-    NOTE,
-    PING,
-    VERSION,
-    Accept,
-    Granted,
-    Hello,
-    LeaseRefused,
-    Message,
-    NixlEnd,
-    Offer,
-    SharedEnd,
-)
-from experts.lease import decode as decode_message
-from experts.lease import encode as encode_message
+from experts.lease import METHOD, LeaseRefused
 from experts.lease_call import LeaseCall
+from experts.lease_opening import LeaseOpening
 from experts.lease_settings import LeaseSettings
 from experts.messages import ForwardReply, ForwardRequest
 from experts.nixl import NixlMissing
-from experts.nixl_pairing import NixlPairing
 from experts.pairing import Pairing, PairingFailed
 from experts.transport_kinds import Way
 from experts.wire import identity
 from router.placement import Host
 
-CONNECT_S = 5.0
-CONNECT_POLL_S = 200e-6
 log = logging.getLogger("shoal.experts")
 
 
@@ -58,9 +40,7 @@ class ClientLease:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # around writing: nothing is written once `_closing`
         self._closing = False
-        self._pinged = False
         self._arrival = Arrival(host, settings.bell, settings.crowded)
-        self._cleanup: Callable[[], None] | None = None
         self.lane: Lane | None = None  # while `ready`, where memory is shared
         self.slots = SlotTable(SLOTS)
         self.ready = False
@@ -188,8 +168,13 @@ class ClientLease:
 
     def _run(self) -> None:
         reason = "the host ended the lease"
+        # it refers to this lease, so nothing that outlives the thread may refer to it
+        opening = LeaseOpening(self._host, self._settings, self._outbox.put, self.slots.answer, lambda: self._closing)
         try:
-            self._open()
+            self.pairing = opening.run(self._messages)
+            self.lane = opening.lane
+            with self._lock:
+                self.ready = self.was_ready = not self._closing
             for _ in self._messages:
                 continue  # nothing is expected; the end is what it is for
         except grpc.RpcError as error:
@@ -197,99 +182,21 @@ class ClientLease:
             error.with_traceback(None)  # it is the stream itself, and would keep this frame, and so the memory
         except (LeaseRefused, PairingFailed, NixlMissing) as error:
             reason = str(error)
+            self.unshareable = opening.unshareable
             self._messages.cancel()  # no call was made yet, so the host writes nothing
         finally:
-            self._end(reason)
+            self._end(reason, opening)
 
-    def _open(self) -> None:
-        settings = self._settings
-        hello = Hello(
-            version=VERSION,
-            machine=settings.machine,
-            slots=SLOTS,
-            request_bytes=settings.request_bytes,
-            reply_bytes=settings.reply_bytes,
-            shared=settings.shared,
-            nixl=settings.nixl,
-        )
-        self._outbox.put(encode_message(hello))
-        offer = self._receive(Offer)
-        if (offer.host, offer.generation) != (self._host.id, self._host.generation):
-            raise LeaseRefused(f"{offer.host} of generation {offer.generation} answers at {self._host.address}")
-        if isinstance(offer.end, SharedEnd):
-            self._share(offer.end)
-        else:
-            self._pair(offer.end, offer.near)
-        with self._lock:
-            self.ready = self.was_ready = not self._closing
-
-    def _share(self, end: SharedEnd) -> None:
-        lane = Lane(self._settings.reply_bytes, SLOTS)
-        self._cleanup = lane.close
-        self.pairing = self.lane = lane
-        try:
-            lane.connect(self._host.id, end.memory, self._settings.request_bytes, end.bell, self._on_note)
-        except PairingFailed:
-            self.unshareable = True
-            raise
-        accept = Accept(end=SharedEnd(memory=lane.memory, bell=self._settings.bell.address))
-        self._outbox.put(encode_message(accept))
-        self._receive(Granted)
-
-    def _pair(self, end: NixlEnd, near: bool) -> None:
-        settings = self._settings
-        outgoing, incoming = Arena(settings.request_bytes, SLOTS), Arena(settings.reply_bytes, SLOTS)
-        pairing = NixlPairing(settings.agent(near), near, outgoing, incoming)
-        self._cleanup = pairing.close
-        self.pairing = pairing
-        pairing.connect(end.agent, end.metadata, end.address, end.bell, self._on_note)
-        accept = NixlEnd(
-            agent=pairing.agent.name,
-            metadata=pairing.metadata,
-            bell=settings.bell.address if near else None,
-            address=incoming.address,
-        )
-        self._outbox.put(encode_message(Accept(end=accept)))
-        self._receive(Granted)
-        self._ping(pairing)
-
-    def _receive(self, kind: type[Message]) -> Message:
-        message = next(self._messages, None)
-        if message is None:
-            raise LeaseRefused("the host ended the lease while it was made")
-        return decode_message(kind, message)
-
-    def _ping(self, pairing: NixlPairing) -> None:
-        """One note there and back: the first takes a connection's making, and no call should wait for that."""
-        pairing.notify(NOTE.pack(PING, 0, 0))
-        deadline_s = time.monotonic() + CONNECT_S
-        while not self._pinged:
-            if time.monotonic() > deadline_s or self._closing:
-                raise LeaseRefused(f"{self._host.id} did not answer by NIXL in {CONNECT_S:.0f} s")
-            if pairing.poll():
-                self._settings.bell.ring_others()
-            time.sleep(CONNECT_POLL_S)
-
-    def _on_note(self, note: bytes) -> None:
-        if len(note) != NOTE.size:
-            return
-        slot, length, correlation = NOTE.unpack(note)
-        if slot == PING:
-            self._pinged = True
-        else:
-            self.slots.answer(slot, length, correlation)
-
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, opening: LeaseOpening) -> None:
         """The host is gone or has done, so nobody writes to our memory: it may go."""
         with self._lock:
             self.ready = False
             self._closing = True
             self.over_since_s = time.monotonic()
             self.reason = reason
-        if self.lane is not None:
-            self.lane.end()
+        if opening.lane is not None:
+            opening.lane.end()
         self._settings.bell.ring()
-        if self._cleanup is not None:
-            self._cleanup()
+        opening.close()
         self._outbox.put(None)
         self._channel.close()

@@ -3,20 +3,21 @@
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from experts.arena import PAGE_BYTES
-from experts.client_lease import ClientLease
 from experts.grpc_server import ExpertServer
 from experts.lane import Lane
 from experts.lease_call import LeaseCall
+from experts.lease_opening import LeaseOpening
 from experts.messages import ForwardRequest
 from experts.nixl import NixlMissing, find_nixl
 from experts.nixl_pairing import NixlPairing
-from experts.pairing import PairingFailed
+from experts.pairing import Pairing, PairingFailed
 from router.placement import Host
 from tests.experts.leases.rows import TOKEN, Counting, Make, ask, at, request
 
@@ -30,8 +31,13 @@ def test_the_way_that_is_said_is_the_one_that_rows_take(
     assert transport.ways() == {}
     with monkeypatch.context() as held:
         let_go = threading.Event()
-        opened = ClientLease._open
-        held.setattr(ClientLease, "_open", lambda lease: (let_go.wait(20), opened(lease)))
+        run = LeaseOpening.run
+
+        def wait(opening: LeaseOpening, messages: Iterator[bytes]) -> Pairing:
+            let_go.wait(20)
+            return run(opening, messages)
+
+        held.setattr(LeaseOpening, "run", wait)
         assert not isinstance(transport.submit(at(server), request()), LeaseCall)
         assert transport.ways() == {at(server): "grpc"}
         let_go.set()
