@@ -99,7 +99,7 @@ class Fleet:
                 share = Share(threads, place, len(lives))
                 if life.share != share:
                     life.share = share
-                    life.actor.share.remote(share)
+                    self._spawn(life.tell_share())
 
     def keep_standby(self) -> None:
         """See to it that a process waits for the next life."""

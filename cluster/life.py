@@ -23,14 +23,33 @@ class Life:
     host_id: str
     generation: int
     process: Process
-    share: Share | None = None  # of its node's cores
+    share: Share | None = None  # of its node's cores, that it has or is being told of
     info: HostInfo | None = None
     progress: tuple[int, int] = (0, 1)
     taking: str | None = None  # the change that it loads for
+    telling: bool = False  # it of its share
 
     @property
     def actor(self) -> Any:
         return self.process.actor
+
+    async def tell_share(self) -> None:
+        """Have it keep to `share`, and to what that becomes meanwhile: one call at a time, as its methods run beside
+        one another, and the last must win.
+        """
+        if self.telling:
+            return
+        self.telling, told = True, None
+        try:
+            while told != self.share:
+                told = self.share
+                await self.actor.share.remote(told)
+        except RayTaskError as error:
+            log.warning("%s does not take its share of the cores: %s", self.host_id, reason_of(error))
+        except RayError:
+            pass  # it has ended, and whoever waits for that is told
+        finally:
+            self.telling = False
 
     async def answers(self) -> bool:
         """Whether it answers a ping: a suspect has as long as another life would take to load, within bounds."""
