@@ -31,6 +31,8 @@ _SIGNATURES = {
     "shoal_combine": ("-", "ppplplllppp"),
     "shoal_split_slots": ("l", "ppllplpppppp"),
     "shoal_latent_attention": ("-", "pppllppllllfp"),
+    "shoal_causal_attention": ("-", "pllpllpllpllllfpp"),
+    "shoal_causal_gradients": ("-", "ppllpllpllpppllllfppp"),
     "shoal_send": ("l", "pplpllpplllplp"),
     "shoal_receive": ("l", "pplpplllppppllp"),
     "shoal_news": ("l", "plpl"),

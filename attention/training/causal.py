@@ -1,14 +1,19 @@
-"""Causal attention of samples laid flat: those of like lengths side by side, each to itself alone.
+"""Causal attention of samples laid flat, each to itself alone, with gradients.
 
+On CPU by kernels that take samples as they lie; else by torch, those of like lengths side by side.
 Shapes: `T` tokens, `N` heads, `Q` query and key width, `V` value width, `S` samples of a group, `L` their longest.
 """
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.causal import causal_attention, causal_gradients, causal_serves
 
 
 class SampleGroups:
@@ -21,6 +26,7 @@ class SampleGroups:
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         """`lengths` in the order in which the samples lie."""
         starts = [0, *itertools.accumulate(lengths)]
+        self._ends = tuple(starts[1:])
         by_size: dict[int, list[int]] = {}
         for sample, length in enumerate(lengths):
             by_size.setdefault(length.bit_length(), []).append(sample)
@@ -41,6 +47,9 @@ class SampleGroups:
     def attend(self, q_TNQ: Tensor, k_TNQ: Tensor, v_TNV: Tensor, scale: float) -> Tensor:
         """softmax(scale · q kᵀ, causal) v of each sample, [T, N, V]."""
         given = q_TNQ, k_TNQ, v_TNV
+        if causal_serves(q_TNQ):
+            attended: Tensor = _Causal.apply(*given, self._ends, scale)  # type: ignore[no-untyped-call]
+            return attended
         if self._even is not None:  # nothing to move
             q, k, v = (one.unflatten(0, self._even) for one in given)
             return _attend(q, k, v, scale).flatten(0, 1)
@@ -59,3 +68,18 @@ def _attend(q_SLNQ: Tensor, k_SLNQ: Tensor, v_SLNV: Tensor, scale: float) -> Ten
         q, k, v = (one if one.shape[-1] == width else F.pad(one, (0, width - one.shape[-1])) for one in (q, k, v))
     out_SNLV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :values]
     return out_SNLV.transpose(1, 2)
+
+
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_TNQ: Tensor, k_TNQ: Tensor, v_TNV: Tensor, ends: tuple[int, ...], scale: float) -> Tensor:
+        out_TNV, logs_NT = causal_attention(q_TNQ, k_TNQ, v_TNV, ends, scale)
+        ctx.save_for_backward(q_TNQ, k_TNQ, v_TNV, out_TNV, logs_NT)
+        ctx.ends, ctx.scale = ends, scale
+        return out_TNV
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_TNV: Tensor) -> tuple[Tensor | None, ...]:
+        q_TNQ, k_TNQ, v_TNV, out_TNV, logs_NT = ctx.saved_tensors
+        return *causal_gradients(dout_TNV, q_TNQ, k_TNQ, v_TNV, out_TNV, logs_NT, ctx.ends, ctx.scale), None, None

@@ -20,20 +20,25 @@ static inline void with_type(const Panels& panels, const Use& use) {
   }
 }
 
+// One panel of up to PANEL outputs, each of `inner` numbers side by side and `row` after the last.
+template <class Weight>
+static inline void pack_panel(const Weight* weight, long outputs, long inner, long depth, Weight* to, long row) {
+  for (long k0 = 0; k0 < depth; k0 += LANES, to += LANES * PANEL) {  // a block stays in the first cache
+    long count = std::clamp<long>(inner - k0, 0, LANES);
+    if (count < LANES || outputs < PANEL) std::fill(to, to + LANES * PANEL, Weight{});
+    for (long o = 0; o < outputs; o++) {
+      const Weight* from = weight + o * row + k0;
+      for (long k = 0; k < count; k++) to[k * PANEL + o] = from[k];
+    }
+  }
+}
+
 template <class Weight>
 static inline void pack_panels(const Weight* weight, long outputs, long inner, long depth, Weight* packed, long stride,
                                long row) {
   pool().run(panels_of(outputs), [&](long panel) {
-    Weight* to = packed + panel * stride * depth * PANEL;
-    long outs = std::min<long>(PANEL, outputs - panel * PANEL);
-    for (long k0 = 0; k0 < depth; k0 += LANES, to += LANES * PANEL) {  // a block stays in the first cache
-      long count = std::clamp<long>(inner - k0, 0, LANES);
-      if (count < LANES || outs < PANEL) std::fill(to, to + LANES * PANEL, Weight{});
-      for (long o = 0; o < outs; o++) {
-        const Weight* from = weight + (panel * PANEL + o) * row + k0;
-        for (long k = 0; k < count; k++) to[k * PANEL + o] = from[k];
-      }
-    }
+    pack_panel(weight + panel * PANEL * row, std::min<long>(PANEL, outputs - panel * PANEL), inner, depth,
+               packed + panel * stride * depth * PANEL, row);
   });
 }
 
@@ -47,15 +52,19 @@ static inline void unpack_panels(const Weight* packed, long outputs, long inner,
   });
 }
 
-// Panels of a matrix whose outputs lie side by side, [inner][outputs], each input `stride` after the last.
+// One panel of outputs that lie side by side, [inner][outputs], each input `stride` after the last.
+static inline void pack_columns_panel(const float* matrix, long stride, long outputs, long inner, float* to) {
+  for (long k = 0; k < padded_inner(inner); k++, to += PANEL) {
+    std::fill(to + (k < inner ? outputs : 0), to + PANEL, 0.0f);
+    if (k < inner) std::memcpy(to, matrix + k * stride, outputs * sizeof(float));
+  }
+}
+
+// All panels of such a matrix.
 static inline void pack_columns(const float* matrix, long stride, long outputs, long inner, float* packed) {
   pool().run(panels_of(outputs), [&](long panel) {
-    float* to = packed + panel * padded_inner(inner) * PANEL;
-    int outs = static_cast<int>(std::min<long>(PANEL, outputs - panel * PANEL));
-    for (long k = 0; k < padded_inner(inner); k++, to += PANEL) {
-      std::fill(to + (k < inner ? outs : 0), to + PANEL, 0.0f);
-      if (k < inner) std::memcpy(to, matrix + k * stride + panel * PANEL, outs * sizeof(float));
-    }
+    pack_columns_panel(matrix + panel * PANEL, stride, std::min<long>(PANEL, outputs - panel * PANEL), inner,
+                       packed + panel * padded_inner(inner) * PANEL);
   });
 }
 

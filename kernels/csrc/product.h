@@ -38,9 +38,9 @@ static inline void accumulate(const Weight* panel, const float* packed, long ste
 
 constexpr int pass_vectors(int rows) { return rows <= FEW_ROWS ? PANEL / LANES : PASS_VECTORS; }
 
-// out[rows][PANEL] = the tile's rows times one panel, of floats or Bf16.
+// out[rows][PANEL] = the tile's rows times one panel, of floats or Bf16. One copy a file is enough of so much code.
 template <class Weight>
-static inline void tile_product(const Weight* panel, const float* packed, int rows, long inner, float* out) {
+[[gnu::noinline]] static void tile_product(const Weight* panel, const float* packed, int rows, long inner, float* out) {
   long steps = padded_inner(inner) / LANES;
   for (int pass = 0; pass < PANEL; pass += pass_vectors(rows) * LANES) {
     switch (rows) {

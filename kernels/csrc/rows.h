@@ -46,7 +46,8 @@ struct Layout {
 };
 
 // Where a tile begins in the packed rows of a layout.
-static inline float* tile_at(float* packed, const Tile& tile, long inner) {
+template <class Packed>
+static inline Packed* tile_at(Packed* packed, const Tile& tile, long inner) {
   return packed + tile.first * padded_inner(inner);
 }
 

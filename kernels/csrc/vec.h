@@ -116,8 +116,8 @@ static inline V zero() { return set1(0.0f); }
 
 // e^x for x <= 88, within 2 units in the last place; below -87 it is 0. Cephes' polynomial after reduction by ln 2.
 static inline V exp(V x) {
-  V clamped = vmin(vmax(x, set1(-87.0f)), set1(88.0f));
-  V n = round_nearest(clamped * set1(1.44269504088896341f));
+  V clamped = vmin(set1(88.0f), vmax(set1(-87.0f), x));  // the second where one is no number
+  V n = round_nearest(vmax(clamped, set1(-87.0f)) * set1(1.44269504088896341f));
   V r = fma(n, set1(-0.693359375f), clamped);
   r = fma(n, set1(2.12194440e-4f), r);
   V p = set1(1.9875691500e-4f);

@@ -1,13 +1,27 @@
 """Attention of samples laid flat against each sample by itself, and that no sample sees another."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from attention.training.causal import SampleGroups
+from kernels.native import CHOICE, native
 
 HEADS, WIDTH, SCALE = 3, 6, 0.3
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "torch":
+        monkeypatch.setenv(CHOICE, "torch")
+    elif native() is None:
+        pytest.skip("no native kernels were built")
+    native.cache_clear()
+    yield
+    native.cache_clear()
 
 
 def tensors(tokens: int, value: int = 4) -> tuple[Tensor, ...]:
