@@ -25,6 +25,7 @@ _SIGNATURES = {
     "shoal_product": ("-", "plilplillpl"),
     "shoal_experts": ("l", "plllppppplllplp"),
     "shoal_rms_norm": ("-", "plpllfpl"),
+    "shoal_rms_norm_gradients": ("-", "pppllfpp"),
     "shoal_rotate_heads": ("-", "pllllpppl"),
     "shoal_write_latents": ("-", "plpppplllfp"),
     "shoal_route": ("-", "plllllifpp"),

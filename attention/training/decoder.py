@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from attention.rope import RotaryTable
 from attention.training.causal import SampleGroups
-from attention.training.mla import norm, segment_attention
+from attention.training.mla import segment_attention
+from attention.training.norm import norm
 from attention.training.parameters import DenseParameters
 from attention.training.segments import IGNORED, MicroBatch
 from experts.training.client import TrainingClient

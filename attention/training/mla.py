@@ -4,11 +4,11 @@ Shapes: `T` tokens, `D` model, `N` heads, `C` latent, `R` rotary dimensions, `Q`
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from attention.mla import LATENT_NORM_EPS
 from attention.training.causal import SampleGroups
+from attention.training.norm import norm
 from attention.training.parameters import DenseParameters
 from kernels.rotary import rotate
 from model.config import ModelConfig
@@ -29,7 +29,9 @@ def segment_attention(
     if config.q_lora_rank is None:
         q = dense.linear(f"{prefix}.q_proj", x_TD)
     else:
-        compressed = norm(dense.linear(f"{prefix}.q_a_proj", x_TD), dense[f"{prefix}.q_a_layernorm.weight"])
+        compressed = norm(
+            dense.linear(f"{prefix}.q_a_proj", x_TD), dense[f"{prefix}.q_a_layernorm.weight"], LATENT_NORM_EPS
+        )
         q = dense.linear(f"{prefix}.q_b_proj", compressed)
     q_nope, q_rope = q.view(tokens, heads, config.qk_head_dim).split((nope, config.qk_rope_head_dim), dim=-1)
     q_TNQ = torch.cat((q_nope, rotate(q_rope, cos[:, None], sin[:, None])), dim=-1)
@@ -37,7 +39,7 @@ def segment_attention(
     latent, k_rope = dense.linear(f"{prefix}.kv_a_proj_with_mqa", x_TD).split(
         (config.kv_lora_rank, config.qk_rope_head_dim), dim=-1
     )
-    latent_TC = norm(latent, dense[f"{prefix}.kv_a_layernorm.weight"])
+    latent_TC = norm(latent, dense[f"{prefix}.kv_a_layernorm.weight"], LATENT_NORM_EPS)
     kv_TNK = dense.linear(f"{prefix}.kv_b_proj", latent_TC).view(tokens, heads, nope + config.v_head_dim)
     k_nope, v_TNV = kv_TNK.split((nope, config.v_head_dim), dim=-1)
     k_rope_TNR = rotate(k_rope, cos, sin)[:, None].expand(-1, heads, -1)
@@ -45,8 +47,3 @@ def segment_attention(
 
     out_TNV = samples.attend(q_TNQ, k_TNQ, v_TNV, config.softmax_scale)
     return dense.linear(f"{prefix}.o_proj", out_TNV.flatten(1))
-
-
-def norm(x: Tensor, weight: Tensor, eps: float = LATENT_NORM_EPS) -> Tensor:
-    """Root-mean-square normalisation in fp32, with gradients."""
-    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)

@@ -12,6 +12,7 @@ using namespace shoal;
 namespace {
 
 constexpr long ROWS_ALONE = 1 << 14;  // numbers below which the caller does the rows itself
+constexpr long NORM_BLOCK = 64;  // rows of which one thread sums the gradient of a norm's weight
 
 template <class Row>
 void each_row(long rows, long numbers, const Row& row) {
@@ -35,6 +36,33 @@ void norm_row(const float* x, const float* weight, long width, float eps, float*
   }
 }
 
+V load_some(const float* p, int lanes) { return lanes == LANES ? load(p) : load_part(p, lanes); }
+
+void store_some(float* p, V v, int lanes) {
+  if (lanes == LANES) store(p, v);
+  else store_part(p, v, lanes);
+}
+
+// dx = s (g - x s^2 mean(g x)) with s = 1 / sqrt(mean(x^2) + eps) and g = dout weight; dweight gains dout x s.
+void differentiate_norm_row(const float* dout, const float* x, const float* weight, long width, float eps, float* dx,
+                            float* dweight) {
+  V squares = zero(), products = zero();
+  for (long k = 0; k < width; k += LANES) {
+    int lanes = static_cast<int>(std::min<long>(LANES, width - k));
+    V v = load_some(x + k, lanes);
+    squares = fma(v, v, squares);
+    products = fma(load_some(dout + k, lanes) * load_some(weight + k, lanes), v, products);
+  }
+  float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps);
+  V s = set1(scale), shift = set1(scale * scale * (sum(products) / static_cast<float>(width)));
+  for (long k = 0; k < width; k += LANES) {
+    int lanes = static_cast<int>(std::min<long>(LANES, width - k));
+    V v = load_some(x + k, lanes), d = load_some(dout + k, lanes);
+    store_some(dx + k, s * (d * load_some(weight + k, lanes) - v * shift), lanes);
+    store_some(dweight + k, fma(d, v * s, load_some(dweight + k, lanes)), lanes);
+  }
+}
+
 // Interleaved pairs times cos + i sin, as complex numbers.
 void rotate_row(const float* x, const float* cos, const float* sin, long pairs, float* out) {
   for (long i = 0; i < pairs; i++) {
@@ -51,6 +79,24 @@ extern "C" {
 void shoal_rms_norm(const float* x, long x_stride, const float* weight, long rows, long width, float eps, float* out,
                     long out_stride) {
   each_row(rows, width, [&](long r) { norm_row(x + r * x_stride, weight, width, eps, out + r * out_stride); });
+}
+
+// Gradients of x [rows][width] and of the weight for that of what shoal_rms_norm gives. Rows are dense. The weight's is
+// summed over blocks of rows, and over these in turn, whatever threads there are.
+void shoal_rms_norm_gradients(const float* dout, const float* x, const float* weight, long rows, long width, float eps,
+                              float* dx, float* dweight) {
+  static thread_local Scratch of_caller;
+  long blocks = (rows + NORM_BLOCK - 1) / NORM_BLOCK;
+  float* parts = of_caller.take(blocks * width);
+  std::fill(parts, parts + blocks * width, 0.0f);
+  pool().run(blocks, [&](long block) {
+    for (long r = block * NORM_BLOCK; r < std::min(rows, (block + 1) * NORM_BLOCK); r++)
+      differentiate_norm_row(dout + r * width, x + r * width, weight, width, eps, dx + r * width,
+                             parts + block * width);
+  });
+  std::fill(dweight, dweight + width, 0.0f);
+  for (long block = 0; block < blocks; block++)
+    for (long k = 0; k < width; k++) dweight[k] += parts[block * width + k];
 }
 
 // Rotates the last `rotary` numbers of each of `heads` queries into the last numbers of out's heads.
