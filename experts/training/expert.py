@@ -25,8 +25,8 @@ class Contribution:
     """What one call adds to an expert's gradients, kept until it is its turn."""
 
     x_ND: Tensor
-    dy_ND: Tensor  # of the weighted output
-    h_NI: Tensor
+    dout_ND: Tensor
+    h_NI: Tensor  # weighted, which is less work than to weight dout
     dgate_up_N2I: Tensor
 
 
@@ -95,13 +95,13 @@ class TrainedExpert:
         if self._scale:
             factor_a, factor_b = self._factors("gate_up_proj")
             dx_ND += self._scale * ((dgate_up_N2I @ factor_b) @ factor_a)
-        return dx_ND, dweight_N, Contribution(x_ND, weight_N[:, None] * dout_ND, h_NI, dgate_up_N2I)
+        return dx_ND, dweight_N, Contribution(x_ND, dout_ND, h_NI.mul_(weight_N[:, None]), dgate_up_N2I)
 
     def accumulate(self, gained: Contribution) -> None:
         """Add to the gradients."""
         if not self.parameters:
             return
-        products = (("gate_up_proj", gained.dgate_up_N2I, gained.x_ND), ("down_proj", gained.dy_ND, gained.h_NI))
+        products = (("gate_up_proj", gained.dgate_up_N2I, gained.x_ND), ("down_proj", gained.dout_ND, gained.h_NI))
         for name, dout, into in products:
             if not self._scale:
                 self.parameters[name].add(dout, into)
