@@ -19,6 +19,7 @@ from bench.gpu_ceilings import measure_ceilings
 from bench.gpu_kernel_results import KernelResults, plain, tables
 from bench.gpu_run import read_device
 from bench.machine import read_software
+from bench.options import unwritable
 from bench.results import write_results
 
 PROGRAM = "python -m bench.gpu_kernels"
@@ -42,6 +43,8 @@ def parse(arguments: Sequence[str]) -> Options:
     add("--output", type=Path, default=OUTPUT, metavar="FILE.json", help=f"({OUTPUT})")
     add("--compile", type=_part, metavar="PART/PARTS", help="time nothing; run a part once, of eight 0/8 to 7/8")
     raw = parser.parse_args(arguments)
+    if reason := unwritable(raw.output):
+        parser.error(f"--output {raw.output}: {reason}; expected a JSON file that can be written")
     return Options(raw.limit_s, raw.output, raw.compile)
 
 

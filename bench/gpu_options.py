@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from bench.gpu_ceilings import COPY_BYTES, SIDE
+from bench.options import unwritable
 from bench.random_checkpoint import Size, raw_config
 
 PROGRAM = "python -m bench.gpu"
@@ -62,6 +63,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         raw_config(raw.size, raw.layers)
     except ValueError as error:
         parser.error(f"--layers: {error}")
+    if reason := unwritable(raw.output):
+        parser.error(f"--output {raw.output}: {reason}; expected a JSON file that can be written")
     return Options(
         device=raw.device,
         size=raw.size,

@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     if unknown := [name for name in raw.contenders or () if service_hosts(name) is None and name not in CONTENDERS]:
         parser.error(f"--contenders {unknown[0]}: use {', '.join(CONTENDERS)}, or shoal-N for any N")
     output: Path = raw.output or (QUICK_OUTPUT if raw.quick else OUTPUT)
-    if reason := _unwritable(output):  # which is written last
+    if reason := unwritable(output):  # which is written last
         parser.error(f"--output {output}: {reason}; expected a JSON file that can be written")
     return Options(
         checkpoint=raw.checkpoint,
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _unwritable(file: Path) -> str | None:
+def unwritable(file: Path) -> str | None:
     """Why a file cannot be written, in directories that are made for it; None when it can."""
     if file.is_dir():
         return "it is a directory"

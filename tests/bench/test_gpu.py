@@ -159,6 +159,7 @@ def test_several_runs_become_one_table(measured: GpuResults) -> None:
         (("--long", "x"), "argument --long: 'x' is not a number of at least 0"),
         (("--layers", "40"), "--layers: 40 layers given; expected 2 to 27"),
         (("--transformers", "--merge", "a.json"), "--transformers is for a run: leave --merge out"),
+        (("--output", "/dev/null/a.json"), "--output /dev/null/a.json: /dev/null is a file; expected a JSON file"),
     ],
 )
 def test_a_wrong_option_is_one_line(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -212,6 +212,12 @@ def test_a_part_that_is_none_is_refused(part: str, capsys: pytest.CaptureFixture
     assert "is not PART/PARTS" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_kernels.parse(["--output", "/dev/null/a.json"])
+    assert "--output /dev/null/a.json: /dev/null is a file; expected a JSON file" in capsys.readouterr().err
+
+
 def case(what: str, tile: str, call: Call = lambda: None, flops: float = 8e8, cold_bytes: float = 2e6) -> Case:
     return Case(what, tile, False, 8, Work(cold_bytes, 2e6, flops), lambda calls: [call] * calls)
 
