@@ -100,6 +100,8 @@ def main() -> int:
     if min(options.repeats, *options.batch) < 1:
         parser.error(f"--repeats {options.repeats} --batch {options.batch}: expected at least 1 each")
     try:
+        if options.report:
+            replace_between(DOCUMENT, BEGIN, END, "")  # which is found out before anything is measured
         text = markdown_table(measure(options.checkpoint, options.batch, options.repeats))
     except (BenchError, OSError, ValueError) as error:
         print(f"python -m bench.apart: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ table into docs/performance.md.
 
 import argparse
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from bench.child import now_s
+from bench.errors import BenchError
 from bench.report import markdown_table, replace_between
 from bench.table import Table
 from cluster.threads import node_threads
@@ -63,17 +65,25 @@ def _in_turn(*ways: Sequence[Callable[[], object]]) -> list[float]:
     return [statistics.median(taken_s) for taken_s in seconds]
 
 
-def main() -> None:
+def main() -> int:
+    """Command line."""
     parser = argparse.ArgumentParser("python -m bench.kernels", description="The packed product beside torch's own.")
     parser.add_argument("--report", action="store_true", help=f"write the table into {DOCUMENT}, too")
     report: bool = parser.parse_args().report
     set_threads(node_threads())
-    with torch.inference_mode():
-        text = markdown_table(measure())
-    print(text)
-    if report:
-        DOCUMENT.write_text(replace_between(DOCUMENT, BEGIN, END, text), encoding="utf-8")
+    try:
+        if report:
+            replace_between(DOCUMENT, BEGIN, END, "")  # which is found out before anything is measured
+        with torch.inference_mode():
+            text = markdown_table(measure())
+        print(text)
+        if report:
+            DOCUMENT.write_text(replace_between(DOCUMENT, BEGIN, END, text), encoding="utf-8")
+    except BenchError as error:
+        print(f"python -m bench.kernels: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
