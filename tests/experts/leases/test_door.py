@@ -1,6 +1,7 @@
 """A host's door: whom it makes no room for, and what it says of it."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from experts.arena import MAX_ARENA_BYTES, MAX_SLOTS, PAGE_BYTES, SLOTS
 from experts.grpc_server import ExpertServer
 from experts.host_lease import HostLease
+from experts.host_loop import MAX_SLEEP_S
 from experts.lane import Lane, lanes_serve
 from experts.lease import (
     METHOD,
@@ -146,6 +148,19 @@ def test_nothing_is_written_to_a_client_that_is_gone(here: LeaseDoor) -> None:
     lease.send(1, 100, 2)
     assert client.poll() == 0
     assert notes == [NOTE.pack(0, 100, 1)]
+
+
+@pytest.mark.parametrize(("near", "longest_s"), [(True, 50e-3), (False, 20e-3)])
+def test_a_host_with_nothing_to_do_looks_ever_more_seldom(here: LeaseDoor, near: bool, longest_s: float) -> None:
+    """Of whoever writes by NIXL: looking as often as it does at first, it would take a core."""
+    assert here._pause_s(0.0) == MAX_SLEEP_S
+    lease = SimpleNamespace(pairing=SimpleNamespace(near=near))
+    here._leases = [lease]  # type: ignore[list-item]
+    pauses_s = [here._pause_s(idle_s) for idle_s in (0.0, 0.01, 0.5, 1.0, 3600.0)]
+    assert pauses_s == sorted(pauses_s)
+    assert pauses_s[0] <= (5e-3 if near else 20e-6)  # a near one's bell wakes it
+    assert pauses_s[3:] == [longest_s, longest_s]
+    here._leases = []
 
 
 @pytest.fixture
