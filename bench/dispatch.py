@@ -6,9 +6,10 @@ check and read, and the weighted sum of the answers.
 
 import os
 import secrets
+import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +18,15 @@ import torch
 from bench.checkpoint import SHAPES, write_checkpoint
 from bench.child import now_s
 from bench.errors import BenchError
-from bench.host_process import START_TIMEOUT_S, host_process
+from bench.host_process import START_TIMEOUT_S, HostProcess, host_process
 from bench.processes import thread_cpu_s
 from bench.results import RoundTrip
 from experts.client import ExpertClient
+from experts.errors import HostSlow, HostUnavailable
+from experts.grpc_transport import GrpcTransport
 from experts.lane import lanes_serve
 from experts.lease_transport import LeaseTransport
+from experts.messages import ForwardRequest
 from experts.nixl import find_nixl, prepare_environment
 from experts.static import StaticPlacement
 from experts.transport_kinds import TransportKind
@@ -34,6 +38,7 @@ from router.placement import initial_placement
 HIDDEN = 1024  # a row is 4 KiB
 LAYER = 1
 WARM_UP_ROUNDS = 30
+LOST_S = 30.0  # in which a client must have heard that its host died
 SETTLE_S, IDLE_S = 2.0, 5.0  # who has just been busy sleeps lightly for a while
 _CONFIG: dict[str, Any] = {
     **SHAPES["bench"],
@@ -64,9 +69,7 @@ def _is_here(transport: str) -> bool:
     return {"nixl": lambda: find_nixl() is not None, "shared": lanes_serve}.get(transport, lambda: True)()
 
 
-def _measure(
-    directory: Path, transport: TransportKind, payload_bytes: Sequence[int], rounds: int
-) -> Iterator[RoundTrip]:
+def _measure(directory: Path, transport: TransportKind, payload_bytes: Sequence[int], rounds: int) -> list[RoundTrip]:
     token = secrets.token_hex(16)
     with host_process("echo", directory, transport, token) as started:
         host = started.host
@@ -77,6 +80,7 @@ def _measure(
             source = StaticPlacement(initial_placement(Checkpoint.open(directory).config, [host]))
             client = ExpertClient(way, source)
             idle_cores = _idle_cores((os.getpid(), started.pid))
+            found: list[RoundTrip] = []
             for size in payload_bytes:
                 rows = max(1, size // (4 * HIDDEN))
                 x_TD = torch.randn(rows, HIDDEN)
@@ -89,7 +93,7 @@ def _measure(
                     assert out_TD.shape == x_TD.shape
                 ordered = sorted(times_s[WARM_UP_ROUNDS:])
                 p50, p99 = ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
-                yield RoundTrip(
+                row = RoundTrip(
                     transport=transport,
                     payload_bytes=size,
                     rounds=rounds,
@@ -97,6 +101,9 @@ def _measure(
                     p99_us=p99 * 1e6,
                     idle_cores=idle_cores,
                 )
+                found.append(row)
+            lost_ms = _lost_ms(way, started)
+            return [row.model_copy(update={"lost_ms": lost_ms}) for row in found]
         finally:
             way.close()
 
@@ -107,3 +114,21 @@ def _idle_cores(pids: Sequence[int]) -> float:
     before_s = sum(map(thread_cpu_s, pids))
     time.sleep(IDLE_S)
     return (sum(map(thread_cpu_s, pids)) - before_s) / IDLE_S
+
+
+def _lost_ms(way: GrpcTransport | LeaseTransport, started: HostProcess) -> float:
+    """From the death of a host, which this ends, to the error that who waits for its answer gets."""
+    os.kill(started.pid, signal.SIGSTOP)  # so that it does not answer before
+    os.waitpid(started.pid, os.WUNTRACED)
+    nobody = torch.zeros(1, dtype=torch.int32)
+    call = way.submit(started.host, ForwardRequest(1, 1, LAYER, torch.zeros(1, HIDDEN), nobody, nobody))
+    way.flush()
+    os.kill(started.pid, signal.SIGKILL)
+    killed_s = now_s()
+    try:
+        call.result(LOST_S)
+    except HostSlow as error:
+        raise BenchError(f"a host that was killed is waited for: {error}") from error
+    except HostUnavailable:
+        return 1000 * (now_s() - killed_s)
+    raise BenchError("a host that was killed has answered")

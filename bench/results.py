@@ -75,6 +75,7 @@ class RoundTrip(Model):
     p50_us: float
     p99_us: float
     idle_cores: float | None = None  # that both processes use together while nothing is sent
+    lost_ms: float | None = None  # from the host's death to the error of who waits for it, once
 
 
 class Traffic(Model):

@@ -68,6 +68,10 @@ def notes(results: Results) -> Iterator[str]:
     if idle:
         said = ", ".join(f"{100 * cores:.1f} % by {transport}" for transport, cores in idle.items())
         yield f"A paired client and host with nothing to do use, of a core, together and without Ray: {said}."
+    lost = {row.transport: row.lost_ms for row in results.round_trips if row.lost_ms is not None}
+    if lost:
+        said = ", ".join(f"{ms:.0f} ms by {transport}" for transport, ms in lost.items())
+        yield f"Who waits for a host that is killed is told so after {said}."
     if results.round_trips_missing is not None:
         yield f"No dispatch round trips: {results.round_trips_missing}."
 

@@ -97,7 +97,15 @@ def made_by_hand(round_trips_missing: str | None = None) -> Results:
         round_trips=()
         if round_trips_missing
         else (
-            RoundTrip(transport="nixl", payload_bytes=65536, rounds=1000, p50_us=57.4, p99_us=103.0, idle_cores=0.012),
+            RoundTrip(
+                transport="nixl",
+                payload_bytes=65536,
+                rounds=1000,
+                p50_us=57.4,
+                p99_us=103.0,
+                idle_cores=0.012,
+                lost_ms=31.4,
+            ),
         ),
         round_trips_missing=round_trips_missing,
         traffic=(

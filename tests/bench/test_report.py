@@ -49,6 +49,7 @@ def test_the_table_holds_the_measured_figures() -> None:
     assert rows["shoal-2: expert host (2)"] == ["2048", "3072"]
     assert "uses 2.0 % of a core, 0.5 % without Ray's own processes" in text
     assert "together and without Ray: 1.2 % by nixl." in text
+    assert "Who waits for a host that is killed is told so after 31 ms by nixl." in text
     assert "200 GFLOP/s here" in text
     assert "at most 500 tokens/s, which is transformers' prefill times 5.0 at B=8." in text
     assert "A processor, 2 cores, 24 GiB" in text
