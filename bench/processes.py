@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+EXPERT_HOST = "expert host"
 ROLES = (
     (":attention", "attention worker"),
     (":ingress", "ingress"),
-    ("ray::ExpertActor", "expert host"),
+    ("ray::ExpertActor", EXPERT_HOST),
     ("ray::Controller", "controller"),
     ("ray::ServeController", "Serve's controller"),
     ("ray::ProxyActor", "HTTP proxy"),

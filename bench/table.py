@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from bench.processes import EXPERT_HOST
 from bench.results import BASELINE, LOCAL, PARALLEL, Ceiling, Results
 from bench.spread import Spread
 
@@ -59,6 +60,8 @@ def notes(results: Results) -> Iterator[str]:
     ]
     if same:
         yield f"Shoal's greedy tokens are transformers' in {100 * sum(same) / len(same):.0f} % of all measured answers."
+    if any(row.role == EXPERT_HOST for row in results.memory):
+        yield "Of a service's expert hosts one is its stand-by, which holds no expert until another host dies."
     if run.idle_service_cores is not None:
         own = "" if run.idle_own_cores is None else f", {100 * run.idle_own_cores:.1f} % without Ray's own processes"
         yield f"An idle {PARALLEL}, Ray included, uses {100 * run.idle_service_cores:.1f} % of a core{own}."

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from bench.errors import BenchError
-from bench.report import BEGIN, END, main, markdown, write_report
+from bench.gpu import BEGIN as GPU_BEGIN
+from bench.gpu import END as GPU_END
+from bench.gpu_options import OUTPUT as GPU_OUTPUT
+from bench.gpu_results import read_results as read_gpu_results
+from bench.gpu_table import markdown as gpu_markdown
+from bench.options import OUTPUT
+from bench.report import BEGIN, END, README, main, markdown, replace_between, write_report
 from bench.results import read_results, write_results
 from tests.bench.results import made_by_hand
 
@@ -47,6 +53,7 @@ def test_the_table_holds_the_measured_figures() -> None:
     assert rows["nixl, 64 KB each way"] == ["57", "103"]
     assert rows["2 hosts"] == ["7000", "24576", "1.75"]
     assert rows["shoal-2: expert host (2)"] == ["2048", "3072"]
+    assert "Of a service's expert hosts one is its stand-by" in text
     assert "uses 2.0 % of a core, 0.5 % without Ray's own processes" in text
     assert "together and without Ray: 1.2 % by nixl." in text
     assert "Who waits for a host that is killed is told so after 31 ms by nixl." in text
@@ -55,6 +62,14 @@ def test_the_table_holds_the_measured_figures() -> None:
     assert "A processor, 2 cores, 24 GiB" in text
     assert "`python -m bench` at 0123456789ab, 2026-01-02, 10 minutes" in text
     assert "B=8: sdpa attention and grouped_mm experts for prefill" in text
+
+
+def test_readmes_figures_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m bench.report` brings them there, and `python -m bench.gpu --report`."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    text = README.read_text()
+    assert text == replace_between(README, BEGIN, END, markdown(read_results(OUTPUT)))
+    assert text == replace_between(README, GPU_BEGIN, GPU_END, gpu_markdown(read_gpu_results(GPU_OUTPUT)))
 
 
 def test_a_section_without_figures_says_why() -> None:
