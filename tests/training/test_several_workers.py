@@ -64,7 +64,7 @@ def train(model: Path, place: Path, out: str, workers: int, after: Path | None =
             Run(recipe, STEPS, data, ranks, worker, client, keeper, rig.table, coordinator, reset, records, *rest)
         )
     steps: list[int] = []
-    threads = [threading.Thread(target=lambda run=run: steps.append(run.train())) for run in runs]  # type: ignore[misc]
+    threads = [threading.Thread(target=lambda run=run: steps.append(run.train())) for run in runs]
     for thread in threads:
         thread.start()
     for thread in threads:
