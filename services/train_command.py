@@ -140,9 +140,9 @@ def _show(recipe: "Recipe") -> int:
     lines = [
         f"# parameters        {total:,}: {found.dense:,} dense, {found.experts:,} in routed experts",
         f"# trained           {at_most}{trained:,}: {found.trained_dense:,} dense, {found.trained_experts:,} in hosts",
-        f"# each expert host  {_gib(found.host_bytes)} for weights, gradients and optimizer, of {hosts}{place},"
-        f" and some {_gib(found.host_activation_bytes)} of activations",
-        f"# each worker       {_gib(found.worker_bytes)} and some {_gib(found.activation_bytes)} of activations",
+        f"# each expert host  {_size(found.host_bytes)} for weights, gradients and optimizer, of {hosts}{place},"
+        f" and some {_size(found.host_activation_bytes)} of activations",
+        f"# each worker       {_size(found.worker_bytes)} and some {_size(found.activation_bytes)} of activations",
         f"# data              {len(data):,} samples, {data.samples.tokens:,} tokens",
         f"# steps             {steps:,}",
     ]
@@ -154,5 +154,5 @@ def _show(recipe: "Recipe") -> int:
     return 0
 
 
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import re
 import shlex
 import subprocess
 from collections.abc import Callable
@@ -13,8 +15,11 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from model.checkpoint import Checkpoint
+from model.config import read_config
 from services import train_command
 from services.commands import CommandError
+from services.training.forecast import forecast
 from services.training.recipe_file import load_recipe
 from tests.conftest import MakeCheckpoint
 
@@ -86,6 +91,25 @@ def test_the_steps_and_the_data_are_counted(dry_run: Train, capsys: pytest.Captu
     assert "# data              10 samples, " in printed
     assert dry_run("epochs=2", "batch_tokens=4096") == 0
     assert "# steps             2\n" in capsys.readouterr().out
+
+
+def test_parameters_and_the_memory_of_each_actor_are_shown(
+    dry_run: Train, checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dry_run("steps=7") == 0
+    printed = capsys.readouterr().out
+    sizes = [math.prod(entry.shape) for entry in Checkpoint.open(checkpoint("tiny")).entries.values()]
+    assert f"# parameters        {sum(sizes):,}: " in printed
+    assert f"# trained           {sum(sizes):,}: " in printed
+    (host,) = re.findall(r"# each expert host  (\S+ \S+) for weights, gradients and optimizer, of 2, and some", printed)
+    needs = forecast(load_recipe(tmp_path / "recipe.yaml", ["steps=7"]), read_config(checkpoint("tiny")))
+    assert host == f"{needs.host_bytes / 2**20:.1f} MiB"
+    assert "0.0 MiB" not in printed
+
+
+@pytest.mark.parametrize(("nbytes", "said"), [(3 << 30, "3.00 GiB"), (1 << 30, "1.00 GiB"), (9 << 20, "9.0 MiB")])
+def test_sizes_are_in_the_unit_that_says_something(nbytes: int, said: str) -> None:
+    assert train_command._size(nbytes) == said
 
 
 def test_every_stage_is_shown(dry_run: Train, capsys: pytest.CaptureFixture[str]) -> None:
