@@ -92,4 +92,4 @@ def test_activations_are_estimated_and_checkpointing_keeps_fewer(
             sizes.pop(rig.denses[0][name].untyped_storage().data_ptr(), None)
         kept.append(sum(sizes.values()))
         assert 0.5 < kept[-1] / forecast(recipe, read_config(model)).activation_bytes < 1.2
-    assert kept[1] < 0.4 * kept[0]
+    assert kept[1] < 0.5 * kept[0]
