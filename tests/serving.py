@@ -1,6 +1,6 @@
 """A whole model in one process, without Ray: expert hosts, client and engine, for tests."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from attention.decoder import Decoder
@@ -11,6 +11,7 @@ from experts.host import ExpertHost
 from experts.local import LocalTransport
 from experts.static import StaticPlacement
 from experts.transport import Transport
+from model.adapters.overlay import open_with_adapters
 from model.checkpoint import Checkpoint
 from router.placement import Host, Placement, initial_placement
 
@@ -34,9 +35,10 @@ def make_engine(
     limits: EngineLimits | None = None,
     transport: Transport | None = None,
     device: str = "cpu",
+    adapters: Sequence[Path] = (),
 ) -> Engine:
     """An engine over `hosts` local expert hosts."""
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_with_adapters(path, adapters)
     loaded, placement = make_hosts(checkpoint, hosts, device=device)
     source = StaticPlacement(placement)
     client = ExpertClient(transport or LocalTransport(loaded), source)

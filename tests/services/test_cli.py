@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from cluster.spec import ServiceSpec
 from kernels.native import native
+from model.adapters.spec import LoraSpec
+from services.app_args import service_spec
 from services.cli import main, parser
 from services.detach import again
 from services.launch_options import LaunchError, LaunchOptions, application_args, check
 from services.state import ServiceRecord, identity, read_record, remove_record, running_services, write_record
+from tests.conftest import MakeCheckpoint
+from tests.model.adapters import write_random
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +40,33 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert len(lines) == 1, lines
     assert lines[0].startswith("shoal: ")
     return lines[0]
+
+
+def test_adapters_are_the_services_and_those_of_another_model_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    bundled: Path,
+    checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+) -> None:
+    specs: list[ServiceSpec] = []
+
+    def build(launch: LaunchOptions, _: object) -> int:
+        check(launch)
+        specs.append(service_spec(application_args(launch, "a" * 24)))
+        return 0
+
+    monkeypatch.setattr("services.launch.serve_foreground", build)
+    monkeypatch.chdir(tmp_path)
+    spec = LoraSpec(2, 2.0, ("o_proj",), routed_experts=True)
+    for name, base in (("ours", bundled), ("theirs", checkpoint("mini"))):
+        write_random(tmp_path / name, base, spec)
+    assert main(["serve", str(bundled), "--adapter", "ours", "--port", str(_free())]) == 0
+    assert [spec.adapters for spec in specs] == [(str(tmp_path / "ours"),)]
+    capsys.readouterr()  # of transformers, which wrote a checkpoint
+    said = fails(capsys, "serve", bundled, "--adapter", "ours", "--adapter", "theirs", "--port", _free())
+    assert f"{tmp_path / 'theirs'} does not fit the model" in said
+    assert "o_proj.lora_A is [2, 32], expected [2, 512]" in said
 
 
 @pytest.mark.parametrize("command", [[], ["serve"], ["chat"], ["status"], ["stop"], ["doctor"]])

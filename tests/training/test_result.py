@@ -26,6 +26,7 @@ from services.training.method import Method, make_method
 from services.training.recipe import Recipe, parse_recipe
 from services.training.result import TrainedModel, write_result
 from tests.oracle import logits
+from tests.serving import greedy, make_engine, run
 from tests.training.rig import Doors, Rig, make_rig, plans, samples
 
 STEPS = 3
@@ -139,6 +140,25 @@ def test_esft_leaves_a_delta_of_the_chosen_experts_alone(
     differing = {name for name in base.entries if not torch.equal(base.tensor(name), changed.tensor(name))}
     assert {tuple(map(int, (name.split(".")[2], name.split(".")[5]))) for name in differing} == set(only)
     assert not torch.equal(logits(path, PROMPT), logits(merged, PROMPT))
+
+
+@pytest.mark.parametrize(("method_name", "only"), [("lora", ()), ("esft", ((1, 2), (2, 7)))], ids=["lora", "esft"])
+def test_it_is_served_as_its_merged_export_is_and_as_transformers_has_it(
+    checkpoint: Callable[[str], Path], tmp_path: Path, doors: Doors, method_name: str, only: tuple[tuple[int, int], ...]
+) -> None:
+    path = checkpoint("mini")
+    written = write(tmp_path, path, *train(path, doors, method_name, only), doors)
+    merged = tmp_path / "merged"
+    assert main(["export", str(path), "--adapter", str(written), "--out", str(merged)]) == 0
+    asked = greedy("a", PROMPT, 8, logprobs=5)
+    plain, served, exported = (
+        run(engine, [asked])["a"]
+        for engine in (make_engine(path), make_engine(path, adapters=[written]), make_engine(merged))
+    )
+    assert (served.tokens, served.logprobs) == (exported.tokens, exported.logprobs)
+    assert served.logprobs != plain.logprobs
+    theirs = torch.log_softmax(logits(merged, PROMPT)[-1], dim=-1)
+    assert served.logprobs[0].logprob == pytest.approx(float(theirs[served.tokens[0]]), abs=1e-4)
 
 
 def test_an_export_that_cannot_be_done_says_why(
