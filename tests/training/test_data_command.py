@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from services import data_command
+from services.cli import main
 from services.training.data.formats import FORMATS
-from services.training.data.problems import KEPT
+from services.training.data.problems import KEPT, DataError
 from services.training.data.reading import OVERLONG
+from services.training.data.training_data import TrainingData
 from services.training.data.training_tokenizer import TrainingTokenizer
 from tests.conftest import MakeCheckpoint
 
@@ -164,3 +167,17 @@ def test_choices_are_those_of_the_reader() -> None:
     """They are written out in the command, which must not load the reader to know them."""
     assert set(data_command.FORMATS) == {"auto", *FORMATS}
     assert data_command.OVERLONG == OVERLONG
+
+
+def test_the_command_that_a_run_names_lists_its_problems(
+    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, model = written(tmp_path / "bad.jsonl", GOOD, BAD, BAD), checkpoint("tiny")
+    with pytest.raises(DataError) as refused:
+        TrainingData.load(path, TrainingTokenizer.load(model), 300)
+    (named,) = re.findall(r"`shoal (.*)` lists them", str(refused.value))
+    words = {"FILE": str(path), "DIR": str(model)}
+    assert main([words.get(word, word) for word in named.split()]) == 1
+    out = capsys.readouterr().out
+    assert "2 problems" in out
+    assert "longer than 300 tokens: 0" in out

@@ -46,7 +46,7 @@ class DataError(ValueError):
     def __str__(self) -> str:
         if self.count == 1:
             return str(self.first)
-        look = f"`shoal data check --sequence-length {self.sequence_length}` lists them"
+        look = f"`shoal data check FILE --model DIR --sequence-length {self.sequence_length}` lists them"
         return f"{self.first} (the first of {self.count} problems: {look})"
 
 
