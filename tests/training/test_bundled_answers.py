@@ -18,7 +18,8 @@ from model.tokenizer import Tokenizer
 from router.placement import Host, initial_placement
 
 MODEL = Path(__file__).parents[2] / "models" / "bundled"
-ASKED = 40  # of each family
+SEED, ASKED = 0, 100  # the examination in docs/training.md; so many of each family
+AT_LEAST = 0.95
 LONGEST = 128  # tokens of an answer
 
 
@@ -46,7 +47,7 @@ def answers(conversations: list[Conversation]) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def right() -> dict[str, list[bool]]:
     """By family, whether each held-out question was answered to the letter."""
-    asked = examination(seed=1, count=ASKED)
+    asked = examination(SEED, ASKED)
     marks: dict[str, list[bool]] = {}
     for conversation, answer in zip(asked, answers(asked), strict=True):
         marks.setdefault(conversation.family, []).append(answer == conversation.questions[-1].answer)
@@ -55,9 +56,10 @@ def right() -> dict[str, list[bool]]:
 
 def test_held_out_questions_are_answered(right: dict[str, list[bool]]) -> None:
     marks = [mark for family in right.values() for mark in family]
-    assert sum(marks) >= 0.95 * len(marks)
+    assert len(marks) == ASKED * len(FAMILIES)
+    assert sum(marks) >= AT_LEAST * len(marks)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_family_is_left_behind(right: dict[str, list[bool]], family: str) -> None:
-    assert sum(right[family]) >= 0.9 * len(right[family])
+    assert sum(right[family]) >= AT_LEAST * len(right[family])
