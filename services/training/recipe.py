@@ -20,6 +20,12 @@ from services.training.schedule import (
     check_schedule,
 )
 
+OF_LISTS = {
+    "tuple_type": "expected a list, such as [a, b]",
+    "too_short": "the list is empty; expected one entry at least",
+}
+"""What is wrong with a list, by pydantic's name for it."""
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; names the field, what was given and what was expected."""
@@ -147,8 +153,7 @@ def parse_recipe(raw: dict[str, Any]) -> Recipe:
         if first["type"] == "extra_forbidden":
             raise RecipeError(f"{place} is not a field of a recipe; {_known(first['loc'])}") from error
         given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r:.80})"
-        is_list = first["type"] == "tuple_type"
-        message = "expected a list, such as [a, b]" if is_list else first["msg"].removeprefix("Value error, ")
+        message = OF_LISTS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
         raise RecipeError(f"{place + ': ' if place else ''}{message}{given}") from error
 
 

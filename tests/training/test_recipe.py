@@ -77,7 +77,7 @@ def test_overrides_reach_into_sections(tmp_path: Path) -> None:
         ("workers.most=0", "workers.most: .*greater than or equal to 1"),
         ("batch_tokens=32", "a step has 32 tokens; expected at least data.sequence_length \\(64\\)"),
         ("micro_batch_tokens=32", "micro_batch_tokens is 32; expected at least data.sequence_length"),
-        ("data.files=[]", "data.files: .*at least 1 item"),
+        ("data.files=[]", r"data.files: the list is empty; expected one entry at least \(given: \[\]\)"),
         ("data.files=a.jsonl", r"data.files: expected a list, such as \[a, b\] \(given: 'a.jsonl'\)"),
         ("seed=-1", "seed: .*greater than or equal to 0"),
         ("batch_stages=[{from_step: 5, tokens: 64}]", "batch_stages begin at steps \\[5\\]"),
