@@ -81,14 +81,19 @@ def _split(sizes: Mapping[str, int]) -> tuple[int, int]:
 
 
 def _activations(recipe: Recipe, config: ModelConfig) -> int:
-    """What autograd keeps of a micro-batch: a few rows of the widths that a layer has, and one chunk of logits."""
-    heads = config.num_attention_heads
-    attention = heads * (5 * config.qk_head_dim + config.v_head_dim) + 2 * config.latent_width
-    feed_forward = 3 * max(config.moe_intermediate_size * config.n_shared_experts, config.intermediate_size)
-    layer = 6 * config.hidden_size + (0 if recipe.checkpointing else attention + feed_forward)
-    rows = recipe.micro_batch_tokens * config.num_hidden_layers * layer
+    """What autograd keeps of a micro-batch, with one chunk of logits and two more of its size on the way."""
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    kept = heads * (2 * config.qk_head_dim + config.qk_nope_head_dim + 2 * config.v_head_dim)
+    attention = kept + 2 * (config.q_lora_rank or 0) + config.latent_width + config.kv_lora_rank
+    moe = len(config.moe_layers)
+    shared, dense = config.moe_intermediate_size * config.n_shared_experts, config.intermediate_size
+    again = layers * attention + 4 * (moe * shared + (layers - moe) * dense)
+    if recipe.checkpointing:
+        row = 3 * config.hidden_size * layers + again // layers  # of a layer at a time
+    else:
+        row = 4 * config.hidden_size * layers + again
     logits = 3 * min(recipe.micro_batch_tokens, head_tokens(config)) * config.vocab_size
-    return NUMBER_BYTES * (rows + logits)
+    return NUMBER_BYTES * (recipe.micro_batch_tokens * row + logits)
 
 
 def _host_activations(recipe: Recipe, config: ModelConfig) -> int:

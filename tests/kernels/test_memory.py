@@ -1,5 +1,6 @@
 """What attention of a long prompt takes beside what it is given and gives back."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,9 @@ def test_scores_of_a_long_prompt_are_never_there_at_once() -> None:
     q, cache = torch.randn(TOKENS, HEADS, LATENT + ROTARY), torch.randn(TOKENS // BLOCK, BLOCK, LATENT + ROTARY)
     tables = torch.arange(TOKENS // BLOCK, dtype=torch.int32)[None]
     owners, positions = torch.zeros(TOKENS, dtype=torch.int32), torch.arange(TOKENS, dtype=torch.int32)
+    gc.collect()  # what it would free meanwhile would hide as much
     forget_peak()
     before = resident("VmRSS")
     out = latent_attention(q, cache, tables, owners, positions, LATENT, 0.3)
     assert resident("VmHWM") - before < OWN_BYTES
-    forget_peak()
-    before = resident("VmRSS")
-    scores = torch.einsum("tnw,jw->ntj", q[:1024], cache.flatten(0, 1))  # what the assertion above would see
-    assert resident("VmHWM") - before > SCORES_BYTES // 4 - OWN_BYTES
     assert out.isfinite().all()
-    assert scores.shape == (HEADS, 1024, TOKENS)
