@@ -13,7 +13,7 @@ from attention.graphs import StepGraphs
 from attention.recorder import Recorder
 from attention.requests import GenerateRequest, TokenLogprob, Update
 from attention.rope import RotaryTable
-from attention.sampling import GREEDY_BELOW, draw, forbid, penalised, score
+from attention.sampling import Draw, draw_all, forbid, penalised, score
 from attention.scheduler import Chunk, Scheduler, SchedulerLimits
 from attention.sequence import Sequence
 from experts.errors import ExpertError
@@ -127,15 +127,12 @@ class Engine:
             return [self._fail(chunk.sequence, str(error)) for chunk in chunks]
         self._scheduler.complete(chunks)
         self._steps += 1
-        # where it waits for a device, once for all
-        best_L = logits_LV.argmax(-1).tolist() if logits_LV.device.type != "cpu" else None
+        logits = logits_LV.split([len(logit_rows(chunk)) for chunk in chunks])  # of each chunk
+        draws = [self._draw(chunk, rows_LV) for chunk, rows_LV in zip(chunks, logits, strict=True)]
+        tokens = iter(draw_all([one for one in draws if one is not None]))
         updates: list[Update] = []
-        row = 0
-        for chunk in chunks:
-            rows = logit_rows(chunk)
-            best = best_L[row + len(rows) - 1] if best_L is not None and rows else None
-            update = self._advance(chunk, logits_LV[row : row + len(rows)], best)
-            row += len(rows)
+        for chunk, rows_LV, one in zip(chunks, logits, draws, strict=True):
+            update = self._advance(chunk, rows_LV, None if one is None else next(tokens))
             if update is not None:
                 updates.append(update)
         return updates
@@ -161,11 +158,22 @@ class Engine:
                 return logits_LV
         return self._decoder.forward(batch, self._cache)
 
-    def _advance(self, chunk: Chunk, logits_LV: Tensor, best: int | None) -> Update | None:
-        """Draw the next token if the chunk reached the end; None when there is nothing to tell yet.
+    def _draw(self, chunk: Chunk, logits_LV: Tensor) -> Draw | None:
+        """What is to be drawn after a chunk; None where it does not reach the end, or only scores were asked for."""
+        sequence, params = chunk.sequence, chunk.sequence.params
+        if not chunk.samples or params.max_tokens == sequence.generated:
+            return None
+        prompt: list[int] = []
+        answer: list[int] = []
+        if params.penalises:
+            prompt, answer = sequence.tokens[: sequence.prompt_length], sequence.tokens[sequence.prompt_length :]
+        logits_V = penalised(logits_LV[-1], prompt, answer, params)
+        if sequence.generated < params.min_tokens:
+            logits_V = forbid(logits_V, (*self._decoder.config.eos_token_ids, *params.stop_token_ids))
+        return Draw(logits_V, params, len(sequence.tokens))
 
-        `best` is the likeliest by the last row of logits, if it was looked for already.
-        """
+    def _advance(self, chunk: Chunk, logits_LV: Tensor, token: int | None) -> Update | None:
+        """Take on the token that was drawn, if one was; None when there is nothing to tell yet."""
         sequence = chunk.sequence
         params = sequence.params
         prompt_logprobs = self._score_prompt(chunk, logits_LV)
@@ -175,23 +183,11 @@ class Engine:
                 return None
             return Update(id=sequence.id, prompt_logprobs=prompt_logprobs, cached_tokens=0)
         self._reused_tokens += (sequence.cached_tokens or 0) if sequence.generated == 0 else 0
-        if params.max_tokens == sequence.generated:  # nothing but the prompt's scores was asked for
+        if token is None:
             return self._finish(sequence, (), None, prompt_logprobs, "length")
-        raw_V = logits_LV[-1]
-        prompt: list[int] = []
-        answer: list[int] = []
-        if params.penalises:
-            prompt, answer = sequence.tokens[: sequence.prompt_length], sequence.tokens[sequence.prompt_length :]
-        logits_V = penalised(raw_V, prompt, answer, params)
-        if sequence.generated < params.min_tokens:
-            logits_V = forbid(logits_V, (*self._decoder.config.eos_token_ids, *params.stop_token_ids))
-        if best is not None and logits_V is raw_V and params.temperature < GREEDY_BELOW:
-            token = best
-        else:
-            token = draw(logits_V, params, len(sequence.tokens))
         sequence.tokens.append(token)
         self._generated_tokens += 1
-        logprobs = None if params.logprobs is None else (score(raw_V, token, params.logprobs),)
+        logprobs = None if params.logprobs is None else (score(logits_LV[-1], token, params.logprobs),)
         reason = finish_reason(sequence, self._decoder.config.eos_token_ids)
         if reason is None:
             return Update(

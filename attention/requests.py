@@ -64,6 +64,11 @@ class SamplingParams:
         """Whether what a token is worth depends on those before it."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    @property
+    def narrows(self) -> bool:
+        """Whether some tokens are never drawn because others are likelier."""
+        return bool(self.top_k) or self.top_p < 1.0 or self.min_p > 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:

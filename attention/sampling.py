@@ -6,14 +6,21 @@ Shapes: `V` vocabulary.
 """
 
 from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attention.requests import SamplingParams, TokenLogprob
 
 FIRST = 256  # tokens that hold top_p of the mass nearly always
+MOST_FIRST = 1024  # of a draw that others are drawn with
+ROUNDING = 1e-9  # of a mass, which is not summed in the same order everywhere
+TOGETHER = 8  # draws whose probabilities are in memory at once, and in a CPU's last cache
+Probabilities = NDArray[np.float64]
+Ids = NDArray[np.int64]
 GREEDY_BELOW = 1e-5  # a temperature this small divides logits beyond any use
 
 
@@ -54,53 +61,115 @@ def forbid(logits_V: Tensor, tokens: Tokens[int]) -> Tensor:
     return logits_V
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Draw:
+    """A token to be drawn from penalised logits, at an absolute position: temperature, top_k, top_p, min_p."""
+
+    logits_V: Tensor
+    params: SamplingParams
+    position: int
+
+
 def draw(logits_V: Tensor, params: SamplingParams, position: int) -> int:
-    """Draw the token at absolute `position` from penalised logits: temperature, top_k, top_p, min_p."""
-    if params.temperature < GREEDY_BELOW:
-        return int(logits_V.argmax())
-    scaled = logits_V.double() / params.temperature
-    probabilities = torch.softmax(scaled, dim=-1)
-    threshold = uniform(params.seed, position)
-    if not params.top_k and params.top_p >= 1.0 and params.min_p <= 0.0:
-        return _inverse(probabilities.cpu(), threshold)
+    """Draw one token."""
+    return draw_all([Draw(logits_V, params, position)])[0]
+
+
+def draw_all(draws: Tokens[Draw]) -> list[int]:
+    """Each draw's token, in their order. Logits of all are on one device, which is waited for a few times in all.
+
+    A token is a function of its own logits, params and position, whatever is drawn with it.
+    """
+    tokens = [0] * len(draws)
+    greedy: dict[torch.dtype, list[int]] = {}
+    spread: dict[torch.dtype, list[int]] = {}
+    for place, one in enumerate(draws):
+        kind = greedy if one.params.temperature < GREEDY_BELOW else spread
+        kind.setdefault(one.logits_V.dtype, []).append(place)
+    for places in greedy.values():
+        rows = [draws[place].logits_V for place in places]
+        if rows[0].device.type == "cpu":
+            best = [int(logits_V.argmax()) for logits_V in rows]
+        else:
+            best = torch.stack(rows).argmax(-1).tolist()
+        for place, token in zip(places, best, strict=True):
+            tokens[place] = token
+    for places in spread.values():
+        for start in range(0, len(places), TOGETHER):
+            some = places[start : start + TOGETHER]
+            for place, token in zip(some, _draw_spread([draws[place] for place in some]), strict=True):
+                tokens[place] = token
+    return tokens
+
+
+def _draw_spread(draws: Tokens[Draw]) -> list[int]:
+    """Of draws that are not greedy, whose logits have one dtype."""
+    device = draws[0].logits_V.device
+    temperature_L1 = torch.tensor([[one.params.temperature] for one in draws], dtype=torch.float64, device=device)
+    probabilities_LV = torch.softmax(torch.stack([one.logits_V for one in draws]).double() / temperature_L1, dim=-1)
+    counts = [_looked_for(one.params, probabilities_LV.shape[1]) for one in draws]
+    firsts = probabilities_LV.topk(max(counts) + 1) if any(counts) else None
     # running sums on CPU: a GPU's are not the same twice
-    ordered, tokens, mass = (each.cpu() for each in _likeliest(probabilities, params))
-    keep = torch.ones_like(ordered, dtype=torch.bool)
-    if params.top_p < 1.0:
-        # A token stays while the mass before it, within what top_k left, is below top_p: the first always.
-        share = ordered / mass
-        keep &= share.cumsum(0) - share < params.top_p
-    if params.min_p > 0.0:
-        keep &= ordered >= params.min_p * ordered[0]
-    keep[0] = True
-    return int(tokens[keep][_inverse(ordered[keep], threshold)])
+    likeliest = None if firsts is None else (firsts.values.cpu().numpy(), firsts.indices.cpu().numpy())
+    tokens = []
+    for place, (one, count) in enumerate(zip(draws, counts, strict=True)):
+        if not one.params.narrows:
+            tokens.append(_inverse(probabilities_LV[place].cpu().numpy(), uniform(one.params.seed, one.position)))
+            continue
+        token = None
+        if count and likeliest is not None:
+            token = _among(likeliest[0][place], likeliest[1][place], count, one)
+        tokens.append(_among_all(probabilities_LV[place].cpu().numpy(), one) if token is None else token)
+    return tokens
 
 
-def _likeliest(probabilities_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities and ids of at least those tokens that may be kept, likeliest first, equal ones by id; and the mass
-    that top_k leaves.
+def _looked_for(params: SamplingParams, vocabulary: int) -> int:
+    """How many of the likeliest tokens are looked for at first; 0: none.
 
-    To sort a large vocabulary takes longer than a layer, so as many are looked for as top_k names, or as hold top_p
-    nearly always; only where they do not is all of it sorted.
+    To sort a large vocabulary takes longer than a layer, so as many as top_k names, or as hold top_p nearly always.
     """
     count = params.top_k or FIRST
-    if count >= len(probabilities_V):
-        ordered, tokens = probabilities_V.sort(descending=True, stable=True)
-        return ordered, tokens, probabilities_V.sum()
-    first = probabilities_V.topk(count).values
-    mass = first.sum() if params.top_k else probabilities_V.sum()
-    enough = params.top_k or (params.top_p < 1.0 and first.sum() >= params.top_p * mass)
-    least = first[-1] if enough else params.min_p * first[0]
-    candidates = (probabilities_V >= least).nonzero()[:, 0]  # topk's own choice among equals is not told
-    ordered, order = probabilities_V[candidates].sort(descending=True, stable=True)
-    tokens = candidates[order]
-    return (ordered[:count], tokens[:count], mass) if params.top_k else (ordered, tokens, mass)
+    return count if params.narrows and count < min(vocabulary, MOST_FIRST) else 0
 
 
-def _inverse(weights: Tensor, threshold: float) -> int:
+def _among(ordered_K: Probabilities, tokens_K: Ids, count: int, one: Draw) -> int | None:
+    """The token, if it is surely one of the `count` likeliest; None where more may be kept, or another is as likely as
+    the last.
+    """
+    params, first = one.params, ordered_K[:count]
+    whole = params.top_k or first.sum() >= params.top_p + ROUNDING or first[-1] < params.min_p * first[0]
+    if not whole or first[-1] == ordered_K[count]:
+        return None
+    order = np.lexsort((tokens_K[:count], -first))  # equal ones by id
+    return int(tokens_K[order[_place(first, one)]])
+
+
+def _among_all(probabilities_V: Probabilities, one: Draw) -> int:
+    """The token, of all: only what is likely is sorted, not who, for that takes several times as long."""
+    ordered = -np.sort(-probabilities_V)
+    place = _place(ordered[: one.params.top_k or len(ordered)], one)
+    likelier = int(np.searchsorted(-ordered, -ordered[place]))
+    as_likely = np.flatnonzero(probabilities_V == ordered[place])
+    return int(as_likely[place - likelier]) if len(as_likely) else 0  # where the logits are no numbers
+
+
+def _place(ordered: Probabilities, one: Draw) -> int:
+    """Which is drawn of tokens of these probabilities, the likeliest first, of which some are kept."""
+    params = one.params
+    kept = len(ordered)
+    if params.top_p < 1.0:
+        # A token stays while the mass before it, within what top_k left, is below top_p: the first always.
+        running = ordered.cumsum()
+        kept = int(np.count_nonzero(running - ordered < params.top_p * (running[-1] if params.top_k else 1.0)))
+    if params.min_p > 0.0:
+        kept = min(kept, int(np.count_nonzero(ordered >= params.min_p * ordered[0])))
+    return _inverse(ordered[: max(1, kept)], uniform(params.seed, one.position))
+
+
+def _inverse(weights: Probabilities, threshold: float) -> int:
     """Index at which the running sum of `weights` passes `threshold` of the total."""
-    running = weights.cumsum(0)
-    index = int(torch.searchsorted(running, threshold * running[-1], right=True))
+    running = torch.from_numpy(weights).cumsum(0).numpy()  # twice as fast as numpy's
+    index = int(np.searchsorted(running, threshold * running[-1], side="right"))
     if index >= len(weights):  # the product rounded up to the total
         index = len(weights) - 1
     while weights[index] == 0:  # never a token of no probability

@@ -3,11 +3,12 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from attention.requests import SamplingParams
-from attention.sampling import _inverse, draw, forbid, penalised, score, uniform
+from attention.sampling import Draw, _inverse, draw, draw_all, forbid, penalised, score, uniform
 
 
 def params(**changes: object) -> SamplingParams:
@@ -115,6 +116,44 @@ def test_a_draw_is_a_function_of_seed_and_position() -> None:
     assert len(set(once)) > 10
 
 
+def test_a_draw_is_the_same_whatever_is_drawn_with_it() -> None:
+    """Of few and many tokens, equal ones among them, as floats and, once penalised, as doubles."""
+    ways: list[dict[str, object]] = [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.3},
+        {"top_p": 0.9},
+        {"top_p": 0.9, "temperature": 2.0},
+        {"top_k": 40},
+        {"top_k": 1023, "min_p": 0.01},
+        {"top_k": 2000},
+        {"min_p": 0.2},
+    ]
+    for size in (12, 3000):
+        draws = []
+        for place in range(4 * len(ways)):
+            values = logits(place, size)
+            values = (4 * values).round() / 4 if place % 3 else values
+            values = values.double() if place % 5 == 4 else values
+            draws.append(Draw(values, params(seed=place, **ways[place % len(ways)]), position=place % 7))
+        together = draw_all(draws)
+        assert together == [draw(one.logits_V, one.params, one.position) for one in draws]
+        assert draw_all(draws[::-1]) == together[::-1]
+        assert len(set(together)) > 5
+    assert draw_all([]) == []
+
+
+@pytest.mark.parametrize("narrow", [{}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}])
+@pytest.mark.parametrize("size", [12, 3000])
+def test_logits_that_are_no_numbers_spoil_their_own_draw_alone(narrow: dict[str, float], size: int) -> None:
+    good, spoilt = logits(1, size), logits(2, size)
+    spoilt[3] = torch.nan
+    chosen = params(seed=1, **narrow)
+    found = draw_all([Draw(spoilt, chosen, 5), Draw(good, chosen, 5)])
+    assert 0 <= found[0] < size
+    assert found[1] == draw(good, chosen, 5)
+
+
 def test_uniform_numbers_fill_the_interval() -> None:
     numbers = [uniform(seed, position) for seed in range(40) for position in range(50)]
     counts = Counter(int(10 * number) for number in numbers)
@@ -173,9 +212,9 @@ def test_forbidden_tokens_are_never_drawn() -> None:
 def test_a_draw_at_the_very_end_of_the_mass_is_a_token_that_has_some() -> None:
     """Where the product of the total and a number below 1 is rounded up to the total."""
     just_below = 1 - 2.0**-53
-    assert _inverse(torch.tensor([0.5, 0.25, 0.0, 0.0], dtype=torch.float64), just_below) == 1
-    assert _inverse(torch.tensor([0.0, 3e-324], dtype=torch.float64), just_below) == 1
-    assert _inverse(torch.tensor([0.0, 3e-324, 0.0], dtype=torch.float64), just_below) == 1
+    assert _inverse(np.array([0.5, 0.25, 0.0, 0.0]), just_below) == 1
+    assert _inverse(np.array([0.0, 3e-324]), just_below) == 1
+    assert _inverse(np.array([0.0, 3e-324, 0.0]), just_below) == 1
 
 
 def test_scores_are_of_the_models_own_distribution() -> None:
