@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:  # loading them takes longer than any other subcommand needs
-    from services.training.data.reading import Read
+    from services.training.data.problems import ProblemLog
+    from services.training.data.reading import Read, Source
     from services.training.data.samples import Sample
     from services.training.data.summary import Summary
 
@@ -41,7 +43,9 @@ def add_parser(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
     text = "Say what is wrong with training data, how long it is, and what would be learned; 1 when something is wrong."
     command = actions.add_parser("check", help=text, description=text)
     command.add_argument("file", nargs="+", metavar="FILE", help=".jsonl, .json or .txt")
-    command.add_argument("--model", required=True, metavar="DIR", help="checkpoint with tokenizer and chat template")
+    command.add_argument(
+        "--model", metavar="DIR", help="checkpoint with tokenizer and chat template; without, formats alone are checked"
+    )
     command.add_argument("--format", choices=FORMATS, default="auto", help="default: by the first record")
     command.add_argument(
         "--sequence-length",
@@ -67,16 +71,21 @@ def add_parser(commands_: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def check(options: argparse.Namespace) -> int:
     """Print the report; 0 when a run could train on the files, 1 when not, 2 when they cannot even be looked at."""
-    from services.training.data.reading import Reading, read_samples
+    from services.training.data.reading import Reading, read_formats, read_samples
     from services.training.data.summary import runs, summarise
     from services.training.data.training_tokenizer import TrainingTokenizer
 
+    paths = [Path(file) for file in options.file]
     try:
         if options.show < 0:
             raise ValueError(f"--show {options.show} given; expected how many samples to print")
         reading = Reading(options.sequence_length, options.format, options.overlong, tuple(options.ignore))
+        if options.model is None:
+            if options.show:
+                raise ValueError("--show given without --model: its chat template is what a sample is shown by")
+            return _tell_formats(*read_formats(paths, reading, most_problems=sys.maxsize), as_json=options.json)
         tokenizer = TrainingTokenizer.load(options.model)
-        read = read_samples([Path(file) for file in options.file], tokenizer, reading, most_problems=sys.maxsize)
+        read = read_samples(paths, tokenizer, reading, most_problems=sys.maxsize)
     except ValueError as error:
         print(f"shoal: {error}", file=sys.stderr)
         return 2
@@ -88,21 +97,29 @@ def check(options: argparse.Namespace) -> int:
     else:
         console = Console(highlight=False)
         _print_summary(console, read, summary, options.sequence_length)
-        _print_problems(console, read)
+        _print_problems(console, read.problems)
         for one in shown:
             _print_sample(console, one)
     return 1 if read.problems.count else 0
 
 
+def _tell_formats(sources: "Sequence[Source]", problems: "ProblemLog", as_json: bool) -> int:
+    """What was found without a model; 0 when nothing is wrong."""
+    if as_json:
+        print(json.dumps(_found(sources, problems), indent=2))
+    else:
+        console = Console(highlight=False)
+        _print_sources(console, sources)
+        _print(console, "formats alone were checked: tokens, lengths and what is learned are told with --model DIR")
+        _print_problems(console, problems)
+    return 1 if problems.count else 0
+
+
 def _document(read: "Read", summary: "Summary", shown: "list[Shown]") -> dict[str, Any]:
     return {
-        "files": [{name: _plain(value) for name, value in asdict(source).items()} for source in read.sources],
+        **_found(read.sources, read.problems),
         **asdict(summary),
         "targets_share": summary.targets_share,
-        "problem_count": read.problems.count,
-        "problems": [
-            {name: _plain(value) for name, value in asdict(problem).items()} for problem in read.problems.first
-        ],
         "shown": [
             {
                 "path": str(one.path),
@@ -114,13 +131,20 @@ def _document(read: "Read", summary: "Summary", shown: "list[Shown]") -> dict[st
     }
 
 
+def _found(sources: "Sequence[Source]", problems: "ProblemLog") -> dict[str, Any]:
+    return {
+        "files": [{name: _plain(value) for name, value in asdict(source).items()} for source in sources],
+        "problem_count": problems.count,
+        "problems": [{name: _plain(value) for name, value in asdict(problem).items()} for problem in problems.first],
+    }
+
+
 def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
 def _print_summary(console: Console, read: "Read", summary: "Summary", sequence_length: int) -> None:
-    for source in read.sources:
-        _print(console, f"{source.path}  {source.format or 'of no known format'}  {_count(source.records, 'record')}")
+    _print_sources(console, read.sources)
     learned = f"{summary.targets} learned ({summary.targets_share:.1%})"
     _print(console, f"{_count(summary.samples, 'sample')}, {_count(summary.tokens, 'token')}, {learned}")
     if summary.samples:
@@ -135,8 +159,12 @@ def _print_summary(console: Console, read: "Read", summary: "Summary", sequence_
     _print(console, f"fingerprint: {summary.fingerprint}")
 
 
-def _print_problems(console: Console, read: "Read") -> None:
-    log = read.problems
+def _print_sources(console: Console, sources: "Sequence[Source]") -> None:
+    for source in sources:
+        _print(console, f"{source.path}  {source.format or 'of no known format'}  {_count(source.records, 'record')}")
+
+
+def _print_problems(console: Console, log: "ProblemLog") -> None:
     if log.count:
         _print(console, f"\n{_count(log.count, 'problem')}")
     for problem in log.first:

@@ -1,10 +1,11 @@
 """What a recipe asks of a model that this model cannot do: known before anything is started, read or written."""
 
 from experts.frames import MAX_PAIRS, MAX_PAYLOAD_BYTES
+from model.adapters.spec import lora_modules
 from model.config import ModelConfig
 from router.losses import BalanceCoefficients
 from services.training.initial import INITIAL
-from services.training.method import make_method
+from services.training.method import lora_spec, make_method
 from services.training.recipe import Recipe
 
 
@@ -33,9 +34,20 @@ def check_recipe(recipe: Recipe, config: ModelConfig) -> None:
             "drop_tokens is true, but the model routes all its experts as one group (n_group is 1), whose load is the "
             "average: nothing would ever be dropped; leave drop_tokens out"
         )
+    if recipe.method == "lora":
+        _check_rank(recipe, config)
     _check_place(recipe)
     _check_frames(recipe, config)
     make_method(recipe, config, "checked")
+
+
+def _check_rank(recipe: Recipe, config: ModelConfig) -> None:
+    """A product of factors wider than the matrix itself can be no more than the matrix, and takes more memory."""
+    for module, sides in lora_modules(config, lora_spec(recipe, config)).items():
+        if recipe.lora.rank > min(sides):
+            raise ValueError(
+                f"lora.rank is {recipe.lora.rank}; expected at most {min(sides)}, the shorter side of {module}"
+            )
 
 
 def _check_place(recipe: Recipe) -> None:

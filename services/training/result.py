@@ -154,9 +154,20 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 
 def with_yarn(config: ModelConfig, yarn: Yarn | None) -> ModelConfig:
-    """The config of the trained model where its context is extended."""
+    """The config of the trained model where its context is extended.
+
+    Raises ValueError where what the context is said to have been is more than the model has.
+    """
     if yarn is None:
         return config
+    scaling_before = config.rope_scaling
+    had = scaling_before.original_max_position_embeddings if scaling_before else config.max_position_embeddings
+    said = yarn.original_max_position_embeddings
+    if said > had:
+        raise ValueError(
+            f"yarn.original_max_position_embeddings is {said}; expected at most {had}, the tokens of the model's own "
+            "context"
+        )
     scaling = RopeScaling(**yarn.model_dump())
     length = int(yarn.factor * yarn.original_max_position_embeddings)
     return dataclasses.replace(config, rope_scaling=scaling, max_position_embeddings=length)

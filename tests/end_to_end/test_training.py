@@ -43,7 +43,7 @@ def write_recipe(directory: Path, model: Path, **given: object) -> Path:
         "micro_batch_tokens": 64,
         "lr": 1e-3,
         "snapshots": {"every_steps": 4},
-        "workers": {"threads": 1},
+        "workers": {"least": 2, "threads": 1},
         "experts": {"hosts": 2, "threads": 1},
         **given,
     }
@@ -174,12 +174,16 @@ def undisturbed(place: Path, checkpoint: Callable[[str], Path]) -> Path:
 def test_the_result_is_transformers_and_is_served(undisturbed: Path, checkpoint: Callable[[str], Path]) -> None:
     found = curve(undisturbed)
     assert len(found) == STEPS
+    assert {record["workers"] for record in records(undisturbed)} == {2}
     assert found[-1][0] < 0.8 * found[0][0]
     model = undisturbed / "model"
     prompt = [5, 6, 7, 8, 9, 10]
     theirs = torch.log_softmax(logits(model, prompt)[-1], dim=-1)
-    (answer,) = run(make_engine(model, 2), [greedy("a", prompt, 1)]).values()
+    (answer,) = run(make_engine(model, 2), [greedy("a", prompt, 1, logprobs=20)]).values()
     assert answer.tokens == [int(theirs.argmax())]
+    assert dict(answer.logprobs[0].top) == pytest.approx(
+        {token: float(theirs[token]) for token in theirs.topk(20).indices.tolist()}, abs=1e-4
+    )
     first = Checkpoint.open(checkpoint("mini")).tensor("model.norm.weight")
     assert not torch.equal(first, Checkpoint.open(model).tensor("model.norm.weight"))
     for name in ("loss.svg", "experts.svg", "tensorboard"):

@@ -42,6 +42,16 @@ def check(config: ModelConfig, **given: Any) -> None:
             {"method": "lora", "lora": {"targets": ["dense", "shared"]}},
             r"lora.targets is \['dense', 'shared'\], and this model has no such layers; expected some of experts, q_a_",
         ),
+        (
+            GROUPED,
+            {"method": "lora", "lora": {"rank": 97}},
+            "lora.rank is 97; expected at most 96, the shorter side of model.layers.1.mlp.shared_experts.gate_proj",
+        ),
+        (
+            GROUPED,
+            {"yarn": {"factor": 2, "original_max_position_embeddings": 4097}},
+            "yarn.original_max_position_embeddings is 4097; expected at most 4096, the tokens of the model's own",
+        ),
         (GROUPED, {"model": "o/model"}, "model is o/model, and the run would write its result to o/model;"),
         (GROUPED, {"model": "o/model/base"}, "model is o/model/base, and the run would write its result to o/model;"),
         (

@@ -53,6 +53,27 @@ def test_sound_data_are_summed_up(run: Run, tmp_path: Path, capsys: pytest.Captu
     assert "problem" not in printed
 
 
+def test_without_a_model_formats_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, text = written(tmp_path / "a.jsonl", GOOD, BAD, {"messages": []}, GOOD), tmp_path / "b.txt"
+    text.write_text("words")
+    assert main(["data", "check", str(path), str(text)]) == 1
+    printed = capsys.readouterr().out
+    assert f"{path}  messages  2 records\n{text}  text  1 record\nformats alone were checked" in printed
+    assert f"{path}:2: messages[0].role" in printed
+    assert f"{path}:3: messages" in printed
+    assert main(["data", "check", str(text)]) == 0
+    capsys.readouterr()
+    assert main(["data", "check", str(path), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [problem["line"] for problem in report["problems"]] == [2, 3]
+    assert (report["problem_count"], report["files"][0]["records"]) == (2, 2)
+
+
+def test_samples_are_not_shown_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", str(written(tmp_path / "a.jsonl", GOOD)), "--show", "1"]) == 2
+    assert "--show given without --model" in capsys.readouterr().err
+
+
 def test_report_for_scripts_adds_up(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path / "a.jsonl", GOOD, GOOD, BAD)
     assert run(path, "--json", "--show", 1, "--sequence-length", 64) == 1

@@ -71,22 +71,48 @@ def read_samples(
 
     There are samples or problems: that every sample was dropped is one, too.
     """
-    if not paths:
-        raise ValueError("no file given; expected at least one file of training data")
-    found = [find_format(path, reading.format, reading.ignore) for path in paths]
     reader = _Reader(tokenizer, reading, ProblemLog(most_problems))
-    for index, (path, format_) in enumerate(zip(paths, found, strict=True)):
-        if isinstance(format_, Problem):
-            reader.sources.append(Source(path, None))
-            reader.problems.add(format_)
-        else:
-            reader.sources.append(Source(path, format_))
-            reader.read(index, format_)
+    for index, format_name in _known(paths, reading, reader.sources, reader.problems):
+        reader.read(index, format_name)
     samples = reader.builder.build()
     if not len(samples) and not reader.problems.count:
         given = f"all samples are longer than {reading.sequence_length} tokens and were dropped"
         reader.problems.add(Problem(paths[0], 1, "", f"{given}: nothing is left to learn from; lengthen the context"))
     return Read(samples, tuple(reader.sources), reader.problems)
+
+
+def read_formats(
+    paths: Sequence[Path], reading: Reading, most_problems: int = KEPT
+) -> tuple[tuple[Source, ...], ProblemLog]:
+    """What can be told without a model: files, their records, and what is wrong with these by their format.
+
+    Raises ValueError where no file can be read at all.
+    """
+    sources: list[Source] = []
+    problems = ProblemLog(most_problems)
+    for index, format_name in _known(paths, reading, sources, problems):
+        for record in read_records(paths[index], format_name, reading.ignore):
+            if isinstance(record, Problem):
+                problems.add(record)
+            else:
+                sources[index].records += 1
+    return tuple(sources), problems
+
+
+def _known(
+    paths: Sequence[Path], reading: Reading, sources: list[Source], problems: ProblemLog
+) -> Iterator[tuple[int, str]]:
+    """Each file's place and format, if it has one; a source is there for each, once it is its turn."""
+    if not paths:
+        raise ValueError("no file given; expected at least one file of training data")
+    found = [find_format(path, reading.format, reading.ignore) for path in paths]
+    for index, (path, format_) in enumerate(zip(paths, found, strict=True)):
+        if isinstance(format_, Problem):
+            sources.append(Source(path, None))
+            problems.add(format_)
+        else:
+            sources.append(Source(path, format_))
+            yield index, format_
 
 
 @dataclass(slots=True)
