@@ -23,6 +23,9 @@ class Prefix:
     contents: tuple[int, ...]
 
 
+NOTHING = Prefix((), ())
+
+
 class BlockPool:
     """Reference-counted blocks with least-recently-used reuse of released ones."""
 
@@ -36,6 +39,7 @@ class BlockPool:
         self._references = [0] * blocks
         self._key_of_block: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._block_of_key: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # -> block, content
+        self._content_of_block: dict[int, int] = {}
         self._next_content = ROOT + 1
 
     @property
@@ -60,24 +64,44 @@ class BlockPool:
         self._references[block] = 1
         return block
 
-    def match(self, tokens: Sequence[int], limit: int) -> Prefix:
-        """Take shared ownership of the longest run of known full blocks within tokens[:limit]."""
+    def find(self, tokens: Sequence[int], limit: int, before: Prefix = NOTHING) -> Prefix:
+        """The longest run of known full blocks within tokens[:limit].
+
+        `before` is what was found of the same tokens before: what is still so is not compared again.
+        """
         blocks: list[int] = []
         contents: list[int] = []
-        content = ROOT
-        size = self.block_size
-        for start in range(0, limit - limit % size, size):
+        size, full = self.block_size, limit // self.block_size
+        for block, content in zip(before.blocks[:full], before.contents, strict=False):
+            if self._content_of_block.get(block) != content:
+                break
+            blocks.append(block)
+            contents.append(content)
+        content = contents[-1] if contents else ROOT
+        for start in range(len(blocks) * size, full * size, size):
             found = self._block_of_key.get((content, tuple(tokens[start : start + size])))
             if found is None:
                 break
             block, content = found
             blocks.append(block)
             contents.append(content)
-        for block in blocks:
+        return Prefix(tuple(blocks), tuple(contents))
+
+    def take(self, prefix: Prefix) -> None:
+        """Take shared ownership of what was just found."""
+        for block in prefix.blocks:
             if self._references[block] == 0:
                 del self._released[block]
             self._references[block] += 1
-        return Prefix(tuple(blocks), tuple(contents))
+
+    def refresh(self, prefix: Prefix) -> int:
+        """Of what was just found, how many blocks nobody owns; they are reused after all others, as if just released."""
+        unowned = 0
+        for block in reversed(prefix.blocks):
+            if self._references[block] == 0:
+                self._released.move_to_end(block)
+                unowned += 1
+        return unowned
 
     def publish(self, block: int, parent: int, tokens: Sequence[int]) -> int:
         """Name a full, computed block's content so that later requests find it; the content's identity."""
@@ -89,6 +113,7 @@ class BlockPool:
         self._next_content += 1
         self._block_of_key[key] = (block, content)
         self._key_of_block[block] = key
+        self._content_of_block[block] = content
         return content
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -106,3 +131,4 @@ class BlockPool:
         key = self._key_of_block.pop(block, None)
         if key is not None:
             del self._block_of_key[key]
+            del self._content_of_block[block]

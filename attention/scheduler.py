@@ -12,7 +12,7 @@ import itertools
 from collections import deque
 from dataclasses import dataclass
 
-from attention.blocks import BlockPool
+from attention.blocks import NOTHING, BlockPool, Prefix
 from attention.sequence import Sequence
 
 SHORT_PART = 4  # a step's tokens over this: the longest short prompt, and what all of them get in a step
@@ -147,21 +147,25 @@ class Scheduler:
 
     def _short(self, sequence: Sequence) -> bool:
         """Whether what is to be computed of it is one token of an answer, or a short prompt's."""
-        return len(sequence.tokens) - sequence.computed <= max(1, self._limits.step_tokens // SHORT_PART)
+        return self._is_short(len(sequence.tokens) - sequence.computed)
+
+    def _is_short(self, tokens: int) -> bool:
+        return tokens <= max(1, self._limits.step_tokens // SHORT_PART)
 
     def _kept_for_short(self) -> int:
         """Tokens of a step that short prompts among those that wait can use; cached beginnings count as computed."""
         part, wanted = self._limits.step_tokens // SHORT_PART, 0
         if len(self._running) >= self._limits.running:
             return 0
+        size = self._pool.block_size
         for sequence in itertools.islice(self._waiting, LOOKED_AT):
-            self._reuse_prefix(sequence)
-            fits = self._blocks_missing(sequence, len(sequence.tokens)) <= self._pool.available
-            if fits and self._short(sequence):
-                wanted += len(sequence.tokens) - sequence.computed
-            self._release(sequence)
-            if not fits:  # nobody is let in past it
-                break
+            prefix = self._find_prefix(sequence)
+            free = self._pool.available - self._pool.refresh(prefix)
+            if -(-len(sequence.tokens) // size) - len(prefix.blocks) > free:
+                break  # nobody is let in past it
+            rest = len(sequence.tokens) - len(prefix.blocks) * size
+            if self._is_short(rest):
+                wanted += rest
         return min(wanted, part)
 
     def complete(self, chunks: list[Chunk]) -> None:
@@ -176,15 +180,22 @@ class Scheduler:
                 sequence.contents.append(content)
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
-        """Start from blocks that already hold these tokens; the last token is always computed, for its logits.
+        """Start from blocks that already hold these tokens."""
+        prefix = self._find_prefix(sequence)
+        self._pool.take(prefix)
+        sequence.blocks = list(prefix.blocks)
+        sequence.contents = list(prefix.contents)
+        sequence.computed = len(prefix.blocks) * self._pool.block_size
+
+    def _find_prefix(self, sequence: Sequence) -> Prefix:
+        """What the cache holds of a sequence's beginning; its last token is always computed, for its logits.
 
         A request for its prompt's log-probabilities computes the whole prompt.
         """
-        if sequence.params.prompt_logprobs is None or sequence.scored_prompt >= sequence.prompt_length:
-            prefix = self._pool.match(sequence.tokens, limit=len(sequence.tokens) - 1)
-            sequence.blocks = list(prefix.blocks)
-            sequence.contents = list(prefix.contents)
-            sequence.computed = len(prefix.blocks) * self._pool.block_size
+        if sequence.params.prompt_logprobs is not None and sequence.scored_prompt < sequence.prompt_length:
+            return NOTHING
+        sequence.found = self._pool.find(sequence.tokens, len(sequence.tokens) - 1, sequence.found)
+        return sequence.found
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give the sequence blocks for `tokens` tokens, preempting later arrivals; False if it was preempted."""

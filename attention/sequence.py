@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from attention.blocks import ROOT
+from attention.blocks import NOTHING, ROOT, Prefix
 from attention.requests import GenerateRequest, SamplingParams
 
 
@@ -16,6 +16,7 @@ class Sequence:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     contents: list[int] = field(default_factory=list)  # identities of the full, published blocks
+    found: Prefix = NOTHING  # in the cache, when it was last looked for
     cached_tokens: int | None = None  # prompt tokens that a reused prefix spared, known once first scheduled
     scored_prompt: int = 0  # prompt tokens whose log-probabilities were sent
 

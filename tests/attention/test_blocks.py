@@ -4,14 +4,20 @@ import random
 
 import pytest
 
-from attention.blocks import ROOT, BlockPool, OutOfBlocks
+from attention.blocks import NOTHING, ROOT, BlockPool, OutOfBlocks, Prefix
 
 SIZE = 4
 
 
+def match(pool: BlockPool, tokens: list[int], limit: int) -> Prefix:
+    prefix = pool.find(tokens, limit)
+    pool.take(prefix)
+    return prefix
+
+
 def fill(pool: BlockPool, tokens: list[int]) -> list[int]:
     """What a sequence does: reuse a prefix, allocate the rest, publish its full blocks."""
-    prefix = pool.match(tokens, len(tokens))
+    prefix = match(pool, tokens, len(tokens))
     blocks, contents = list(prefix.blocks), list(prefix.contents)
     while len(blocks) * SIZE < len(tokens):
         blocks.append(pool.allocate())
@@ -33,14 +39,14 @@ def test_an_equal_prefix_shares_its_full_blocks() -> None:
 def test_the_same_tokens_after_another_beginning_are_another_content() -> None:
     pool = BlockPool(16, SIZE)
     fill(pool, [1, 2, 3, 4, 5, 6, 7, 8])
-    assert pool.match([9, 9, 9, 9, 5, 6, 7, 8], 8).blocks == ()
-    assert pool.match([5, 6, 7, 8], 4).blocks == ()
+    assert match(pool, [9, 9, 9, 9, 5, 6, 7, 8], 8).blocks == ()
+    assert match(pool, [5, 6, 7, 8], 4).blocks == ()
 
 
 def test_the_limit_keeps_tokens_to_be_computed() -> None:
     pool = BlockPool(16, SIZE)
     blocks = fill(pool, list(range(8)))
-    assert pool.match(list(range(8)), limit=7).blocks == (blocks[0],)
+    assert match(pool, list(range(8)), 7).blocks == (blocks[0],)
 
 
 def test_released_content_stays_until_its_place_is_needed() -> None:
@@ -48,11 +54,11 @@ def test_released_content_stays_until_its_place_is_needed() -> None:
     old = fill(pool, list(range(12)))
     pool.release(old)
     assert (pool.owned, pool.available) == (0, 3)
-    assert pool.match(list(range(12)), 12).blocks == tuple(old)
+    assert match(pool, list(range(12)), 12).blocks == tuple(old)
     pool.release(old)
     taken = pool.allocate()
     assert taken == old[-1]  # the tail goes before the head
-    assert pool.match(list(range(12)), 12).blocks == tuple(old[:2])
+    assert match(pool, list(range(12)), 12).blocks == tuple(old[:2])
 
 
 def test_a_full_pool_says_so() -> None:
@@ -60,6 +66,37 @@ def test_a_full_pool_says_so() -> None:
     pool.allocate(), pool.allocate()
     with pytest.raises(OutOfBlocks, match="all 2 blocks of 4 tokens"):
         pool.allocate()
+
+
+def test_what_was_just_found_is_reused_last() -> None:
+    pool = BlockPool(4, SIZE)
+    first, second = fill(pool, list(range(8))), fill(pool, list(range(50, 58)))
+    pool.release(first)
+    pool.release(second)
+    found = pool.find(list(range(8)), 8)
+    assert pool.refresh(found) == 2
+    assert [pool.allocate() for _ in range(4)] == [second[1], second[0], first[1], first[0]]
+    assert pool.refresh(Prefix((first[0],), found.contents[:1])) == 0  # somebody owns it
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_was_found_before_changes_no_finding(seed: int) -> None:
+    """However blocks were given to others meanwhile, and the same tokens computed anew in other places."""
+    rng = random.Random(seed)
+    pool = BlockPool(12, SIZE)
+    waiting = [[rng.randrange(2) for _ in range(rng.randint(1, 24))] for _ in range(6)]
+    before = [NOTHING] * len(waiting)
+    shorter = 0
+    for _ in range(300):
+        tokens = rng.choice(waiting)[: rng.randint(1, 24)] + [rng.randrange(2) for _ in range(rng.randint(0, 8))]
+        if -(-len(tokens) // SIZE) <= pool.available:
+            pool.release(fill(pool, tokens))
+        for index, wanted in enumerate(waiting):
+            found = pool.find(wanted, len(wanted) - 1, before[index])
+            assert found == pool.find(wanted, len(wanted) - 1)
+            shorter += len(found.blocks) < len(before[index].blocks)
+            before[index] = found
+    assert shorter > 10
 
 
 @pytest.mark.parametrize("seed", range(20))

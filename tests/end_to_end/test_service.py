@@ -25,6 +25,7 @@ from tests.checkpoints import SHAPES, write_checkpoint
 from tests.end_to_end.clients import TOKENS, client, complete, complete_all, wait_until
 from tests.end_to_end.deployment import Deployment
 from tests.end_to_end.prompts import prompts
+from tests.model.adapters import EXPERTS, V2, peft_adapter, peft_merged
 
 pytestmark = pytest.mark.ray
 
@@ -176,11 +177,14 @@ def test_new_numbers_are_taken_on_when_the_application_is_deployed_again(
 def test_another_model_under_the_same_name_never_mixes_with_the_first(
     service: Deployment, path: Path, expected: list[str], tmp_path: Path
 ) -> None:
+    """Nor does an adapter, of attention and of routed experts, with the model that it applies to."""
     other = tmp_path / path.name  # of the same shape, and called the same by clients
     write_checkpoint(SHAPES["tiny"], other, seed=7)
+    adapter = peft_adapter(other, tmp_path / "adapter", r=4, target_modules=list(V2), target_parameters=EXPERTS)
+    peft_merged(other, adapter, tmp_path / "merged")
     prompt = prompts(1)[0]
-    text = Tokenizer.load(other).decode(oracle.greedy_tokens(other, prompt, TOKENS))
-    assert text != expected[0]
+    text = Tokenizer.load(other).decode(oracle.greedy_tokens(tmp_path / "merged", prompt, TOKENS))
+    assert text not in (expected[0], Tokenizer.load(other).decode(oracle.greedy_tokens(other, prompt, TOKENS)))
     api, answers, over = client(service.url).with_options(max_retries=0), [expected[0]], threading.Event()
 
     def ask() -> None:
@@ -191,7 +195,7 @@ def test_another_model_under_the_same_name_never_mixes_with_the_first(
     asking = threading.Thread(target=ask)
     asking.start()
     try:
-        service.deploy_again(model=str(other))
+        service.deploy_again(model=str(other), adapters=[str(adapter)])
         wait_until(lambda: answers[-1] == text)
     finally:
         over.set()
