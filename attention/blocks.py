@@ -95,7 +95,7 @@ class BlockPool:
             self._references[block] += 1
 
     def refresh(self, prefix: Prefix) -> int:
-        """Of what was just found, how many blocks nobody owns; they are reused after all others, as if just released."""
+        """Of what was just found, how many blocks nobody owns; they are reused last, as if they were just released."""
         unowned = 0
         for block in reversed(prefix.blocks):
             if self._references[block] == 0:

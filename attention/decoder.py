@@ -26,6 +26,7 @@ from router.placement import Placement
 
 Progress = Callable[[int, int], None]
 HALF_ROWS = 16  # of an expert on average, in a half: the packed product slows down with fewer
+BESIDE = 2  # hosts that compute on the cores of attention: so few keep them all busy, of more some wait for the fullest
 
 
 def halving_rows(config: ModelConfig) -> int:
@@ -130,7 +131,8 @@ class Decoder:
         halve_from: int | None = None,
     ) -> None:
         """A step of `halve_from` tokens or more is computed as two halves in turn: hosts compute one while the other
-        is attended to here, and the same bits come out. None: never, as where the experts are in this process.
+        is attended to here, and the same bits come out; but not beside one or two hosts of the same cores. None: never,
+        as where the experts are in this process.
         """
         config = checkpoint.config
         # CPUs compute in fp32 whatever the checkpoint's dtype: bf16 is far slower there.
@@ -169,7 +171,7 @@ class Decoder:
         cache slots of this step's tokens are then undefined, all others unharmed.
         """
         placement = self.placement() if placement is None else placement
-        halved = self._halve_from is not None and len(batch) >= max(2, self._halve_from)
+        halved = self._halves(len(batch), placement)
         parts = batch.halves() if halved else (batch,)
         underway = [Underway(self._embedding_VD[part.token_T].to(self.dtype)) for part in parts]
         try:
@@ -182,3 +184,8 @@ class Decoder:
                 each.abandon()
         rows_LD = rms_norm(h_TD[batch.logit_row_L], self._norm, self.config.rms_norm_eps)
         return self._head(rows_LD).float()
+
+    def _halves(self, tokens: int, placement: Placement) -> bool:
+        if self._halve_from is None or tokens < max(2, self._halve_from):
+            return False
+        return self.device != "cpu" or not 0 < self._experts.beside(placement) <= BESIDE

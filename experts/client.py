@@ -131,6 +131,11 @@ class ExpertClient:
             return None
         return None if self.avoided else lanes
 
+    def beside(self, placement: Placement) -> int:
+        """How many hosts a placement has, where all of them are on this machine, by its memory; else 0."""
+        hosts = self.tables(placement).placement.hosts
+        return 0 if self._transport.lanes(hosts) is None else len(hosts)
+
     def _fly(
         self, layer: int, x_TD: Tensor, routing: Routing, tables: OwnerTables, turn: int
     ) -> Flight | NearFlight | None:

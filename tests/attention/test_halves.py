@@ -86,6 +86,18 @@ def test_halves_give_the_same_bits(checkpoint: Callable[[str], Path], hosts: int
     assert not watched.open
 
 
+@pytest.mark.parametrize(("beside", "sent"), [(0, 2), (1, 1), (2, 1), (3, 2)])
+def test_few_hosts_of_the_same_cores_compute_whole_steps(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, beside: int, sent: int
+) -> None:
+    engine, watched = make(checkpoint("tiny"), 1, 30)
+    monkeypatch.setattr(ExpertClient, "beside", lambda self, placement: beside)
+    engine.submit(greedy("long", [5, 6, 7] * 12, 2))
+    engine.step()
+    layers = {layer for _, layer, _ in watched.events}
+    assert len([what for what, _, _ in watched.events if what == "sent"]) == sent * len(layers)
+
+
 def test_both_halves_are_with_the_hosts_at_once(checkpoint: Callable[[str], Path]) -> None:
     engine, watched = make(checkpoint("tiny"), 1, 30)
     engine.submit(greedy("long", [5, 6, 7] * 12, 2))

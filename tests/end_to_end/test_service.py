@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from attention.decoder import halving_rows
+from attention.decoder import BESIDE, halving_rows
 from cluster.attention_worker import HEARTBEAT_S
 from model.config import read_config
 from model.tokenizer import Tokenizer
@@ -78,10 +78,12 @@ def dispatches(service: Deployment) -> int:
     return sum(worker["dispatches"] for worker in service.status()["attention_workers"])
 
 
-def test_a_long_prompt_is_computed_as_halves_in_turn(service: Deployment, path: Path) -> None:
+def test_a_long_prompt_is_computed_as_halves_in_turn_by_more_than_two_hosts(service: Deployment, path: Path) -> None:
     config = read_config(path)
     rng = random.Random(8)
     prompt = [rng.randrange(2, 2000) for _ in range(halving_rows(config))]
+    if len(service.hosts()) <= BESIDE:
+        assert service.change("scale", hosts=BESIDE + 1)["phase"] == "done"
     before = dispatches(service)
     assert complete(client(service.url), prompt, 1) == Tokenizer.load(path).decode(
         oracle.greedy_tokens(path, prompt, 1)

@@ -16,6 +16,7 @@ from experts.dispatch_plan import OwnerTables
 from experts.errors import HostRefused, HostUnavailable
 from experts.flight import Flight, Lanes, take_off
 from experts.grpc_server import ExpertServer
+from experts.grpc_transport import GrpcTransport
 from experts.host import ExpertHost
 from experts.lane import lanes_serve
 from experts.lease_call import LeaseCall
@@ -148,6 +149,12 @@ def test_the_bits_and_the_counts_are_those_of_hosts_in_this_process(
     assert client.stats() == local.stats()
     assert meters[0].take() == meters[1].take()
     assert service.free == [SLOTS] * 3
+
+
+def test_hosts_that_share_memory_are_beside_this_process(service: Service) -> None:
+    assert make_client(service).beside(service.placement) == 3
+    by_grpc = ExpertClient(GrpcTransport("token"), StaticPlacement(service.placement))
+    assert by_grpc.beside(service.placement) == 0
 
 
 def test_two_halves_are_under_way_at_once(service: Service, opened: Checkpoint, landed: list[bool]) -> None:
