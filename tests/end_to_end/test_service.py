@@ -176,6 +176,8 @@ def test_new_numbers_are_taken_on_when_the_application_is_deployed_again(
     assert complete(client(service.url), prompts(16)[0]) == expected[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 def test_another_model_under_the_same_name_never_mixes_with_the_first(
     service: Deployment, path: Path, expected: list[str], tmp_path: Path
 ) -> None:
