@@ -4,6 +4,7 @@ transformers and shoal-local stay loaded and are paused between turns. A service
 after it, because an idle Ray is not quite idle; that also measures its start-up once a repeat.
 """
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -77,11 +78,12 @@ class Served:
     checkpoint: Path
     hosts: int
     threads: int | None
+    runner: asyncio.Runner
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[Turn]:
         with running_service(self.checkpoint, self.hosts, self.threads) as service:
-            yield Turn(lambda workload: measure_door(service.door, workload), service.memory, service)
+            yield Turn(lambda workload: measure_door(self.runner, service.door, workload), service.memory, service)
 
 
 Contender = Resident | Served
@@ -103,7 +105,7 @@ class Lineup:
 
 
 @contextlib.contextmanager
-def lined_up(options: Options, vocabulary: int, say: Say) -> Iterator[Lineup]:
+def lined_up(options: Options, vocabulary: int, runner: asyncio.Runner, say: Say) -> Iterator[Lineup]:
     """Load what stays loaded; ends it with the block."""
     with contextlib.ExitStack() as stack:
         contenders: list[Contender] = []
@@ -111,7 +113,7 @@ def lined_up(options: Options, vocabulary: int, say: Say) -> Iterator[Lineup]:
         for name in options.contenders:
             hosts = service_hosts(name)
             if hosts is not None:
-                contenders.append(Served(name, options.checkpoint, hosts, options.service_threads))
+                contenders.append(Served(name, options.checkpoint, hosts, options.service_threads, runner))
             elif name == BASELINE:
                 say("transformers: trying its implementations")
                 resident, baseline = _tuned_transformers(options, vocabulary, stack)

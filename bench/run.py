@@ -1,5 +1,6 @@
 """One run: everybody in turn, repeat by repeat, and the results of it."""
 
+import asyncio
 import datetime
 import importlib.util
 import math
@@ -21,7 +22,7 @@ from bench.prompts import draw_workload
 from bench.results import BASELINE, FORMAT, LOCAL, PARALLEL, Results, Run, Traffic
 from bench.round_trips import measure_round_trips
 from bench.service import Service
-from bench.streams import measure_http
+from bench.streams import Streamed, measure_http
 from bench.summary import Collected
 from bench.timing import Workload
 from bench.training import measure_training
@@ -53,15 +54,16 @@ def measure(options: Options, command: str, say: Say) -> Results:
     say("dispatch round trips")
     round_trips, round_trips_missing = measure_round_trips(options.quick)
     collected = Collected()
-    bench = _Repeats(options, checkpoint.config.vocab_size, collected, say)
-    with lined_up(options, checkpoint.config.vocab_size, say) as lineup:
+    vocabulary = checkpoint.config.vocab_size
+    with asyncio.Runner() as runner, lined_up(options, vocabulary, runner, say) as lineup:
+        bench = _Repeats(options, vocabulary, collected, runner, say)
         say("traffic")
         traffic = _traffic(lineup, bench.workload("traffic", TRAFFIC_BATCH), checkpoint.config.n_routed_experts)
         for repeat in range(options.repeats):
             bench.repeat(lineup, repeat)
         paused_cpu_s = lineup.paused_cpu_s
     if options.training:
-        measure_training(options, checkpoint.config.vocab_size, collected, say)
+        measure_training(options, vocabulary, collected, say)
     idle, own = collected.idle_service_cores, collected.idle_own_cores
     return Results(
         format=FORMAT,
@@ -101,10 +103,13 @@ def measure(options: Options, command: str, say: Say) -> Results:
 class _Repeats:
     """Turns in a cycle that begins with another contender each time, so that no place in it is anybody's."""
 
-    def __init__(self, options: Options, vocabulary: int, collected: Collected, say: Say) -> None:
+    def __init__(
+        self, options: Options, vocabulary: int, collected: Collected, runner: asyncio.Runner, say: Say
+    ) -> None:
         self._options = options
         self._vocabulary = vocabulary
         self._collected = collected
+        self._runner = runner
         self._say = say
         self._warm: set[str] = set()
 
@@ -148,10 +153,13 @@ class _Repeats:
             turn.measure(self.workload(f"warm-up-{repeat}", batch, WARM_UP_TOKENS))
 
     def _http(self, service: Service, repeat: int) -> None:
-        measure_http(service.url, service.model, self.workload(f"http-warm-up-{repeat}", 1, WARM_UP_TOKENS))
+        def ask(workload: Workload) -> Streamed:
+            return measure_http(self._runner, service.url, service.model, workload)
+
+        ask(self.workload(f"http-warm-up-{repeat}", 1, WARM_UP_TOKENS))
         for streams in self._options.batches:
             rounds = [
-                measure_http(service.url, service.model, self.workload(f"http-{repeat}-{number}", streams))
+                ask(self.workload(f"http-{repeat}-{number}", streams))
                 for number in range(max(1, LATENCY_STREAMS // (2 * streams)))
             ]
             self._collected.http.setdefault(streams, {})[repeat] = rounds

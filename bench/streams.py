@@ -41,14 +41,18 @@ class Streamed:
     latencies: Latencies
 
 
-def measure_door(door: Door, workload: Workload) -> Sample:
-    """One stream of gRPC messages carries all requests, as it does from an ingress."""
-    return asyncio.run(_measure_door(door, workload)).sample
+def measure_door(runner: asyncio.Runner, door: Door, workload: Workload) -> Sample:
+    """One stream of gRPC messages carries all requests, as it does from an ingress.
+
+    One `runner` serves for all: gRPC may call into the loop in which a call began when that call is over, and where the
+    loop has been closed, prints a traceback.
+    """
+    return runner.run(_measure_door(door, workload)).sample
 
 
-def measure_http(url: str, model: str, workload: Workload) -> Streamed:
+def measure_http(runner: asyncio.Runner, url: str, model: str, workload: Workload) -> Streamed:
     """A streamed completion for each prompt, each on a connection of its own."""
-    return asyncio.run(_measure_http(url, model, workload))
+    return runner.run(_measure_http(url, model, workload))
 
 
 async def _measure_door(door: Door, workload: Workload) -> Streamed:

@@ -1,5 +1,6 @@
 """Whose turn it is: nobody is always first, and neither is what is asked through HTTP."""
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class Contender:
 def measured(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[Contender]]:
     log: list[str] = []
 
-    def measure_http(url: str, model: str, workload: Workload) -> Streamed:
+    def measure_http(runner: asyncio.Runner, url: str, model: str, workload: Workload) -> Streamed:
         if workload.decode_tokens != run.WARM_UP_TOKENS:
             log.append("http")
         return Streamed(SAMPLE, Latencies((), ()))
@@ -56,9 +57,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[Contender
         Contender(PARALLEL, log, Service("http://here", "m", 1, Door("here", ""), 1.0)),
     ]
     options = parse(["--batch", "2", "--repeats", "3"])
-    repeats = run._Repeats(options, 100, Collected(), lambda said: None)
-    for repeat in range(options.repeats):
-        repeats.repeat(Lineup(cast(Any, tuple(contenders)), None), repeat)
+    with asyncio.Runner() as runner:
+        repeats = run._Repeats(options, 100, Collected(), runner, lambda said: None)
+        for repeat in range(options.repeats):
+            repeats.repeat(Lineup(cast(Any, tuple(contenders)), None), repeat)
     return log, contenders
 
 
