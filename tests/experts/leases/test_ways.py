@@ -78,7 +78,9 @@ def test_another_thread_may_ask_for_the_ways_while_hosts_come_and_go_and_waits_f
     sys.setswitchinterval(1e-6)
     try:
         thread.start()
-        for _ in range(30):
+        rounds, deadline_s = 0, time.monotonic() + 10
+        while rounds < 30 or not (any(seen) or time.monotonic() > deadline_s):
+            rounds += 1
             for coming in hosts:
                 transport._leases[coming] = transport._grpc._streams[coming] = lease  # type: ignore[assignment]
             for leaving in hosts:
