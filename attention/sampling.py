@@ -70,11 +70,6 @@ class Draw:
     position: int
 
 
-def draw(logits_V: Tensor, params: SamplingParams, position: int) -> int:
-    """Draw one token."""
-    return draw_all([Draw(logits_V, params, position)])[0]
-
-
 def draw_all(draws: Tokens[Draw]) -> list[int]:
     """Each draw's token, in their order. Logits of all are on one device, which is waited for a few times in all.
 

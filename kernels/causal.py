@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kernels.native import native, native_for
+from kernels.native import check_dense, native, native_for
 
 
 def causal_serves(tensor: Tensor) -> bool:
@@ -27,11 +27,8 @@ def causal_attention(
     """
     library = native()
     assert library is not None
-    tokens, heads, width = q_TNQ.shape
-    places = _places(ends, tokens)
-    laid = [_laid(each, (tokens, heads)) for each in (q_TNQ, k_TNQ, v_TNV)]
-    assert k_TNQ.shape[2] == width
-    values = v_TNV.shape[2]
+    (tokens, heads, width), values = q_TNQ.shape, v_TNV.shape[2]
+    laid, places = _given(q_TNQ, k_TNQ, v_TNV, ends)
     out_TNV, logs_NT = torch.empty(tokens, heads, values), torch.empty(heads, tokens)
     library.shoal_causal_attention(
         *_addresses(laid),
@@ -60,12 +57,10 @@ def causal_gradients(
     """Gradients of q, k and v for that of what `causal_attention` gave."""
     library = native()
     assert library is not None
-    tokens, heads, width = q_TNQ.shape
-    values = v_TNV.shape[2]
-    places = _places(ends, tokens)
-    laid = [_laid(each, (tokens, heads)) for each in (q_TNQ, k_TNQ, v_TNV)]
-    assert k_TNQ.shape[2] == width
+    (tokens, heads, width), values = q_TNQ.shape, v_TNV.shape[2]
+    laid, places = _given(q_TNQ, k_TNQ, v_TNV, ends)
     dout_TNV = dout_TNV.contiguous()
+    check_dense(torch.float32, dout_TNV, out_TNV, logs_NT)
     assert dout_TNV.shape == out_TNV.shape == (tokens, heads, values)
     assert logs_NT.shape == (heads, tokens)
     dq_TNQ, dk_TNQ = torch.empty(tokens, heads, width), torch.empty(tokens, heads, width)
@@ -88,20 +83,18 @@ def causal_gradients(
     return dq_TNQ, dk_TNQ, dv_TNV
 
 
-def _places(ends: Sequence[int], tokens: int) -> Tensor:
+def _given(q_TNQ: Tensor, k_TNQ: Tensor, v_TNV: Tensor, ends: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    """The three, or copies, with heads' numbers side by side, and where samples end, int64; asserts that they fit."""
     places = torch.tensor(ends, dtype=torch.int64)
     assert len(places)
     assert places[0] > 0
     assert (places.diff() > 0).all()
-    assert places[-1] == tokens, f"samples end at {ends[-1]}; expected {tokens} tokens"
-    return places
-
-
-def _laid(each: Tensor, tokens_and_heads: tuple[int, int]) -> Tensor:
-    """The tensor, or a copy, whose heads' numbers lie side by side."""
-    assert each.dtype is torch.float32
-    assert each.shape[:2] == tokens_and_heads
-    return each if each.stride(2) == 1 else each.contiguous()
+    assert places[-1] == len(q_TNQ), f"samples end at {ends[-1]}; expected {len(q_TNQ)} tokens"
+    assert q_TNQ.shape == k_TNQ.shape
+    assert q_TNQ.shape[:2] == v_TNV.shape[:2]
+    given = (q_TNQ, k_TNQ, v_TNV)
+    assert all(each.dtype is torch.float32 for each in given)
+    return [each if each.stride(2) == 1 else each.contiguous() for each in given], places
 
 
 def _addresses(laid: Sequence[Tensor]) -> Iterator[int]:

@@ -8,11 +8,16 @@ import pytest
 import torch
 
 from attention.requests import SamplingParams
-from attention.sampling import Draw, _inverse, draw, draw_all, forbid, penalised, score, uniform
+from attention.sampling import Draw, _inverse, draw_all, forbid, penalised, score, uniform
 
 
 def params(**changes: object) -> SamplingParams:
     return SamplingParams(max_tokens=1, **changes)  # type: ignore[arg-type]
+
+
+def draw(logits_V: torch.Tensor, chosen: SamplingParams, position: int) -> int:
+    """By itself."""
+    return draw_all([Draw(logits_V, chosen, position)])[0]
 
 
 def logits(seed: int, size: int = 12) -> torch.Tensor:
