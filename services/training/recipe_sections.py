@@ -9,6 +9,8 @@ from experts.tls import TlsFiles
 from experts.transport_kinds import TransportKind
 from services.training.part import Amount, Part
 
+RESIZE_EVERY_S = 60.0  # a restart with more workers makes the steps since the newest snapshot again
+
 
 class Data(Part):
     """What is learned from."""
@@ -149,6 +151,20 @@ class Workers(Part):
     cpus: float = Field(1.0, ge=0, description="Ray CPUs that each reserves")
     gpus: float = Field(0.0, ge=0, description="Ray GPUs that each reserves; 0: CPUs compute")
     restarts: int = Field(10, ge=0, description="of all workers, after one died")
+    resize_every_s: float = Field(
+        RESIZE_EVERY_S,
+        ge=1,
+        description="seconds between looks whether there is room for more workers, up to `most`",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Workers":
+        if self.resize_every_s != RESIZE_EVERY_S and self.most in (None, self.least):
+            raise ValueError(
+                f"resize_every_s is {self.resize_every_s} and least and most are {self.least}; expected it left out, "
+                "or most above least: the run never has another number of workers"
+            )
+        return self
 
 
 class Snapshots(Part):

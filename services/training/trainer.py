@@ -1,6 +1,7 @@
 """The Ray Train job of a run, and what it came to."""
 
 import contextlib
+import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -21,6 +22,11 @@ from services.training.recipe import Recipe
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
+START_S = "10"
+"""That Ray Train waits for room for the workers that it decided for, 60 by default.
+
+What it decides by is looked at every 20 s: just after a node died it decides for that node's workers, too.
+"""
 COLLECTIVE_S = 3600.0  # that workers wait for one of them, longer than that one waits for its hosts
 
 
@@ -56,6 +62,8 @@ def fit(recipe: Recipe, service: ServiceSpec, most: int, steps: int, console: Co
     service = with_threads(service)
     controller = get_or_start_controller(service)
     workers = recipe.workers
+    if most > workers.least:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_S)  # handed on to where Ray Train runs
     resources = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
     trainer = TorchTrainer(
         train_worker,
@@ -64,6 +72,7 @@ def fit(recipe: Recipe, service: ServiceSpec, most: int, steps: int, console: Co
             num_workers=workers.least if most == workers.least else (workers.least, most),
             use_gpu=workers.gpus > 0,
             resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=workers.resize_every_s,
         ),
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if workers.gpus > 0 else "gloo", timeout_s=int(COLLECTIVE_S)

@@ -2,10 +2,7 @@
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from tests.end_to_end.clients import wait_until
 from tests.end_to_end.deployment import NAME, Deployment
 from tests.end_to_end.prompts import mixed_bodies
 from tests.end_to_end.streams import run_streams
-from tests.end_to_end.test_training import curve, descendants, finish, wait_for_step, write_recipe
+from tests.end_to_end.test_training import curve, descendants, finish, training, wait_for_step, write_recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -38,21 +35,11 @@ def service(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPath
         yield running
 
 
-@contextmanager
-def training(recipe: Path, out: Path, *overrides: str) -> Iterator["subprocess.Popen[str]"]:
-    """The command on the service's Ray, under way."""
+def there() -> dict[str, str]:
+    """Variables with which a command uses the service's Ray."""
     import ray
 
-    command = [sys.executable, "-m", "services.train", str(recipe), f"output_dir={out}", *overrides]
-    address = ray.get_runtime_context().gcs_address
-    environment = {**os.environ, "RAY_ADDRESS": address}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait(30)
+    return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 def expert_processes() -> list[int]:
@@ -78,7 +65,7 @@ def test_a_run_on_the_services_hosts_has_the_same_curve_and_changes_no_token(
     own, guest = tmp_path / "own", tmp_path / "guest"
     given = {"steps": STEPS, "export": False, "snapshots": {"every_steps": 4}}
     bodies = mixed_bodies(checkpoint("tiny").name, STREAMS, TOKENS)
-    with training(write_recipe(tmp_path, model, **given), own) as process:
+    with training(write_recipe(tmp_path, model, **given), own, variables=there()) as process:
         expected = [stream.answer for stream in run_streams(service.url, bodies)[0]]
         finish(process)
     assert all(answer[2] is None for answer in expected)
@@ -87,7 +74,7 @@ def test_a_run_on_the_services_hosts_has_the_same_curve_and_changes_no_token(
     before = service.hosts()
 
     recipe = write_recipe(tmp_path, model, **given, experts={"hosts": 2})
-    with training(recipe, guest, f"experts.service={NAME}") as process:
+    with training(recipe, guest, f"experts.service={NAME}", variables=there()) as process:
         wait_for_step(guest, 2, process)
         assert len(expert_processes()) == 3  # none was made for the run
         assert guests(service) == [1, 1]

@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -53,12 +54,19 @@ def write_recipe(directory: Path, model: Path, **given: object) -> Path:
 
 
 @contextmanager
-def training(recipe: Path, out: Path, *overrides: str) -> Iterator["subprocess.Popen[str]"]:
-    """The command, under way; what it started is ended with it."""
+def training(
+    recipe: Path, out: Path, *overrides: str, variables: Mapping[str, str] = MappingProxyType({})
+) -> Iterator["subprocess.Popen[str]"]:
+    """The command, under way, with no other variables of Ray's than these; what it started is ended with it."""
     command = [sys.executable, "-m", "services.train", str(recipe), f"output_dir={out}", *overrides]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment | dict(variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         yield process

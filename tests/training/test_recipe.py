@@ -75,6 +75,8 @@ def test_overrides_reach_into_sections(tmp_path: Path) -> None:
         ),
         ("experts.service=not one", "experts.service: .*match"),
         ("workers.most=0", "workers.most: .*greater than or equal to 1"),
+        ("workers={most: 2, resize_every_s: 0.5}", "workers.resize_every_s: .*greater than or equal to 1.*0.5"),
+        ("workers.resize_every_s=5", "resize_every_s is 5.0 and least and most are 1; expected it left out, or most"),
         ("batch_tokens=32", "a step has 32 tokens; expected at least data.sequence_length \\(64\\)"),
         ("micro_batch_tokens=32", "micro_batch_tokens is 32; expected at least data.sequence_length"),
         ("data.files=[]", r"data.files: the list is empty; expected one entry at least \(given: \[\]\)"),

@@ -25,6 +25,7 @@ from services.training.inputs import load_data, share_data
 from services.training.recipe import Recipe, parse_recipe
 from services.training.recipe_sections import Yarn
 from services.training.result import raw_with_yarn
+from tests.training.plain_loop import plain_losses
 from tests.training.rig import Doors, Rig, make_rig
 from tests.training.small_run import small_run
 
@@ -93,37 +94,6 @@ def merged(base: Path, adapter: Path, out: Path) -> Path:
     return export_checkpoint(out, read_raw_config(base), merged_tensors(source), base)
 
 
-def plain_losses(recipe: Recipe, rates: list[float], tokens: list[int], clip: float) -> list[float]:
-    """A single process with torch's optimizer, one sample after the other; norms do not decay."""
-    model = DeepseekV2ForCausalLM.from_pretrained(
-        recipe.model, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
-    groups = [
-        {"params": [one for one in model.parameters() if one.ndim > 1], "weight_decay": 0.2},
-        {"params": [one for one in model.parameters() if one.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9))
-    data, cursor = load_data(recipe), 0
-    losses: list[float] = []
-    for rate, most in zip(rates, tokens, strict=True):
-        batch = data.batch(cursor, batch_tokens=most)
-        cursor = batch.cursor_after
-        optimizer.zero_grad()
-        total = 0.0
-        for index in batch.samples:
-            token_T = torch.tensor(data.samples[index].ids.tolist())
-            logits = model(token_T[None]).logits[0, :-1]
-            loss = torch.nn.functional.cross_entropy(logits, token_T[1:], reduction="sum")
-            (loss / batch.targets).backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        losses.append(total / batch.targets)
-    return losses
-
-
 def test_rate_batch_and_optimizer_are_the_recipes(
     small: dict[str, Any], begin: Callable[[Recipe], ray_loop._WorkerRun]
 ) -> None:
@@ -143,7 +113,7 @@ def test_rate_batch_and_optimizer_are_the_recipes(
     assert [record["lr"] for record in made] == pytest.approx(rates)
     norms = [record["grad_norm"] for record in made]
     assert min(norms) < 4.0 < max(norms)  # AdamW would not see that all of them are scaled alike
-    expected = plain_losses(recipe, rates, [64] * 4 + [128] * 6, 4.0)
+    expected = plain_losses(recipe, rates, [64] * 4 + [128] * 6, (0.8, 0.9), 0.2, 4.0)
     assert [record["loss"] for record in made] == pytest.approx(expected, rel=1e-5)
 
 
