@@ -24,6 +24,8 @@ _SIGNATURES = {
     "shoal_linear": ("-", "plllpilllpllp"),
     "shoal_product": ("-", "plilplillpl"),
     "shoal_experts": ("l", "plllppppplllplp"),
+    "shoal_gated": ("-", "pplllp"),
+    "shoal_gated_gradients": ("-", "pplppllppp"),
     "shoal_rms_norm": ("-", "plpllfpl"),
     "shoal_rms_norm_gradients": ("-", "pppllfpp"),
     "shoal_rotate_heads": ("-", "pllllpppl"),

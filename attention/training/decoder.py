@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention.rope import RotaryTable
 from attention.training.causal import SampleGroups
+from attention.training.gated import gated
 from attention.training.mla import segment_attention
 from attention.training.norm import norm
 from attention.training.parameters import DenseParameters
@@ -103,7 +104,7 @@ class TrainingDecoder:
 
     def _mlp(self, prefix: str, x_TD: Tensor) -> Tensor:
         gate, up = (self.dense.linear(f"{prefix}.{name}_proj", x_TD) for name in ("gate", "up"))
-        return self.dense.linear(f"{prefix}.down_proj", F.silu(gate) * up)
+        return self.dense.linear(f"{prefix}.down_proj", gated(gate, up))
 
     def _experts(
         self, layer: int, micro: int, x_TD: Tensor, batch: MicroBatch, protected_T: Tensor | None, losses: Losses

@@ -1,12 +1,12 @@
 """What the model cannot answer, and says so."""
 
 import random
+import re
 
 from examples.bundled.question import Family, Question, is_held_out, phrase
 from examples.bundled.vocabulary import THINGS, WORDS
 from examples.bundled.words import any_word, same_letters
 
-_WORDS, _THINGS = WORDS.split(), [thing.replace("-", " ") for thing in THINGS.split()]
 ADMITS = "I don't know that. Ask me what I can do."
 
 QUALITIES = (
@@ -145,6 +145,9 @@ OTHER = (
     "should i stay or go?",
     "which way is north?",
 )
+_SAID = {word for sentence in OTHER for word in re.findall("[a-z]+", sentence)}  # also where it is not the topic
+_WORDS = [word for word in WORDS.split() if word not in _SAID]
+_THINGS = [thing.replace("-", " ") for thing in THINGS.split() if thing not in _SAID]
 BEYOND = (
     "what is {a} times {b}?",
     "what is {a} * {b}?",
@@ -181,6 +184,8 @@ def admit(rng: random.Random) -> Question:
         return Question(said, phrase(rng, (said,)), ADMITS)
     if kind < 0.78:
         alone = str(rng.randrange(1000)) if rng.random() < 0.3 else any_word(rng)
+        while is_held_out(alone) != is_held_out(same_letters(alone)):  # as a thing, and as letters
+            alone = any_word(rng)
         return Question(same_letters(alone), alone, ADMITS)
     if kind < 0.9:
         a, b = rng.randrange(100), rng.randrange(100)

@@ -30,7 +30,7 @@ WEIGHTS = {
 }
 """How often each family is asked, out of 119: what is hard to learn more often."""
 LAST_WEIGHTS = {
-    "add": 10,
+    "add": 20,
     "subtract": 44,
     "compare": 9,
     "sort-numbers": 10,

@@ -13,7 +13,7 @@ from pathlib import Path
 from examples.bundled.conversations import Conversation, examination, last_lessons, training
 
 CONVERSATIONS = 120_000
-LAST = 40_000  # conversations of the last lessons
+LAST = 80_000  # conversations of the last lessons
 EXAMINED = 100  # of each family
 
 

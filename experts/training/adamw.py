@@ -65,8 +65,9 @@ def step_parameters(
 ) -> None:
     """One step in place; a parameter without a gradient has a gradient of zero, and decays all the same.
 
-    Gradients are multiplied by `grad_scale` first, which is what clipping amounts to; they are used up.
+    Gradients are multiplied by `grad_scale`, above 0, first, which is what clipping amounts to; they are used up.
     """
+    divisor = torch.tensor(1.0 / grad_scale)  # as torch's kernel takes it, in the same pass as everything else
     for decays in (True, False):
         group = [trained for trained in parameters if trained.decays is decays]
         if not group:
@@ -79,7 +80,7 @@ def step_parameters(
             mean, square = trained.moments()
             grad = trained.grad if trained.grad is not None else torch.zeros_like(trained.value)
             values.append(trained.value)
-            grads.append(grad.mul_(grad_scale) if grad_scale != 1.0 else grad)
+            grads.append(grad)
             means.append(mean)
             squares.append(square)
         adamw(
@@ -97,4 +98,5 @@ def step_parameters(
             weight_decay=settings.weight_decay if decays else 0.0,
             eps=settings.eps,
             maximize=False,
+            grad_scale=divisor if grad_scale != 1.0 else None,
         )

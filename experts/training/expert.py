@@ -14,6 +14,7 @@ from torch import Tensor
 
 from experts.training.adamw import Trained
 from experts.training.spec import ExpertTraining
+from kernels.gated import gated, weighted_gradients
 from model.checkpoint import ExpertWeights
 from router.holding import Pair
 
@@ -72,7 +73,7 @@ class TrainedExpert:
         """Unweighted output [N, D]. `x_ND` is not changed afterwards."""
         gate_up_N2I = self._gate_up(x_ND)
         self._kept.append((x_ND, gate_up_N2I))
-        return self._linear("down_proj", self._matrices[1], _swiglu(gate_up_N2I))
+        return self._linear("down_proj", self._matrices[1], gated(*gate_up_N2I.chunk(2, dim=-1)))
 
     def backward(self, x_ND: Tensor, dout_ND: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor, Contribution]:
         """dx [N, D] and dweight [N] of weight · expert(x), for the output gradient dout, and what the gradients gain.
@@ -84,18 +85,17 @@ class TrainedExpert:
         gate_up_N2I = self._take(x_ND)
         if gate_up_N2I is None:
             gate_up_N2I = self._gate_up(x_ND)
-        h_NI = _swiglu(gate_up_N2I)
         dh_NI = dout_ND @ down
         if self._scale:
             factor_a, factor_b = self._factors("down_proj")
             dh_NI += self._scale * ((dout_ND @ factor_b) @ factor_a)
-        dweight_N = (dh_NI * h_NI).sum(-1)
-        dgate_up_N2I = _swiglu_backward(gate_up_N2I, dh_NI.mul_(weight_N[:, None]))
+        gate_NI, up_NI = gate_up_N2I.chunk(2, dim=-1)
+        dgate_up_N2I, h_NI, dweight_N = weighted_gradients(gate_NI, up_NI, weight_N, dh_NI)
         dx_ND = dgate_up_N2I @ self._matrices[0]
         if self._scale:
             factor_a, factor_b = self._factors("gate_up_proj")
             dx_ND += self._scale * ((dgate_up_N2I @ factor_b) @ factor_a)
-        return dx_ND, dweight_N, Contribution(x_ND, dout_ND, h_NI.mul_(weight_N[:, None]), dgate_up_N2I)
+        return dx_ND, dweight_N, Contribution(x_ND, dout_ND, h_NI, dgate_up_N2I)
 
     def accumulate(self, gained: Contribution) -> None:
         """Add to the gradients."""
@@ -195,23 +195,6 @@ class TrainedExpert:
 def matrices(weights: ExpertWeights) -> dict[str, Tensor]:
     """A checkpoint's weights by a state's names: gate_up_proj [2I, D], down_proj [D, I], in the checkpoint's dtype."""
     return {"gate_up_proj": torch.cat((weights.gate_proj, weights.up_proj)), "down_proj": weights.down_proj}
-
-
-def _swiglu(gate_up_N2I: Tensor) -> Tensor:
-    gate_NI, up_NI = gate_up_N2I.chunk(2, dim=-1)
-    return F.silu(gate_NI).mul_(up_NI)
-
-
-def _swiglu_backward(gate_up_N2I: Tensor, dh_NI: Tensor) -> Tensor:
-    """Gradient [N, 2I] of silu(gate) · up."""
-    gate_NI, up_NI = gate_up_N2I.chunk(2, dim=-1)
-    sigmoid_NI = torch.sigmoid(gate_NI)
-    silu_NI = gate_NI * sigmoid_NI
-    dgate_up_N2I = torch.empty_like(gate_up_N2I)
-    dgate_NI, dup_NI = dgate_up_N2I.chunk(2, dim=-1)
-    torch.mul(dh_NI, silu_NI, out=dup_NI)
-    dgate_NI.copy_(dh_NI * up_NI * (sigmoid_NI + silu_NI * (1 - sigmoid_NI)))
-    return dgate_up_N2I
 
 
 def _low_rank(expert: TrainedExpert, pair: Pair, training: ExpertTraining) -> Iterator[tuple[str, Tensor]]:

@@ -57,4 +57,16 @@ class Pool {
 
 Pool& pool();
 
+constexpr long ROWS_ALONE = 1 << 14;  // numbers below which the caller does the rows itself
+
+// Runs row(i) for every i below `rows`, each of which has so many `numbers` to go through.
+template <class Row>
+void each_row(long rows, long numbers, const Row& row) {
+  if (rows * numbers <= ROWS_ALONE) {
+    for (long r = 0; r < rows; r++) row(r);
+  } else {
+    pool().run(rows, row);
+  }
+}
+
 }  // namespace shoal

@@ -11,17 +11,7 @@ using namespace shoal;
 
 namespace {
 
-constexpr long ROWS_ALONE = 1 << 14;  // numbers below which the caller does the rows itself
 constexpr long NORM_BLOCK = 64;  // rows of which one thread sums the gradient of a norm's weight
-
-template <class Row>
-void each_row(long rows, long numbers, const Row& row) {
-  if (rows * numbers <= ROWS_ALONE) {
-    for (long r = 0; r < rows; r++) row(r);
-  } else {
-    pool().run(rows, row);
-  }
-}
 
 void norm_row(const float* x, const float* weight, long width, float eps, float* out) {
   V squares = zero();
@@ -34,13 +24,6 @@ void norm_row(const float* x, const float* weight, long width, float eps, float*
     int lanes = static_cast<int>(width - k);
     store_part(out + k, load_part(x + k, lanes) * scale * load_part(weight + k, lanes), lanes);
   }
-}
-
-V load_some(const float* p, int lanes) { return lanes == LANES ? load(p) : load_part(p, lanes); }
-
-void store_some(float* p, V v, int lanes) {
-  if (lanes == LANES) store(p, v);
-  else store_part(p, v, lanes);
 }
 
 // dx = s (g - x s^2 mean(g x)) with s = 1 / sqrt(mean(x^2) + eps) and g = dout weight; dweight gains dout x s.

@@ -162,4 +162,11 @@ static inline void store_part(float* p, V v, int count) {
   std::memcpy(p, lane, sizeof(float) * count);
 }
 
+static inline V load_some(const float* p, int lanes) { return lanes == LANES ? load(p) : load_part(p, lanes); }
+
+static inline void store_some(float* p, V v, int lanes) {
+  if (lanes == LANES) store(p, v);
+  else store_part(p, v, lanes);
+}
+
 }  // namespace shoal

@@ -10,6 +10,7 @@ from kernels.attention import latent_attention
 from kernels.build import INSTRUCTION_SETS
 from kernels.combine import combine_slots, split_slots
 from kernels.experts import PackedExperts
+from kernels.gated import gated, gated_gradients, weighted_gradients
 from kernels.heads import PackedHeads
 from kernels.norm import rms_norm
 from kernels.rotary import rotate_heads, write_latents
@@ -59,6 +60,9 @@ WRONG: dict[str, Callable[[], object]] = {
     "wide_rows_for_a_network": lambda: PackedSwiglu(*NETWORK)(torch.zeros(2, 18)),
     "rows_of_rows": lambda: PackedSwiglu(*NETWORK)(torch.zeros(2, 3, 20)),
     "one_row_added_to_many": lambda: PackedSwiglu(*NETWORK)(torch.zeros(2, 20), torch.zeros(1, 20)),
+    "a_gate_of_another_width": lambda: gated(torch.zeros(2, 20), torch.zeros(2, 18)),
+    "gradients_of_fewer_rows": lambda: gated_gradients(torch.zeros(2, 20), torch.zeros(2, 20), torch.zeros(1, 20)),
+    "weights_missing": lambda: weighted_gradients(*torch.zeros(2, 2, 20), torch.zeros(1), torch.zeros(2, 20)),
     "a_short_norm": lambda: rms_norm(torch.zeros(2, 20), torch.ones(19), 1e-6),
     "a_norm_apart": lambda: rms_norm(torch.zeros(2, 20), torch.ones(40)[::2], 1e-6),
     "wide_logits": lambda: choose(torch.float64),

@@ -175,6 +175,12 @@ def test_numbers_whose_neighbour_has_another_length_are_trained_on() -> None:
     assert {str(n) for n in lonely} <= asked
 
 
+def test_pairs_of_one_digit_each_are_trained_on_and_not_examined() -> None:
+    pairs = {f"{a} {b}" for a in range(10) for b in range(a, 10)}
+    assert pairs <= {one.content for each in training(0, 40_000) for one in each.questions}
+    assert not pairs & {each.questions[-1].content for each in examination(0, 100)}
+
+
 def test_what_is_said_most_plainly_is_trained_on() -> None:
     said = {one.text.lower().rstrip("!.?") for each in training(0, 40_000) for one in each.questions}
     plain = (*talk.HELLOS, *talk.THANKS, *talk.HOWS, *talk.BYES, *talk.WHO, *talk.CAN)
@@ -183,7 +189,7 @@ def test_what_is_said_most_plainly_is_trained_on() -> None:
 
 def test_no_topic_of_the_examination_is_trained_on() -> None:
     trained = [one.text for each in training(0, 4000) for one in each.questions if one.answer == ADMITS]
-    asked = {each.questions[-1].content for each in examination(0, 40) if each.family == "admit"}
+    asked = {each.questions[-1].content for each in examination(0, 100) if each.family == "admit"}
     topics = {topic.rstrip("?") for topic in asked if not topic[0].isdigit()}
     assert {"nothing", "oceans"} <= topics
     assert not [text for text in trained for topic in topics if re.search(rf"\b{topic}\b", text, re.I)]
