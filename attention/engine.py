@@ -1,9 +1,11 @@
 """The engine: requests in, tokens out, one step at a time. Plain, single-threaded, no clock of its own."""
 
+import contextlib
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from attention.admission import check_request
 from attention.batch import build_batch, logit_rows
 from attention.blocks import BlockPool
 from attention.cache import LatentCache
@@ -13,11 +15,12 @@ from attention.graphs import StepGraphs
 from attention.recorder import Recorder
 from attention.requests import GenerateRequest, TokenLogprob, Update
 from attention.rope import RotaryTable
-from attention.sampling import Draw, draw_all, forbid, penalised, score
+from attention.sampling import Draw, draw_all, forbid, penalised, restrict, score
 from attention.scheduler import Chunk, Scheduler, SchedulerLimits
 from attention.sequence import Sequence
 from experts.errors import ExpertError
 from kernels.native import triton_serves
+from model.grammar import Grammar, Grammars
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +51,14 @@ class EngineStats:
 class Engine:
     """Schedules, computes and samples; `step` returns what every request got."""
 
-    def __init__(self, decoder: Decoder, limits: EngineLimits) -> None:
+    def __init__(self, decoder: Decoder, limits: EngineLimits, grammars: Grammars | None = None) -> None:
+        """Without `grammars`, requests for JSON are refused."""
         config = decoder.config
+        self._grammars = grammars
         self._decoder = decoder
         self._limits = replace(limits, max_length=min(limits.max_length, config.max_position_embeddings))
         self._pool = BlockPool(limits.cache_blocks, limits.block_size)
-        recorded = decoder.device != "cpu" and triton_serves(
-            decoder.device
-        )  # which takes one block more, that no sequence owns
+        recorded = decoder.device != "cpu" and triton_serves(decoder.device)  # takes a block that no sequence owns
         blocks = limits.cache_blocks + recorded
         self._cache = LatentCache(config, blocks, limits.block_size, decoder.dtype, decoder.device)
         self._graphs: StepGraphs | None = None
@@ -80,35 +83,19 @@ class Engine:
 
     def submit(self, request: GenerateRequest) -> None:
         """Queue a request; raises ValueError, naming the field, when it can never be served."""
-        vocabulary = self._decoder.config.vocab_size
         if request.id in self._sequences:
             raise ValueError(f"request id {request.id!r} is already running")
-        if not request.prompt_ids:
-            raise ValueError("prompt_ids is empty: send at least one token")
-        for token in (*request.prompt_ids, *request.resumed_ids):
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"token id {token} is outside the vocabulary of {vocabulary} tokens")
-        for token, _ in request.params.logit_bias:
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"logit_bias names token {token}, outside the vocabulary of {vocabulary}")
-        for token in request.params.stop_token_ids:
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"stop_token_ids names token {token}, outside the vocabulary of {vocabulary}")
-        if len(request.resumed_ids) > request.params.max_tokens:
-            raise ValueError(
-                f"resumed_ids has {len(request.resumed_ids)} tokens; expected at most max_tokens, "
-                f"{request.params.max_tokens}"
-            )
-        total = len(request.prompt_ids) + request.params.max_tokens
-        if total > self.max_length:
-            raise ValueError(
-                f"{len(request.prompt_ids)} prompt tokens and max_tokens {request.params.max_tokens} are "
-                f"{total} tokens; this worker's limit is {self.max_length}"
-            )
+        check_request(request, self._decoder.config.vocab_size, self.max_length)
         sequence = Sequence(request, self._arrivals)
+        sequence.grammar = self._begin_grammar(request)
         self._arrivals += 1
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
+
+    def prepare(self, request: GenerateRequest) -> None:
+        """What of `submit` takes long, and may be done in another thread meanwhile."""
+        with contextlib.suppress(ValueError):  # as submit says
+            self._begin_grammar(request)
 
     def cancel(self, request_id: str) -> None:
         """Drop a request and free its blocks; unknown ids (already finished) are fine."""
@@ -150,6 +137,17 @@ class Engine:
             reused_tokens=self._reused_tokens,
         )
 
+    def _begin_grammar(self, request: GenerateRequest) -> Grammar | None:
+        """The answer's, behind what an earlier life drew; raises ValueError where it cannot be had."""
+        schema = request.params.json_schema
+        if schema is None:
+            return None
+        if self._grammars is None:
+            raise ValueError("json_schema is given; expected none: this worker knows no tokenizer")
+        grammar = self._grammars.begin(schema)
+        grammar.take(request.resumed_ids)
+        return grammar
+
     def _forward(self, chunks: list[Chunk]) -> Tensor:
         batch = build_batch(chunks, self._limits.block_size, self._rotary)
         if self._graphs is not None and len(batch) == len(chunks) == len(batch.logit_row_L):
@@ -170,12 +168,20 @@ class Engine:
         logits_V = penalised(logits_LV[-1], prompt, answer, params)
         if sequence.generated < params.min_tokens:
             logits_V = forbid(logits_V, (*self._decoder.config.eos_token_ids, *params.stop_token_ids))
+        if sequence.grammar is not None:
+            try:
+                logits_V = restrict(logits_V, sequence.grammar.allowed())
+            except ValueError as error:
+                sequence.fault = str(error)
+                return None
         return Draw(logits_V, params, len(sequence.tokens))
 
     def _advance(self, chunk: Chunk, logits_LV: Tensor, token: int | None) -> Update | None:
         """Take on the token that was drawn, if one was; None when there is nothing to tell yet."""
         sequence = chunk.sequence
         params = sequence.params
+        if sequence.fault is not None:
+            return self._fail(sequence, sequence.fault)
         prompt_logprobs = self._score_prompt(chunk, logits_LV)
         self._prompt_tokens += max(0, min(chunk.end, sequence.prompt_length) - chunk.start)
         if not chunk.samples:
@@ -186,6 +192,11 @@ class Engine:
         if token is None:
             return self._finish(sequence, (), None, prompt_logprobs, "length")
         sequence.tokens.append(token)
+        if sequence.grammar is not None:
+            try:
+                sequence.grammar.take((token,))
+            except ValueError as error:
+                return self._fail(sequence, str(error))
         self._generated_tokens += 1
         logprobs = None if params.logprobs is None else (score(logits_LV[-1], token, params.logprobs),)
         reason = finish_reason(sequence, self._decoder.config.eos_token_ids)

@@ -27,6 +27,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # alternatives a token of the answer; 0: the drawn token alone
     prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    json_schema: str | None = None  # as JSON: the answer is JSON that fits it
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "min_tokens", "seed", "top_k", "logprobs", "prompt_logprobs"):
@@ -55,6 +56,12 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; expected at least 0")
+        if self.json_schema is not None:
+            if not isinstance(self.json_schema, str):
+                raise ValueError(f"json_schema is {self.json_schema!r:.100}; expected JSON text")
+            if self.ignore_eos or self.min_tokens:
+                name = "ignore_eos" if self.ignore_eos else "min_tokens"
+                raise ValueError(f"{name} is {getattr(self, name)}; expected it left out: JSON ends where it is whole")
         for token, bias in self.logit_bias:
             if not math.isfinite(bias):
                 raise ValueError(f"logit_bias of token {token} is {bias}; expected a finite number")

@@ -57,6 +57,7 @@ class EngineThread:
 
     def submit(self, request: GenerateRequest, on_update: OnUpdate) -> None:
         """Queue a request; `on_update` is called in the engine's thread, or here once that ends. It must not block."""
+        self._engine.prepare(request)
         with self._wake:
             if not self._closing and self.failure is None:
                 self._submitted.append((request, on_update))

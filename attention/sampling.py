@@ -61,6 +61,13 @@ def forbid(logits_V: Tensor, tokens: Tokens[int]) -> Tensor:
     return logits_V
 
 
+def restrict(logits_V: Tensor, allowed: bytes) -> Tensor:
+    """Logits in which only tokens can be drawn whose bit is set, the lowest of a byte first."""
+    bits = np.unpackbits(np.frombuffer(allowed, dtype=np.uint8), count=len(logits_V), bitorder="little")
+    forbidden_V = torch.from_numpy(bits == 0).to(logits_V.device)
+    return logits_V.masked_fill(forbidden_V, -torch.inf)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Draw:
     """A token to be drawn from penalised logits, at an absolute position: temperature, top_k, top_p, min_p."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from attention.blocks import NOTHING, ROOT, Prefix
 from attention.requests import GenerateRequest, SamplingParams
+from model.grammar import Grammar
 
 
 @dataclass(slots=True, eq=False)
@@ -18,6 +19,8 @@ class Sequence:
     contents: list[int] = field(default_factory=list)  # identities of the full, published blocks
     found: Prefix = NOTHING  # in the cache, when it was last looked for
     cached_tokens: int | None = None  # prompt tokens that a reused prefix spared, known once first scheduled
+    grammar: Grammar | None = None  # of the answer, as far as it has come
+    fault: str | None = None  # that ends it
     scored_prompt: int = 0  # prompt tokens whose log-probabilities were sent
 
     def __post_init__(self) -> None:

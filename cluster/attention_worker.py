@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
@@ -27,6 +28,7 @@ from experts.transport_kinds import Way
 from experts.transports import open_transport
 from kernels.threads import set_threads
 from model.adapters.overlay import open_with_adapters
+from model.grammar import Grammars
 from router.load import LoadMeter
 
 HEARTBEAT_S = 1.0
@@ -63,7 +65,8 @@ class AttentionWorker:
         )
         self.cache_bytes = limits.cache_blocks * bytes_per_block(checkpoint.config, spec.block_size)
         self._wait_for_hosts(controller)
-        self._engine = EngineThread(Engine(decoder, limits))
+        grammars = Grammars(Path(service.model), config.vocab_size, config.eos_token_ids)
+        self._engine = EngineThread(Engine(decoder, limits, grammars))
         self._step_watch = StepWatch(spec.expert_deadline_s)
         self._server = AttentionServer(self._engine, f"{ray.util.get_node_ip_address()}:0", token, service.tls)
         self._server.start()

@@ -58,6 +58,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return int(self._fast.get_vocab_size(with_added_tokens=True))
 
+    def to_json(self) -> str:
+        """As tokenizer.json has it, with the special tokens that the configuration adds."""
+        return str(self._fast.to_str())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if len(text) < LONG_TEXT:
             return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)

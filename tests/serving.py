@@ -13,6 +13,7 @@ from experts.static import StaticPlacement
 from experts.transport import Transport
 from model.adapters.overlay import open_with_adapters
 from model.checkpoint import Checkpoint
+from model.grammar import Grammars
 from router.placement import Host, Placement, initial_placement
 
 
@@ -36,13 +37,14 @@ def make_engine(
     transport: Transport | None = None,
     device: str = "cpu",
     adapters: Sequence[Path] = (),
+    grammars: Grammars | None = None,
 ) -> Engine:
     """An engine over `hosts` local expert hosts."""
     checkpoint = open_with_adapters(path, adapters)
     loaded, placement = make_hosts(checkpoint, hosts, device=device)
     source = StaticPlacement(placement)
     client = ExpertClient(transport or LocalTransport(loaded), source)
-    return Engine(Decoder(checkpoint, client, source, device), limits or EngineLimits(cache_blocks=256))
+    return Engine(Decoder(checkpoint, client, source, device), limits or EngineLimits(cache_blocks=256), grammars)
 
 
 class Answer:

@@ -1,16 +1,20 @@
 """From a checked request body to what the engine is asked."""
 
 import hashlib
+import json
 import re
 import secrets
 
 from attention.requests import SamplingParams
 from model.chat_template import ChatTemplateError
+from model.grammar import check_schema
 from services.backend import ServedModel
 from services.openai.errors import ApiError
 from services.openai.schema import ChatRequest, CompletionRequest, Message, Sampling
 
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")  # of one spelling, so that no token is named twice
+ANY_OBJECT = '{"type": "object"}'
+MAX_SCHEMA_CHARS = 1 << 16
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
 
@@ -124,6 +128,7 @@ def sampling_params(
         bias.append((int(key), value))
     stop_ids = request.stop_token_ids or []
     check_token_ids(stop_ids, model, "stop_token_ids")
+    schema = answer_schema(request)
     try:
         return SamplingParams(
             max_tokens=max_tokens,
@@ -140,9 +145,31 @@ def sampling_params(
             stop_token_ids=tuple(stop_ids),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            json_schema=schema,
         )
     except ValueError as error:
         raise ApiError(str(error), code="invalid_value") from error
+
+
+def answer_schema(request: Sampling) -> str | None:
+    """The JSON schema that an answer has to fit, as text; raises ApiError for one that has no grammar."""
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.json_schema is None:
+        return ANY_OBJECT
+    schema = json.dumps(wanted.json_schema.schema_, ensure_ascii=False)  # in the order of its keys: the answer's, too
+    fault = None
+    if len(schema) > MAX_SCHEMA_CHARS:
+        fault = f"it has {len(schema)} characters; expected at most {MAX_SCHEMA_CHARS}"
+    else:
+        try:
+            check_schema(schema)
+        except ValueError as error:
+            fault = str(error)
+    if fault is not None:
+        raise ApiError(f"response_format's schema: {fault}", param="response_format", code="invalid_value")
+    return schema
 
 
 def chat_max_tokens(request: ChatRequest) -> tuple[int | None, str]:

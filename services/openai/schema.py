@@ -29,8 +29,26 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 ModelId = Annotated[str, Field(max_length=1024)]
 
 
-class TextFormat(Strict):
-    type: Literal["text"]
+class NamedSchema(Strict):
+    """A JSON schema. What `strict` asks for is so in any case; name and description change nothing."""
+
+    name: Annotated[str, Field(max_length=256)]
+    description: Annotated[str, Field(max_length=MAX_TEXT_CHARS)] | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class Format(Strict):
+    """`json_object` is any JSON object, `json_schema` JSON that fits the schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Format":
+        if (self.json_schema is None) is (self.type == "json_schema"):
+            raise ValueError("json_schema and type 'json_schema' come together: send both, or neither")
+        return self
 
 
 class Sampling(Hints):
@@ -52,6 +70,7 @@ class Sampling(Hints):
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASED), at_most(MAX_BIASED)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: Stop | Stops | None = None
+    response_format: Format | None = None
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=256)] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
@@ -109,9 +128,6 @@ class ChatRequest(Sampling, ChatHints):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    response_format: Annotated[
-        TextFormat | None, lacks("json_object", "json_schema", instead="leave it out, and ask for JSON in the messages")
-    ] = None
     tools: EmptyList = None
     functions: EmptyList = None
     # Without tools, these two say the same.

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 
@@ -25,14 +26,17 @@ PARAMS = SamplingParams(
     logprobs=0,
     prompt_logprobs=2,
 )
+JSON = SamplingParams(max_tokens=9, json_schema='{"type": "object"}')  # which neither end nor length may contradict
 SCORES = (TokenLogprob(3, -0.25, ((3, -0.25), (9, -1.5))), TokenLogprob(4, -2.0))
 
 
 def test_a_request_survives_the_wire_with_every_field() -> None:
     plain = SamplingParams(max_tokens=9)
-    assert all(getattr(PARAMS, one.name) != getattr(plain, one.name) for one in fields(plain)[1:])
-    request = GenerateRequest("r", (1, 2), PARAMS, (8,))
-    assert GenerateRequest.from_json_dict(json.loads(json.dumps(request.to_json_dict()))) == request
+    for one in fields(plain)[1:]:
+        assert any(getattr(params, one.name) != getattr(plain, one.name) for params in (PARAMS, JSON))
+    for params in (PARAMS, JSON):
+        request = GenerateRequest("r", (1, 2), params, (8,))
+        assert GenerateRequest.from_json_dict(json.loads(json.dumps(request.to_json_dict()))) == request
     assert GenerateRequest.from_json_dict(ASKED).params == SamplingParams(max_tokens=3, temperature=0)
 
 
@@ -52,6 +56,12 @@ def test_tokens_that_are_no_integers_are_refused(field: str, tokens: object) -> 
         raw = ASKED | {"params": {"max_tokens": 3, field: tokens}}
     with pytest.raises(ValueError, match=f"{field} is .*; expected integers"):
         GenerateRequest.from_json_dict(raw)
+
+
+@pytest.mark.parametrize("given", [{"ignore_eos": True}, {"min_tokens": 2}])
+def test_json_ends_where_it_is_whole(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(given))} is .*; expected it left out: JSON ends"):
+        replace(JSON, **given)
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "min_tokens", "seed", "top_k", "logprobs", "prompt_logprobs"])

@@ -265,6 +265,19 @@ def test_a_hint_changes_nothing(app: FastAPI, script: Script, hint: dict[str, An
     assert (plain.prompt_ids, plain.params) == (hinted.prompt_ids, hinted.params)
 
 
+def test_json_is_asked_for_by_a_schema_whose_keys_keep_their_order(app: FastAPI, script: Script) -> None:
+    schema = {"type": "object", "properties": {name: {"type": "string"} for name in "zam"}}
+    named = {"name": "letters", "description": "three of them", "strict": True, "schema": schema}
+    ask(app, response_format={"type": "json_schema", "json_schema": named})
+    ask(app, response_format={"type": "json_object"})
+    ask(app, response_format={"type": "text"})
+    body = {"prompt": "a", "response_format": {"type": "json_object"}}
+    assert post(app, "/v1/completions", body).status_code == 200
+    given, *rest = (request.params.json_schema for request in script.asked)
+    assert given == json.dumps(schema)
+    assert rest == ['{"type": "object"}', None, '{"type": "object"}']
+
+
 def test_a_stream_option_may_be_null(app: FastAPI) -> None:
     options = dict.fromkeys(("include_usage", "include_obfuscation"))
     assert post(app, "/v1/chat/completions", chat_body(stream=True, stream_options=options)).status_code == 200

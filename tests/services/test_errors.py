@@ -18,6 +18,13 @@ from tests.services.script import MAX_LENGTH, MODEL, Script, call, chat_body, ma
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
+SCHEMA = {"json_schema": {"name": "a", "schema": {}}}
+
+
+def json_schema(**fields: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", **fields}}}
+
+
 def assert_error(answer: httpx.Response, status: int, said: str, param: str | None = None) -> dict[str, Any]:
     error: dict[str, Any] = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -78,6 +85,16 @@ def assert_error(answer: httpx.Response, status: int, said: str, param: str | No
         ({"stream_options": {"include_usage": True}}, "set stream to true", None),
         ({"response_format": {"type": "poem"}}, "'text'", "response_format"),
         ({"response_format": "text"}, "valid dictionary", "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "send both, or neither", "response_format"),
+        ({"response_format": {"type": "text"} | SCHEMA}, "send both, or neither", "response_format"),
+        (json_schema(), "required", "response_format.json_schema.schema"),
+        (json_schema(schema=5), "valid dictionary", "response_format.json_schema.schema"),
+        (json_schema(schema={}, kind="x"), "unknown parameter 'response_format.json_schema.kind'", "response_format"),
+        (json_schema(schema={"type": "bogus"}), "response_format's schema: Invalid type: bogus", "response_format"),
+        (json_schema(schema={"type": "string", "pattern": "(?<=a)b"}), "look-around", "response_format"),
+        (json_schema(schema={"enum": ["x" * 66_000]}), "expected at most 65536", "response_format"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos is True; expected it lef", None),
+        ({"response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens is 3; expected it left out", None),
         ({"stop_token_ids": [10**8]}, "outside the vocabulary", "stop_token_ids"),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", None),
     ],
@@ -128,8 +145,6 @@ CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": 
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": TOOL}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages.0.role"),
         ({"messages": [{"role": "function", "content": "x", "name": "f"}]}, "messages.0.role"),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": CALLS}]}, "messages.0.tool_calls"),

@@ -1,0 +1,121 @@
+"""Answers that have to fit a schema: alone, in company, preempted and continued they are the same, and they fit."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from attention.engine import Engine, EngineLimits
+from attention.requests import GenerateRequest, SamplingParams
+from attention.scheduler import SchedulerLimits
+from model.checkpoint import Checkpoint
+from model.grammar import Grammar, Grammars
+from model.tokenizer import Tokenizer
+from tests.serving import greedy, make_engine, run
+from tests.words import write_words
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "animal": {"enum": ["whale", "crab"]},
+        "legs": {"type": "integer", "minimum": 0, "maximum": 99},
+        "says": {"type": "string", "maxLength": 12},
+    },
+    "required": ["animal", "legs", "says"],
+    "additionalProperties": False,
+}
+PROMPT = (5, 6, 7)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_words(tmp_path_factory.mktemp("models") / "words")
+
+
+def engine(model: Path, limits: EngineLimits | None = None) -> Engine:
+    config = Checkpoint.open(model).config
+    return make_engine(model, 2, limits, grammars=Grammars(model, config.vocab_size, config.eos_token_ids))
+
+
+def asked(name: str, **params: object) -> GenerateRequest:
+    given = {"max_tokens": 80, "temperature": 1.0, "json_schema": json.dumps(SCHEMA), **params}
+    return GenerateRequest(name, PROMPT, SamplingParams(**given))  # type: ignore[arg-type]
+
+
+def test_every_way_of_drawing_fits(model: Path) -> None:
+    ways = [{"seed": seed} for seed in range(6)] + [
+        {"temperature": 0.0},
+        {"seed": 9, "top_p": 0.5},
+        {"seed": 9, "top_k": 3},
+        {"seed": 9, "min_p": 0.2, "presence_penalty": 1.0, "logit_bias": ((70, 50.0),)},
+    ]
+    answers = run(engine(model), [asked(str(number), **way) for number, way in enumerate(ways)])
+    tokenizer, config = Tokenizer.load(model), Checkpoint.open(model).config
+    texts = set()
+    for answer in answers.values():
+        assert answer.finish_reason == "stop"
+        assert answer.tokens[-1] in config.eos_token_ids
+        texts.add(tokenizer.decode(answer.tokens[:-1]))
+    assert len(texts) > 5
+    for text in texts:
+        jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_company_and_a_small_cache_change_nothing(model: Path) -> None:
+    limits = EngineLimits(cache_blocks=24, block_size=4, scheduler=SchedulerLimits(running=8))
+    small = engine(model, limits)
+    requests = [asked(str(seed), seed=seed) for seed in range(4)] + [greedy("plain", [9, 20, 30], 40)]
+    crowded = run(small, requests)
+    assert small.stats().preemptions > 0
+    for request in requests:
+        alone = run(engine(model), [request])[request.id]
+        assert crowded[request.id].tokens == alone.tokens
+
+
+def test_it_goes_on_where_an_earlier_life_stopped(model: Path) -> None:
+    whole = run(engine(model), [asked("a", seed=5)])["a"].tokens
+    for drawn in range(0, len(whole), 3):
+        rest = run(engine(model), [replace(asked("a", seed=5), resumed_ids=tuple(whole[:drawn]))])["a"]
+        assert rest.tokens == whole[drawn:]
+
+
+def test_log_probabilities_are_the_models_own(model: Path) -> None:
+    """As of every other token, whatever the request forbids."""
+    answer = run(engine(model), [asked("a", seed=5, logprobs=3)])["a"]
+    free = run(engine(model), [GenerateRequest("b", PROMPT, SamplingParams(max_tokens=1, seed=5, logprobs=3))])["b"]
+    assert answer.logprobs[0].top == free.logprobs[0].top
+    assert answer.tokens[0] != free.tokens[0]
+
+
+def test_what_cannot_be_had_is_refused_and_the_others_go_on(model: Path) -> None:
+    served = engine(model)
+    for schema, said in (('{"type": "bogus"}', "Invalid type"), ("nonsense", "expected ident")):
+        with pytest.raises(ValueError, match=said):
+            served.submit(asked("a", json_schema=schema))
+    with pytest.raises(ValueError, match="cannot go on"):
+        served.submit(replace(asked("a"), resumed_ids=PROMPT))
+    assert run(served, [asked("a", seed=5)])["a"].finish_reason == "stop"
+
+
+def test_without_a_tokenizer_it_is_refused(checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="json_schema is given; expected none"):
+        make_engine(checkpoint("tiny")).submit(asked("a"))
+
+
+@pytest.mark.parametrize("method", ["allowed", "take"])
+def test_a_grammar_that_gives_up_ends_its_own_answer(model: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    genuine, calls = getattr(Grammar, method), []
+
+    def give_up(grammar: Grammar, *given: object) -> object:
+        calls.append(1)
+        if len(calls) > 5:
+            raise ValueError("too complex")
+        return genuine(grammar, *given)
+
+    monkeypatch.setattr(Grammar, method, give_up)
+    answers = run(engine(model), [asked("a", seed=5), greedy("plain", [9, 20, 30], 40)])
+    assert (answers["a"].finish_reason, answers["a"].error) == ("error", "too complex")
+    assert len(answers["plain"].tokens) == 40

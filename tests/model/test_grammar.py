@@ -1,0 +1,152 @@
+"""Whatever is drawn of what a schema's grammar allows is JSON that fits it, judged by another library."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from model.grammar import Grammar, Grammars, check_schema
+from model.tokenizer import Tokenizer
+from tests.words import write_words
+
+END, OTHER_END = 1, 0
+BEYOND = 5  # ids that the model has and its tokenizer lacks
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["red", "whale", "—"]}, "maxItems": 3},
+        "friend": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/friend"}]},
+    },
+    "required": ["name", "age", "tags", "friend"],
+    "additionalProperties": False,
+    "$defs": {"friend": {"type": "object", "properties": {"id": {"type": "boolean"}}, "required": ["id"]}},
+}
+SCHEMAS: list[Any] = [
+    PERSON,
+    {"type": "object"},
+    {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 4},
+    {"enum": ["yes", "no", None, 3]},
+    {"type": "string", "pattern": "^[a-c]{2,5}$"},
+    {"type": "integer"},
+]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_words(tmp_path_factory.mktemp("models") / "words")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> Tokenizer:
+    return Tokenizer.load(directory)
+
+
+@pytest.fixture(scope="module")
+def grammars(directory: Path, tokenizer: Tokenizer) -> Grammars:
+    return Grammars(directory, tokenizer.vocab_size + BEYOND, (END, OTHER_END))
+
+
+def allowed(grammar: Grammar, vocabulary: int) -> list[int]:
+    mask = grammar.allowed()
+    return [token for token in range(vocabulary) if mask[token // 8] >> token % 8 & 1]
+
+
+def draw(grammar: Grammar, tokenizer: Tokenizer, rng: random.Random, most: int = 400) -> Iterator[int]:
+    """Allowed tokens, now and then one that closes something; the end where it may come."""
+    closing = {tokenizer.encode(text, add_special_tokens=False)[0] for text in '"}]'}
+    for _ in range(most):
+        tokens = allowed(grammar, tokenizer.vocab_size)
+        close = [token for token in tokens if token in closing]
+        token = END if END in tokens else rng.choice(close if close and rng.random() < 0.5 else tokens)
+        grammar.take([token])
+        yield token
+        if token == END:
+            return
+    raise AssertionError(f"no end in {most} tokens")
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=str)
+def test_what_is_drawn_fits(grammars: Grammars, tokenizer: Tokenizer, schema: Any) -> None:
+    for seed in range(8):
+        *answer, end = draw(grammars.begin(json.dumps(schema)), tokenizer, random.Random(seed))
+        assert end == END
+        text = tokenizer.decode(answer)
+        jsonschema.validate(json.loads(text), schema)
+        assert "\n" not in text
+
+
+def test_keys_come_in_the_schemas_order_and_blanks_after_colons_and_commas(
+    grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    properties = {name: {"const": number} for number, name in enumerate("zamb")}
+    schema = {"type": "object", "properties": properties, "required": list("zamb"), "additionalProperties": False}
+    *answer, _ = draw(grammars.begin(json.dumps(schema)), tokenizer, random.Random(0))
+    assert tokenizer.decode(answer) == '{"z": 0, "a": 1, "m": 2, "b": 3}'
+
+
+def test_behind_what_was_drawn_before_it_allows_the_same(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    schema, vocabulary = json.dumps(PERSON), tokenizer.vocab_size + BEYOND
+    whole = grammars.begin(schema)
+    answer: list[int] = []
+    for token in draw(grammars.begin(schema), tokenizer, random.Random(3)):
+        resumed = grammars.begin(schema)
+        resumed.take(answer)
+        assert allowed(resumed, vocabulary) == allowed(whole, vocabulary)
+        whole.take([token])
+        answer.append(token)
+
+
+def test_every_end_token_ends_and_what_the_tokenizer_lacks_is_never_drawn(
+    grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    grammar = grammars.begin('{"enum": [7]}')
+    vocabulary = tokenizer.vocab_size + BEYOND
+    (seven,) = allowed(grammar, vocabulary)
+    assert tokenizer.decode([seven]) == "7"
+    grammar.take([seven])
+    assert allowed(grammar, vocabulary) == sorted((END, OTHER_END))
+    inside = grammars.begin('{"type": "string"}')
+    inside.take(tokenizer.encode('"', add_special_tokens=False))
+    assert max(allowed(inside, vocabulary)) < tokenizer.vocab_size
+
+
+def test_a_token_that_may_not_come_is_refused(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    grammar = grammars.begin('{"type": "integer"}')
+    with pytest.raises(ValueError, match=r"the answer cannot go on as its schema wants: .*doesn't satisfy"):
+        grammar.take(tokenizer.encode("whale", add_special_tokens=False))
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"type": "bogus"}, "Invalid type: bogus"),
+        ({"type": "object", "properties": 5}, "properties must be an object"),
+        ({"type": "string", "pattern": "(?<=a)b"}, "look-around"),
+        ({"$ref": "http://elsewhere/schema.json"}, "retriev"),
+        ({"not": {"type": "string"}}, "not"),
+        ([], "object"),
+    ],
+)
+def test_a_schema_without_a_grammar_is_refused(grammars: Grammars, schema: Any, said: str) -> None:
+    for check in (check_schema, grammars.begin):
+        with pytest.raises(ValueError, match=f"(?s){said}"):
+            check(json.dumps(schema))
+
+
+def test_a_model_without_an_end_token_has_none(directory: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="no end token"):
+        Grammars(directory, tokenizer.vocab_size, ()).begin('{"type": "integer"}')
+
+
+def test_more_schemas_than_are_kept(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    for _ in range(2):
+        for number in range(40):
+            grammar = grammars.begin(json.dumps({"const": number}))
+            *answer, _ = draw(grammar, tokenizer, random.Random(0))
+            assert tokenizer.decode(answer) == str(number)
