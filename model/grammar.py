@@ -1,12 +1,15 @@
 """Which tokens may come next so that an answer is JSON of a schema, by llguidance. A function of the answer so far.
 
 JSON is written on one line, with a space after each colon and comma: a model that may write blanks may write nothing
-else. A schema's own `x-guidance` says otherwise.
+else. A schema's own `x-guidance` says otherwise. A space may come before it, as DeepSeek-V2 begins every answer.
 """
 
+import json
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 KEPT = 32  # schemas, compiled
+MOST_MULTIPLE = 20_000
 STYLE: Any = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 
 
@@ -21,7 +25,15 @@ def check_schema(schema: str) -> None:
     """Raises ValueError saying what of a JSON schema, as JSON text, is wrong or has no grammar."""
     from llguidance import LLMatcher
 
-    if fault := LLMatcher.validate_grammar(_grammar(schema)):
+    style = _own_style(schema)
+    if not isinstance(style, dict):
+        raise ValueError(f"x-guidance is {style!r:.100}; expected an object")
+    if (multiple := _common_multiple(json.loads(schema))) > MOST_MULTIPLE:
+        raise ValueError(
+            f"multiples of {multiple} at least are asked for; expected a least common multiple of all multipleOf of at "
+            f"most {MOST_MULTIPLE}: a grammar has a state for each remainder"
+        )
+    if fault := LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema, defaults=STYLE)):
         raise ValueError(fault)
 
 
@@ -35,11 +47,11 @@ class Grammar:
     def allowed(self) -> bytes:
         """A bit for each token, the lowest of a byte first: whether it may come next. End tokens may at an end.
 
-        Raises ValueError where the grammar became too complex to go on.
+        Raises ValueError where the grammar became too complex to go on, or nothing fits it.
         """
-        mask = self._matcher.compute_bitmask()
+        mask = bytes(self._matcher.compute_bitmask())
         self._check()
-        return bytes(mask)
+        return mask
 
     def take(self, tokens: Sequence[int]) -> None:
         """Go on behind these; raises ValueError for one that may not come there."""
@@ -73,6 +85,7 @@ class Grammars:
         with self._lock:
             matcher = self._compiled.get(schema)
             if matcher is None:
+                check_schema(schema)
                 matcher = LLMatcher(self._words(), _grammar(schema), log_level=0)
                 if matcher.is_error():
                     raise ValueError(f"no grammar for the schema: {_fault(matcher)}")
@@ -102,7 +115,31 @@ def _fault(matcher: "LLMatcher") -> str:
 
 
 def _grammar(schema: str) -> str:
-    """Raises ValueError for what is no schema at all."""
+    """Of a schema that was checked."""
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_json_schema(schema, defaults=STYLE)
+    styled = json.dumps(json.loads(schema) | {"x-guidance": STYLE | _own_style(schema)})
+    return LLMatcher.grammar_from_lark(f'start: " "? json\njson: %json {styled}\n')
+
+
+def _common_multiple(schema: Any) -> int:
+    """Of all `multipleOf`, without their decimals' scale; no more is looked at than what is already too much."""
+    found, waiting = 1, [schema]
+    while waiting and found <= MOST_MULTIPLE:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            value = part.get("multipleOf")
+            if isinstance(value, int | float) and value > 0 and math.isfinite(value):
+                found = math.lcm(found, Fraction(str(value)).numerator)
+            waiting.extend(part.values())
+        elif isinstance(part, list):
+            waiting.extend(part)
+    return found
+
+
+def _own_style(schema: str) -> Any:
+    """Of a schema, as it may say; raises ValueError for what is none."""
+    given = json.loads(schema)
+    if not isinstance(given, dict):
+        raise ValueError(f"a schema is {given!r:.100}; expected an object")
+    return given.get("x-guidance", {})

@@ -87,7 +87,15 @@ def test_keys_come_in_the_schemas_order_and_blanks_after_colons_and_commas(
     properties = {name: {"const": number} for number, name in enumerate("zamb")}
     schema = {"type": "object", "properties": properties, "required": list("zamb"), "additionalProperties": False}
     *answer, _ = draw(grammars.begin(json.dumps(schema)), tokenizer, random.Random(0))
-    assert tokenizer.decode(answer) == '{"z": 0, "a": 1, "m": 2, "b": 3}'
+    assert tokenizer.decode(answer).strip() == '{"z": 0, "a": 1, "m": 2, "b": 3}'
+
+
+def test_a_schema_may_say_how_it_is_written(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    schema = {"type": "array", "items": {"const": 1}, "minItems": 3, "maxItems": 3}
+    styled = schema | {"x-guidance": {"item_separator": ","}}
+    for given, text in ((schema, "[1, 1, 1]"), (styled, "[1,1,1]")):
+        *answer, _ = draw(grammars.begin(json.dumps(given)), tokenizer, random.Random(0))
+        assert tokenizer.decode(answer).strip() == text
 
 
 def test_behind_what_was_drawn_before_it_allows_the_same(grammars: Grammars, tokenizer: Tokenizer) -> None:
@@ -107,9 +115,11 @@ def test_every_end_token_ends_and_what_the_tokenizer_lacks_is_never_drawn(
 ) -> None:
     grammar = grammars.begin('{"enum": [7]}')
     vocabulary = tokenizer.vocab_size + BEYOND
-    (seven,) = allowed(grammar, vocabulary)
-    assert tokenizer.decode([seven]) == "7"
-    grammar.take([seven])
+    space, seven = (tokenizer.encode(text, add_special_tokens=False) for text in " 7")
+    assert allowed(grammar, vocabulary) == sorted(space + seven)
+    grammar.take(space)
+    assert allowed(grammar, vocabulary) == seven  # no second one
+    grammar.take(seven)
     assert allowed(grammar, vocabulary) == sorted((END, OTHER_END))
     inside = grammars.begin('{"type": "string"}')
     inside.take(tokenizer.encode('"', add_special_tokens=False))
@@ -129,14 +139,33 @@ def test_a_token_that_may_not_come_is_refused(grammars: Grammars, tokenizer: Tok
         ({"type": "object", "properties": 5}, "properties must be an object"),
         ({"type": "string", "pattern": "(?<=a)b"}, "look-around"),
         ({"$ref": "http://elsewhere/schema.json"}, "retriev"),
+        ({"type": "integer", "multipleOf": 999_983}, "multiples of 999983 at least"),
+        ({"allOf": [{"multipleOf": 997}, {"multipleOf": 99.1}]}, "multiples of 988027 at least"),
         ({"not": {"type": "string"}}, "not"),
-        ([], "object"),
+        ([], "expected an object"),
+        (True, "expected an object"),
+        ({"x-guidance": 5}, "x-guidance is 5; expected an object"),
+        ({"x-guidance": None}, "x-guidance is None; expected an object"),
+        ({"x-guidance": {"bogus": 1}}, "unknown field `bogus`"),
     ],
 )
 def test_a_schema_without_a_grammar_is_refused(grammars: Grammars, schema: Any, said: str) -> None:
     for check in (check_schema, grammars.begin):
         with pytest.raises(ValueError, match=f"(?s){said}"):
             check(json.dumps(schema))
+
+
+def test_a_schema_that_nothing_fits_ends_in_an_error(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    grammar = grammars.begin('{"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}')
+    with pytest.raises(ValueError, match="the answer cannot go on as its schema wants: NoExtension"):
+        list(draw(grammar, tokenizer, random.Random(0)))
+
+
+def test_multiples_are_kept_to(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    schema = {"type": "array", "minItems": 3, "maxItems": 3, "items": {"type": "integer", "multipleOf": 7}}
+    for seed in range(4):
+        *answer, _ = draw(grammars.begin(json.dumps(schema)), tokenizer, random.Random(seed))
+        assert [number % 7 for number in json.loads(tokenizer.decode(answer))] == [0, 0, 0]
 
 
 def test_a_model_without_an_end_token_has_none(directory: Path, tokenizer: Tokenizer) -> None:
@@ -149,4 +178,4 @@ def test_more_schemas_than_are_kept(grammars: Grammars, tokenizer: Tokenizer) ->
         for number in range(40):
             grammar = grammars.begin(json.dumps({"const": number}))
             *answer, _ = draw(grammar, tokenizer, random.Random(0))
-            assert tokenizer.decode(answer) == str(number)
+            assert tokenizer.decode(answer).strip() == str(number)
