@@ -1,6 +1,7 @@
 """Answers that have to fit a schema: alone, in company, preempted and continued they are the same, and they fit."""
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 from attention.engine import Engine, EngineLimits
 from attention.requests import GenerateRequest, SamplingParams
+from attention.runner import EngineThread
 from attention.scheduler import SchedulerLimits
+from model import grammar
 from model.checkpoint import Checkpoint
 from model.grammar import Grammar, Grammars
 from model.tokenizer import Tokenizer
@@ -98,6 +101,25 @@ def test_what_cannot_be_had_is_refused_and_the_others_go_on(model: Path) -> None
     with pytest.raises(ValueError, match="cannot go on"):
         served.submit(replace(asked("a"), resumed_ids=PROMPT))
     assert run(served, [asked("a", seed=5)])["a"].finish_reason == "stop"
+
+
+def test_the_engine_does_not_wait_while_a_schema_is_compiled(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    checked = grammar.check_schema
+
+    def check(schema: str) -> None:
+        compiled.append(threading.current_thread().name)
+        checked(schema)
+
+    monkeypatch.setattr(grammar, "check_schema", check)
+    running = EngineThread(engine(model))
+    ended = threading.Event()
+    try:
+        running.submit(asked("a", seed=5), lambda update: ended.set() if update.finish_reason == "stop" else None)
+        assert ended.wait(60)
+    finally:
+        running.close()
+    assert compiled == [threading.current_thread().name]
 
 
 def test_without_a_tokenizer_it_is_refused(checkpoint: Callable[[str], Path]) -> None:
