@@ -22,6 +22,7 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 import ray
 
 from cluster.remains import PATIENCE_S, Guard, leave_nothing
+from cluster.signals import none_lost
 
 LOOPBACK = "127.0.0.1"
 UNWATCHED = {
@@ -119,17 +120,22 @@ class LocalCluster:
         self._guard = Guard(self._temp_dir, last_words, leftovers)
         self._remove = functools.partial(_leave_nothing, self._temp_dir, self._guard)
         atexit.register(self._remove)
-        context = ray.init(
-            address="local",
-            namespace=namespace,
-            num_cpus=cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="WARNING",
-            _node_ip_address=LOOPBACK,
-            _temp_dir=str(self._temp_dir),
-        )
+        try:
+            with none_lost():  # Ray has a handler for SIGTERM, and forks
+                context = ray.init(
+                    address="local",
+                    namespace=namespace,
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level="WARNING",
+                    _node_ip_address=LOOPBACK,
+                    _temp_dir=str(self._temp_dir),
+                )
+        except (SystemExit, KeyboardInterrupt):
+            ray.shutdown()  # it may have started all the same
+            raise
         keep_token()
         self.address: str = context.address_info["gcs_address"]
         # each readable once it has ended, open until this process has
