@@ -93,9 +93,10 @@ class Engine:
         self._scheduler.add(sequence)
 
     def prepare(self, request: GenerateRequest) -> None:
-        """What of `submit` takes long, and may be done in another thread meanwhile."""
-        with contextlib.suppress(ValueError):  # as submit says
-            self._begin_grammar(request)
+        """What of `submit` takes long, and may be done in another thread meanwhile: its schema is compiled."""
+        if request.params.json_schema is not None and self._grammars is not None:
+            with contextlib.suppress(ValueError):  # as submit says
+                self._grammars.begin(request.params.json_schema)
 
     def cancel(self, request_id: str) -> None:
         """Drop a request and free its blocks; unknown ids (already finished) are fine."""

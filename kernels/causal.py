@@ -9,12 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kernels.native import check_dense, native, native_for
-
-
-def causal_serves(tensor: Tensor) -> bool:
-    """Whether there are kernels for tensors such as this one: fp32 on CPU, where native kernels were built."""
-    return tensor.dtype is torch.float32 and native_for(tensor.device) is not None
+from kernels.native import check_dense, native
 
 
 def causal_attention(

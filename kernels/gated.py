@@ -7,17 +7,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from kernels.native import check_dense, native, native_for
-
-
-def gated_serves(tensor: Tensor) -> bool:
-    """Whether there are kernels for tensors such as this one: fp32 on CPU, where native kernels were built."""
-    return tensor.dtype is torch.float32 and native_for(tensor.device) is not None
+from kernels.native import check_dense, native, native_serves
 
 
 def gated(gate_RI: Tensor, up_RI: Tensor) -> Tensor:
     """silu(gate) · up, [R, I]. With native kernels a row's bits are its own."""
-    if not gated_serves(gate_RI):
+    if not native_serves(gate_RI):
         return F.silu(gate_RI) * up_RI
     library = native()
     assert library is not None
@@ -58,7 +53,7 @@ def weighted_gradients(
 
     Gradients of gate and up, both halves of [R, 2I]; weight · h itself, [R, I]; and the weights' gradients, [R].
     """
-    if not gated_serves(gate_RI):
+    if not native_serves(gate_RI):
         return _by_torch(gate_RI, up_RI, weight_R, dh_RI)
     library = native()
     assert library is not None

@@ -123,6 +123,11 @@ def check_dense(dtype: torch.dtype, *tensors: Tensor) -> None:
         assert tensor.is_contiguous()
 
 
+def native_serves(tensor: Tensor) -> bool:
+    """Whether there are native kernels for tensors such as this one: fp32 on CPU, where they were built."""
+    return tensor.dtype is torch.float32 and native_for(tensor.device) is not None
+
+
 def native_for(device: torch.device | str) -> ctypes.CDLL | None:
     """The native library for tensors of a device; None where torch computes."""
     return native() if torch.device(device).type == "cpu" else None

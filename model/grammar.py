@@ -25,12 +25,9 @@ def check_schema(schema: str) -> None:
     """Raises ValueError saying what of a JSON schema, as JSON text, is wrong or has no grammar."""
     from llguidance import LLMatcher
 
-    style = _own_style(schema)
-    if not isinstance(style, dict):
-        raise ValueError(f"x-guidance is {style!r:.100}; expected an object")
-    if (multiple := _common_multiple(json.loads(schema))) > MOST_MULTIPLE:
+    if (multiple := _common_multiple(_read(schema))) > MOST_MULTIPLE:
         raise ValueError(
-            f"multiples of {multiple} at least are asked for; expected a least common multiple of all multipleOf of at "
+            f"multiples of {multiple} or more are asked for; expected a least common multiple of all multipleOf of at "
             f"most {MOST_MULTIPLE}: a grammar has a state for each remainder"
         )
     if fault := LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema, defaults=STYLE)):
@@ -118,7 +115,8 @@ def _grammar(schema: str) -> str:
     """Of a schema that was checked."""
     from llguidance import LLMatcher
 
-    styled = json.dumps(json.loads(schema) | {"x-guidance": STYLE | _own_style(schema)})
+    given = _read(schema)
+    styled = json.dumps(given | {"x-guidance": STYLE | given.get("x-guidance", {})})
     return LLMatcher.grammar_from_lark(f'start: " "? json\njson: %json {styled}\n')
 
 
@@ -129,17 +127,20 @@ def _common_multiple(schema: Any) -> int:
         part = waiting.pop()
         if isinstance(part, dict):
             value = part.get("multipleOf")
-            if isinstance(value, int | float) and value > 0 and math.isfinite(value):
-                found = math.lcm(found, Fraction(str(value)).numerator)
+            if isinstance(value, int | float) and value > 0:
+                large = value > MOST_MULTIPLE  # and perhaps beyond what a float holds
+                found = math.lcm(found, MOST_MULTIPLE + 1 if large else Fraction(str(float(value))).numerator)
             waiting.extend(part.values())
         elif isinstance(part, list):
             waiting.extend(part)
     return found
 
 
-def _own_style(schema: str) -> Any:
-    """Of a schema, as it may say; raises ValueError for what is none."""
+def _read(schema: str) -> dict[str, Any]:
+    """Raises ValueError for what is no schema, or whose `x-guidance` is no object."""
     given = json.loads(schema)
     if not isinstance(given, dict):
         raise ValueError(f"a schema is {given!r:.100}; expected an object")
-    return given.get("x-guidance", {})
+    if not isinstance(style := given.get("x-guidance", {}), dict):
+        raise ValueError(f"x-guidance is {style!r:.100}; expected an object")
+    return given

@@ -37,3 +37,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
         return written[shape]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a checkpoint that says words, with its tokenizer."""
+    from tests.words import write_words
+
+    return write_words(tmp_path_factory.mktemp("models") / "bundled")

@@ -13,7 +13,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.causal import causal_attention, causal_gradients, causal_serves
+from kernels.causal import causal_attention, causal_gradients
+from kernels.native import native_serves
 
 
 class SampleGroups:
@@ -47,7 +48,7 @@ class SampleGroups:
     def attend(self, q_TNQ: Tensor, k_TNQ: Tensor, v_TNV: Tensor, scale: float) -> Tensor:
         """softmax(scale · q kᵀ, causal) v of each sample, [T, N, V]."""
         given = q_TNQ, k_TNQ, v_TNV
-        if causal_serves(q_TNQ):
+        if native_serves(q_TNQ):
             attended: Tensor = _Causal.apply(*given, self._ends, scale)  # type: ignore[no-untyped-call]
             return attended
         if self._even is not None:  # nothing to move

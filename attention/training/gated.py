@@ -7,11 +7,12 @@ from torch import Tensor, autograd
 from torch.autograd.function import once_differentiable
 
 from kernels import gated as kernel
+from kernels.native import native_serves
 
 
 def gated(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     """silu(gate) · up, [T, I]."""
-    if not kernel.gated_serves(gate_TI):
+    if not native_serves(gate_TI):
         return F.silu(gate_TI) * up_TI
     out: Tensor = _Gated.apply(gate_TI, up_TI)  # type: ignore[no-untyped-call]
     return out

@@ -158,17 +158,13 @@ def answer_schema(request: Sampling) -> str | None:
         return None
     if wanted.json_schema is None:
         return ANY_OBJECT
-    schema = json.dumps(wanted.json_schema.schema_, ensure_ascii=False)  # in the order of its keys: the answer's, too
-    fault = None
-    if len(schema) > MAX_SCHEMA_CHARS:
-        fault = f"it has {len(schema)} characters; expected at most {MAX_SCHEMA_CHARS}"
-    else:
-        try:
-            check_schema(schema)
-        except ValueError as error:
-            fault = str(error)
-    if fault is not None:
-        raise ApiError(f"response_format's schema: {fault}", param="response_format", code="invalid_value")
+    try:
+        schema = json.dumps(wanted.json_schema.schema_, ensure_ascii=False)  # its keys in order: the answer's, too
+        if len(schema) > MAX_SCHEMA_CHARS:
+            raise ValueError(f"it has {len(schema)} characters; expected at most {MAX_SCHEMA_CHARS}")
+        check_schema(schema)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(f"response_format's schema: {error}", param="response_format", code="invalid_value") from error
     return schema
 
 

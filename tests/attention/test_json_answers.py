@@ -18,7 +18,6 @@ from model.checkpoint import Checkpoint
 from model.grammar import Grammar, Grammars
 from model.tokenizer import Tokenizer
 from tests.serving import greedy, make_engine, run
-from tests.words import write_words
 
 SCHEMA = {
     "type": "object",
@@ -33,14 +32,9 @@ SCHEMA = {
 PROMPT = (5, 6, 7)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_words(tmp_path_factory.mktemp("models") / "words")
-
-
-def engine(model: Path, limits: EngineLimits | None = None) -> Engine:
-    config = Checkpoint.open(model).config
-    return make_engine(model, 2, limits, grammars=Grammars(model, config.vocab_size, config.eos_token_ids))
+def engine(words: Path, limits: EngineLimits | None = None) -> Engine:
+    config = Checkpoint.open(words).config
+    return make_engine(words, 2, limits, grammars=Grammars(words, config.vocab_size, config.eos_token_ids))
 
 
 def asked(name: str, **params: object) -> GenerateRequest:
@@ -48,15 +42,15 @@ def asked(name: str, **params: object) -> GenerateRequest:
     return GenerateRequest(name, PROMPT, SamplingParams(**given))  # type: ignore[arg-type]
 
 
-def test_every_way_of_drawing_fits(model: Path) -> None:
+def test_every_way_of_drawing_fits(words: Path) -> None:
     ways = [{"seed": seed} for seed in range(6)] + [
         {"temperature": 0.0},
         {"seed": 9, "top_p": 0.5},
         {"seed": 9, "top_k": 3},
         {"seed": 9, "min_p": 0.2, "presence_penalty": 1.0, "logit_bias": ((70, 50.0),)},
     ]
-    answers = run(engine(model), [asked(str(number), **way) for number, way in enumerate(ways)])
-    tokenizer, config = Tokenizer.load(model), Checkpoint.open(model).config
+    answers = run(engine(words), [asked(str(number), **way) for number, way in enumerate(ways)])
+    tokenizer, config = Tokenizer.load(words), Checkpoint.open(words).config
     texts = set()
     for answer in answers.values():
         assert answer.finish_reason == "stop"
@@ -67,34 +61,34 @@ def test_every_way_of_drawing_fits(model: Path) -> None:
         jsonschema.validate(json.loads(text), SCHEMA)
 
 
-def test_company_and_a_small_cache_change_nothing(model: Path) -> None:
+def test_company_and_a_small_cache_change_nothing(words: Path) -> None:
     limits = EngineLimits(cache_blocks=24, block_size=4, scheduler=SchedulerLimits(running=8))
-    small = engine(model, limits)
+    small = engine(words, limits)
     requests = [asked(str(seed), seed=seed) for seed in range(4)] + [greedy("plain", [9, 20, 30], 40)]
     crowded = run(small, requests)
     assert small.stats().preemptions > 0
     for request in requests:
-        alone = run(engine(model), [request])[request.id]
+        alone = run(engine(words), [request])[request.id]
         assert crowded[request.id].tokens == alone.tokens
 
 
-def test_it_goes_on_where_an_earlier_life_stopped(model: Path) -> None:
-    whole = run(engine(model), [asked("a", seed=5)])["a"].tokens
+def test_it_goes_on_where_an_earlier_life_stopped(words: Path) -> None:
+    whole = run(engine(words), [asked("a", seed=5)])["a"].tokens
     for drawn in range(0, len(whole), 3):
-        rest = run(engine(model), [replace(asked("a", seed=5), resumed_ids=tuple(whole[:drawn]))])["a"]
+        rest = run(engine(words), [replace(asked("a", seed=5), resumed_ids=tuple(whole[:drawn]))])["a"]
         assert rest.tokens == whole[drawn:]
 
 
-def test_log_probabilities_are_the_models_own(model: Path) -> None:
+def test_log_probabilities_are_the_models_own(words: Path) -> None:
     """As of every other token, whatever the request forbids."""
-    answer = run(engine(model), [asked("a", seed=5, logprobs=3)])["a"]
-    free = run(engine(model), [GenerateRequest("b", PROMPT, SamplingParams(max_tokens=1, seed=5, logprobs=3))])["b"]
+    answer = run(engine(words), [asked("a", seed=5, logprobs=3)])["a"]
+    free = run(engine(words), [GenerateRequest("b", PROMPT, SamplingParams(max_tokens=1, seed=5, logprobs=3))])["b"]
     assert answer.logprobs[0].top == free.logprobs[0].top
     assert answer.tokens[0] != free.tokens[0]
 
 
-def test_what_cannot_be_had_is_refused_and_the_others_go_on(model: Path) -> None:
-    served = engine(model)
+def test_what_cannot_be_had_is_refused_and_the_others_go_on(words: Path) -> None:
+    served = engine(words)
     for schema, said in (('{"type": "bogus"}', "Invalid type"), ("nonsense", "Expecting value")):
         with pytest.raises(ValueError, match=said):
             served.submit(asked("a", json_schema=schema))
@@ -103,7 +97,7 @@ def test_what_cannot_be_had_is_refused_and_the_others_go_on(model: Path) -> None
     assert run(served, [asked("a", seed=5)])["a"].finish_reason == "stop"
 
 
-def test_the_engine_does_not_wait_while_a_schema_is_compiled(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_does_not_wait_while_a_schema_is_compiled(words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     checked = grammar.check_schema
 
@@ -112,7 +106,7 @@ def test_the_engine_does_not_wait_while_a_schema_is_compiled(model: Path, monkey
         checked(schema)
 
     monkeypatch.setattr(grammar, "check_schema", check)
-    running = EngineThread(engine(model))
+    running = EngineThread(engine(words))
     ended = threading.Event()
     try:
         running.submit(asked("a", seed=5), lambda update: ended.set() if update.finish_reason == "stop" else None)
@@ -128,7 +122,7 @@ def test_without_a_tokenizer_it_is_refused(checkpoint: Callable[[str], Path]) ->
 
 
 @pytest.mark.parametrize("method", ["allowed", "take"])
-def test_a_grammar_that_gives_up_ends_its_own_answer(model: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_a_grammar_that_gives_up_ends_its_own_answer(words: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     genuine, calls = getattr(Grammar, method), []
 
     def give_up(grammar: Grammar, *given: object) -> object:
@@ -138,6 +132,6 @@ def test_a_grammar_that_gives_up_ends_its_own_answer(model: Path, monkeypatch: p
         return genuine(grammar, *given)
 
     monkeypatch.setattr(Grammar, method, give_up)
-    answers = run(engine(model), [asked("a", seed=5), greedy("plain", [9, 20, 30], 40)])
+    answers = run(engine(words), [asked("a", seed=5), greedy("plain", [9, 20, 30], 40)])
     assert (answers["a"].finish_reason, answers["a"].error) == ("error", "too complex")
     assert len(answers["plain"].tokens) == 40

@@ -6,7 +6,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from kernels.build import INSTRUCTION_SETS
-from kernels.causal import causal_attention, causal_gradients, causal_serves
+from kernels.causal import causal_attention, causal_gradients
+from kernels.native import native_serves
 from kernels.threads import set_threads
 
 pytestmark = pytest.mark.parametrize("kernels", [*INSTRUCTION_SETS], indirect=True)  # torch has its own
@@ -39,8 +40,8 @@ def wanted(given: Given, dout: Tensor, ends: tuple[int, ...]) -> tuple[Tensor, .
 
 
 def test_they_serve_what_is_fp32() -> None:
-    assert causal_serves(torch.zeros(1))
-    assert not causal_serves(torch.zeros(1, dtype=torch.float64))
+    assert native_serves(torch.zeros(1))
+    assert not native_serves(torch.zeros(1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("heads", "width", "values"), [(1, 5, 3), (2, 48, 32), (3, 40, 33), (2, 24, 50)])

@@ -8,19 +8,19 @@ from fastapi import FastAPI
 
 from model.tokenizer import Tokenizer
 from tests.services.script import Script, make_app
-from tests.words import write_words
 
 SAID = " the whale swim far — ok"
 
 
 @pytest.fixture(scope="session")
-def bundled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_words(tmp_path_factory.mktemp("models") / "bundled")
+def bundled(words: Path) -> Path:
+    """What stands for the bundled model here."""
+    return words
 
 
 @pytest.fixture(scope="session")
-def tokenizer(bundled: Path) -> Tokenizer:
-    return Tokenizer.load(bundled)
+def tokenizer(words: Path) -> Tokenizer:
+    return Tokenizer.load(words)
 
 
 @pytest.fixture
